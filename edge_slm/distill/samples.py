@@ -1,0 +1,197 @@
+"""Samples: what a teacher wrote, read from JSONL, and the honest variants made of it.
+
+A sample is (request, response, task). Three kinds of variants multiply them
+without new text, each with an outcome that it really has:
+
+- *cuts*: the response ends early, at a clause end → true shorter lengths;
+- *fragments*: the request is one or two phrases of the response → the skill of
+  weaving a subject into a longer text;
+- *mismatches*: the response belongs to another request → true low relevance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge_slm.distill.recipe import DataRecipe, HindsightRecipe
+from edge_slm_runtime.command import WORD_EDGES, clean_request, count_words
+from edge_slm_runtime.errors import DataError, RequestError
+
+Kind = str  # "pair", "cut", "fragment", "mismatch"
+
+# A derived request that ends in one of these was cut in the middle of a phrase.
+_DANGLING = frozenset(
+    "a an the is are was were be has have had with of in on at to for from by and or but as that "
+    "which who whose his her its their this into over under very".split()
+)
+_CLAUSE_END = re.compile(r"[,;:.!?](?=\s)")
+_PHRASE = re.compile(r"[^,;:.!?\"()\[\]]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    request: str
+    response: str
+    task: str
+    kind: Kind = "pair"
+
+    @property
+    def words(self) -> int:
+        return count_words(self.response)
+
+
+def held_out(request: str, percent: int) -> bool:
+    """The split: a hash of the folded request, so that it never depends on the data."""
+    folded = " ".join(request.lower().split())
+    return int.from_bytes(hashlib.sha256(folded.encode()).digest()[:4], "big") % 100 < percent
+
+
+def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, str]]:
+    """(request or None, response, task) of every line of the files (or folders of files).
+
+    Raises DataError with file and line.
+    """
+    for given in map(Path, paths):
+        files = sorted(given.glob("*.jsonl")) if given.is_dir() else [given]
+        if not files:
+            raise DataError(f"no .jsonl file in {given}", "give JSONL files or a folder of them")
+        for file in files:
+            try:
+                lines = file.read_text("utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"cannot read {file}: {error}") from None
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    yield row.get("request"), row["response"], row["task"]
+                except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                    raise DataError(
+                        f"{file}:{number}: not a sample: {error!r}",
+                        'expected {"request": …, "response": …, "task": …}',
+                    ) from None
+
+
+def usable(request: str, response: str, recipe: DataRecipe) -> bool:
+    """Whether a pair can teach: a whole request, and a response that adds to it."""
+    words = request.split()
+    return (
+        0 < len(words) <= recipe.max_request_words
+        and 0 < count_words(response) < WORD_EDGES[-1]
+        and not (len(words) > 1 and words[-1].lower().strip(",.") in _DANGLING)
+        and request.strip(" .").lower() != response.strip(" .").lower()
+    )
+
+
+def load_samples(
+    paths: Sequence[str | Path], recipe: DataRecipe, seed: int
+) -> tuple[list[Sample], list[Sample], list[tuple[str, str]]]:
+    """(training pairs, held-out pairs, lone (response, task)) of the recipe's tasks.
+
+    Lone responses that also occur in a pair, or whose opening words would be
+    held out, are dropped. Raises DataError when a task has no usable pair.
+    """
+    pairs: dict[str, list[Sample]] = {task: [] for task in recipe.tasks}
+    lone: dict[str, str] = {}
+    for request, response, task in read_jsonl(paths):
+        if task not in pairs:
+            continue
+        text = " ".join(response.split()).rstrip('" ') if response.count('"') % 2 else response
+        text = " ".join(text.split())
+        if request is None:
+            if 0 < count_words(text) < WORD_EDGES[-1]:
+                lone[text] = task
+            continue
+        try:
+            request = clean_request(request)
+        except RequestError:
+            continue
+        if usable(request, text, recipe):
+            pairs[task].append(Sample(request, text, task))
+    if missing := [task for task, rows in pairs.items() if not rows]:
+        raise DataError(
+            f"no usable sample for task {', '.join(missing)}", "check the data or the recipe"
+        )
+    rng = random.Random(seed)
+    train: list[Sample] = []
+    held: list[Sample] = []
+    for task, rows in pairs.items():
+        unique = list(dict.fromkeys(rows))
+        held += [row for row in unique if held_out(row.request, recipe.holdout_percent)]
+        kept = [row for row in unique if not held_out(row.request, recipe.holdout_percent)]
+        rng.shuffle(kept)
+        train += kept[: recipe.max_rows.get(task, len(kept))]
+    taken = {" ".join(sample.response.lower().split()[:8]) for sample in (*train, *held)}
+    lone = {
+        text: task for text, task in lone.items() if " ".join(text.lower().split()[:8]) not in taken
+    }
+    return train, held, list(lone.items())
+
+
+def clause_cuts(text: str) -> list[str]:
+    """All proper prefixes of `text` that end at a clause end, shortest first."""
+    return [text[: match.start()].rstrip() for match in _CLAUSE_END.finditer(text)]
+
+
+def fragment_request(text: str, rng: random.Random) -> str | None:
+    """A request made of one or two phrases of `text`, in the order they stand."""
+    phrases = []
+    for match in _PHRASE.finditer(text):
+        words = match[0].split()
+        while words and words[0].lower() in ("and", "with", "its", "their", "his", "her", "while"):
+            words = words[1:]
+        words = words[: rng.randint(3, 9)]
+        while words and words[-1].lower() in _DANGLING:
+            words = words[:-1]
+        if 2 <= len(words):
+            phrases.append(" ".join(words))
+    if not phrases:
+        return None
+    # The subject stands early; details come from anywhere.
+    chosen = [phrases[0] if rng.random() < 0.6 else rng.choice(phrases[:3])]
+    if len(phrases) > 2 and rng.random() < 0.35:
+        chosen.append(rng.choice(phrases[1:]))
+    chosen = list(dict.fromkeys(chosen))
+    request = ", ".join(chosen)
+    return request[0].lower() + request[1:] if rng.random() < 0.7 else request
+
+
+def vary(
+    pairs: Sequence[Sample],
+    lone: Sequence[tuple[str, str]],
+    recipe: HindsightRecipe,
+    seed: int,
+) -> list[Sample]:
+    """The pairs and their variants, de-duplicated, in a fixed order for a seed."""
+    rng = random.Random(seed + 1)
+    pool: list[Sample] = list(pairs)
+    for response, task in lone:
+        if recipe.fragments.get(task) and (request := fragment_request(response, rng)):
+            pool.append(Sample(request, response, task, "fragment"))
+    for sample in pairs:
+        for _ in range(recipe.fragments.get(sample.task, 0)):
+            if request := fragment_request(sample.response, rng):
+                pool.append(replace(sample, request=request, kind="fragment"))
+    for sample in list(pool):
+        cuts = [cut for cut in clause_cuts(sample.response) if count_words(cut) >= 3]
+        for cut in rng.sample(cuts, min(len(cuts), recipe.cuts.get(sample.task, 0))):
+            if cut.lower() != sample.request.lower():
+                pool.append(replace(sample, response=cut, kind="cut"))
+    by_task: dict[str, list[Sample]] = defaultdict(list)
+    for sample in pool:
+        by_task[sample.task].append(sample)
+    for task, rows in by_task.items():
+        wanted = int(len(rows) * recipe.mismatch_share / (1 - recipe.mismatch_share))
+        for _ in range(wanted):
+            one, other = rng.choice(rows), rng.choice(rows)
+            if one.request != other.request:
+                pool.append(Sample(one.request, other.response, task, "mismatch"))
+    return list(dict.fromkeys(pool))

@@ -1,0 +1,302 @@
+"""The command grammar: what a caller may ask for, as special tokens.
+
+Upside-down reinforcement learning (Schmidhuber, arXiv 1912.02875; Srivastava et
+al., arXiv 1912.02877) trains on "what was really achieved" and asks for it at
+inference. Here a command is one value on each *axis* (task, words, relevance),
+each value is one special token, and every axis has an "any" token for "left
+unspecified". Axes are data: the schema travels in the checkpoint
+(`command.json`) and in the bundle's manifest, with the support that training
+saw. The spelling is our own choice; arXiv 2502.09854 does not publish its own.
+
+A prompt is
+
+    <|request|> request text <|task:T|> <|words:W|> <|relevance:R|> <|response|>
+
+and the model answers with the response text and `<|end|>`.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edge_slm_runtime.errors import (
+    BadSetting,
+    ControlTokenInRequest,
+    EmptyRequest,
+    ManifestInvalid,
+    RelevanceOutOfRange,
+    RequestNotText,
+    UnknownTask,
+    WordsOutOfRange,
+)
+
+REQUEST, RESPONSE, END = "<|request|>", "<|response|>", "<|end|>"
+ANY = "any"
+
+# Published edges of the words buckets: bucket i holds edges[i] <= words < edges[i + 1].
+# Single words up to 12, then steps of about 9%, so that a bucket is never wider
+# than the ±10% tolerance of the length promise.
+WORD_EDGES: tuple[int, ...] = (
+    *range(1, 13),
+    *(13, 14, 15, 17, 19, 21, 23, 25, 27, 30, 33, 36, 39, 43, 47, 51, 56, 61, 67, 73),
+    *(80, 87, 95, 104, 113, 123, 134, 146, 161),
+)
+RELEVANCE_LEVELS = 10
+
+_CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
+
+
+def count_words(text: str) -> int:
+    """Words are what white space separates; this is the only definition."""
+    return len(text.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is asked of the model; `None` leaves an axis unspecified.
+
+    task: one of the schema's categories. words: a count. relevance: a level,
+    0 (lowest) … `RELEVANCE_LEVELS - 1`, a per-task quantile of the reward.
+    """
+
+    task: str | None = None
+    words: int | None = None
+    relevance: int | None = None
+
+    def as_dict(self) -> dict[str, str | int | None]:
+        return {"task": self.task, "words": self.words, "relevance": self.relevance}
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the command.
+
+    kind: `category` (values are names), `bucket` (values are "lo-hi" from
+    `edges`, len(values) + 1 of them), or `level` (values are "0", "1", …).
+    """
+
+    name: str
+    kind: Literal["category", "bucket", "level"]
+    values: tuple[str, ...]
+    edges: tuple[int, ...] = ()
+
+    def token(self, value: str) -> str:
+        return f"<|{self.name}:{value}|>"
+
+    def tokens(self) -> list[str]:
+        """The axis's special tokens, `any` first."""
+        return [self.token(value) for value in (ANY, *self.values)]
+
+    def value_of(self, asked: str | int | None) -> str:
+        """The axis value that `asked` falls into; `any` for None.
+
+        Raises UnknownTask, WordsOutOfRange or RelevanceOutOfRange.
+        """
+        if asked is None:
+            return ANY
+        if self.kind == "category":
+            if not isinstance(asked, str) or asked not in self.values:
+                raise UnknownTask(
+                    f"unknown {self.name} {asked!r}", f"known: {', '.join(self.values)}"
+                )
+            return asked
+        if isinstance(asked, bool) or not isinstance(asked, int):
+            raise BadSetting(f"{self.name} must be a whole number, got {asked!r}")
+        if self.kind == "level":
+            if not 0 <= asked < len(self.values):
+                raise RelevanceOutOfRange(
+                    f"{self.name} {asked} is out of range", f"give 0 … {len(self.values) - 1}"
+                )
+            return self.values[asked]
+        low, high = self.edges[0], self.edges[-1] - 1
+        if not low <= asked <= high:
+            raise WordsOutOfRange(f"{self.name} {asked} is out of range", f"give {low} … {high}")
+        return self.values[bisect_right(self.edges, asked) - 1]
+
+    def bounds(self, value: str) -> tuple[int, int]:
+        """(first, last) count of a bucket, both inclusive; (level, level) of a level."""
+        index = self.values.index(value)
+        if self.kind == "bucket":
+            return self.edges[index], self.edges[index + 1] - 1
+        return index, index
+
+
+def default_axes(tasks: Sequence[str]) -> tuple[Axis, ...]:
+    """The axes of this project's models: task, words, relevance."""
+    edges = WORD_EDGES
+    buckets = tuple(
+        f"{lo}" if hi - lo == 1 else f"{lo}-{hi - 1}"
+        for lo, hi in zip(edges, edges[1:], strict=False)
+    )
+    return (
+        Axis("task", "category", tuple(tasks)),
+        Axis("words", "bucket", buckets, edges),
+        Axis("relevance", "level", tuple(str(level) for level in range(RELEVANCE_LEVELS))),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A validated command: what was asked, what the model is told, and why they differ."""
+
+    asked: Command
+    commanded: Command
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CommandSchema:
+    """The axes, and per task how many training samples each value had.
+
+    support: task → axis name → axis value → count. A value with fewer than
+    `min_support` samples counts as unseen. Empty support means "not recorded":
+    everything in range is then taken as supported.
+    """
+
+    axes: tuple[Axis, ...]
+    support: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    min_support: int = 20
+
+    # -- tokens ---------------------------------------------------------------
+
+    def special_tokens(self) -> list[str]:
+        """All control tokens in id order: they are ids 0 … len-1 of the tokenizer."""
+        return [END, REQUEST, RESPONSE, *(t for axis in self.axes for t in axis.tokens())]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.axis("task").values
+
+    def axis(self, name: str) -> Axis:
+        return next(axis for axis in self.axes if axis.name == name)
+
+    def command_tokens(self, command: Command) -> list[str]:
+        """One token per axis, in axis order. Raises as `Axis.value_of`."""
+        asked = command.as_dict()
+        return [axis.token(axis.value_of(asked[axis.name])) for axis in self.axes]
+
+    def render(self, request: str, command: Command) -> str:
+        """The prompt as text (for people and tests; the model gets `encode`)."""
+        return "".join(
+            [REQUEST, clean_request(request), *self.command_tokens(command), RESPONSE]
+        )
+
+    def encode(
+        self, request: str, command: Command, encode_text: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Prompt token ids. `encode_text` must treat control tokens as plain text."""
+        ids = {token: i for i, token in enumerate(self.special_tokens())}
+        return [
+            ids[REQUEST],
+            *encode_text(clean_request(request)),
+            *(ids[token] for token in self.command_tokens(command)),
+            ids[RESPONSE],
+        ]
+
+    def parse(self, text: str) -> tuple[str, dict[str, str], str]:
+        """Inverse of `render`: (request, axis → value, response without `<|end|>`).
+
+        Raises BadSetting when `text` is not a rendered prompt.
+        """
+        body, found, response = text.partition(RESPONSE)
+        if not found or not body.startswith(REQUEST):
+            raise BadSetting("not a rendered prompt", f"expected {REQUEST} … {RESPONSE}")
+        values: dict[str, str] = {}
+        for axis in reversed(self.axes):
+            match = re.search(rf"<\|{axis.name}:([A-Za-z0-9_-]+)\|>$", body)
+            if not match or match[1] not in (ANY, *axis.values):
+                raise BadSetting(f"no {axis.name} token where one belongs")
+            values[axis.name] = match[1]
+            body = body[: match.start()]
+        return body.removeprefix(REQUEST), dict(reversed(values.items())), response.removesuffix(END)
+
+    # -- validation -----------------------------------------------------------
+
+    def check(self, command: Command) -> Checked:
+        """Validates ranges; moves each value to the nearest one that training saw.
+
+        Raises UnknownTask, WordsOutOfRange, RelevanceOutOfRange, BadSetting.
+        """
+        asked = command.as_dict()
+        told = dict(asked)
+        warnings: list[str] = []
+        values = {axis.name: axis.value_of(asked[axis.name]) for axis in self.axes}
+        seen = self.support.get(command.task or "", {})
+        for axis in self.axes:
+            counts = seen.get(axis.name)
+            value, number = values[axis.name], asked[axis.name]
+            if counts is None or value == ANY or axis.kind == "category":
+                continue
+            supported = [v for v in axis.values if counts.get(v, 0) >= self.min_support]
+            if not supported or value in supported or not isinstance(number, int):
+                continue
+            low, high = min(
+                (axis.bounds(v) for v in supported),
+                key=lambda b: min(abs(b[0] - number), abs(b[1] - number)),
+            )
+            told[axis.name] = nearest = low if number < low else high
+            first, last = axis.bounds(supported[0])[0], axis.bounds(supported[-1])[1]
+            warnings.append(
+                f"{axis.name} {number} is outside what training saw for task "
+                f"{command.task!r} ({first} … {last}); commanding {nearest}"
+            )
+        return Checked(command, Command(**told), tuple(warnings))  # type: ignore[arg-type]
+
+    # -- data -----------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "axes": [
+                {"name": a.name, "kind": a.kind, "values": list(a.values), "edges": list(a.edges)}
+                for a in self.axes
+            ],
+            "min_support": self.min_support,
+            "support": {t: {a: dict(c) for a, c in s.items()} for t, s in self.support.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> CommandSchema:
+        """Raises ManifestInvalid when `data` is not a schema of this version."""
+        try:
+            axes = tuple(
+                Axis(a["name"], a["kind"], tuple(a["values"]), tuple(a.get("edges", ())))
+                for a in data["axes"]
+            )
+            schema = cls(axes, data.get("support", {}), int(data.get("min_support", 20)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestInvalid(f"command schema is malformed: {error!r}") from None
+        if [axis.name for axis in axes] != ["task", "words", "relevance"]:
+            raise ManifestInvalid("command schema must have the axes task, words, relevance")
+        for axis in axes:
+            if axis.kind == "bucket" and len(axis.edges) != len(axis.values) + 1:
+                raise ManifestInvalid(f"axis {axis.name}: edges do not fit the values")
+        return schema
+
+
+def clean_request(request: str) -> str:
+    """The request as the model sees it: stripped, white space folded.
+
+    Raises RequestNotText, EmptyRequest, ControlTokenInRequest.
+    """
+    if not isinstance(request, str):
+        raise RequestNotText(f"the request must be str, got {type(request).__name__}")
+    try:
+        request.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestNotText(
+            f"the request is not valid UTF-8 at character {error.start}",
+            "decode the bytes as UTF-8 before the call",
+        ) from None
+    if smuggled := _CONTROL.search(request):
+        raise ControlTokenInRequest(
+            f"the request holds the control token {smuggled[0]!r}",
+            "ask for an outcome with task, words and relevance instead",
+        )
+    cleaned = " ".join(request.split())
+    if not cleaned:
+        raise EmptyRequest("the request is empty", "say what the prompt should be about")
+    return cleaned

@@ -1,0 +1,230 @@
+"""Every error that edge_slm raises on purpose, one class per cause.
+
+    EdgeSlmError                    exit 1
+    ├── RequestError                exit 3   what the caller asked
+    │   ├── EmptyRequest, RequestNotText, RequestTooLong, ControlTokenInRequest
+    │   ├── UnknownTask, WordsOutOfRange, RelevanceOutOfRange
+    │   └── BadSetting
+    ├── BundleError                 exit 4   the model folder
+    │   ├── BundleNotFound, ManifestInvalid, ManifestAltered, SchemaVersionUnsupported
+    │   └── FileMissing, FileTruncated, FileAltered, FileUnlisted, SymlinkRefused, PathEscape
+    ├── EngineError                 exit 5   what runs the model
+    │   ├── EngineNotInstalled, VariantNotFound, NotSupportedByEngine
+    │   └── UsedAfterFork
+    ├── DependencyMissing           exit 5   an extra that is not installed
+    ├── CheckpointError             exit 6   what is converted (raised by the converters)
+    ├── GateRefused                 exit 7   a variant outside its fidelity budget
+    ├── DataError                   exit 8   training or batch data
+    └── TargetExists                exit 9   what would be overwritten
+
+`code` is stable: programs may match on it. `str(error)` is one line: what is
+wrong and where, then what to do about it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "BadSetting",
+    "BundleError",
+    "BundleNotFound",
+    "CheckpointError",
+    "ControlTokenInRequest",
+    "DataError",
+    "DependencyMissing",
+    "EdgeSlmError",
+    "EmptyRequest",
+    "EngineError",
+    "EngineNotInstalled",
+    "FileAltered",
+    "FileMissing",
+    "FileTruncated",
+    "FileUnlisted",
+    "GateRefused",
+    "ManifestAltered",
+    "ManifestInvalid",
+    "NotSupportedByEngine",
+    "PathEscape",
+    "RelevanceOutOfRange",
+    "RequestError",
+    "RequestNotText",
+    "RequestTooLong",
+    "SchemaVersionUnsupported",
+    "SymlinkRefused",
+    "TargetExists",
+    "UnknownTask",
+    "UsedAfterFork",
+    "VariantNotFound",
+    "WordsOutOfRange",
+]
+
+
+class EdgeSlmError(Exception):
+    """Base of all errors. `problem` says what and where, `hint` what to do."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        self.problem = problem
+        self.hint = hint
+        super().__init__(f"{problem} ({hint})" if hint else problem)
+
+
+class RequestError(EdgeSlmError):
+    """The request or its command cannot be honoured."""
+
+    code = "request"
+    exit_code = 3
+
+
+class EmptyRequest(RequestError):
+    code = "empty_request"
+
+
+class RequestNotText(RequestError):
+    """Not a `str`, or not valid UTF-8 (lone surrogates included)."""
+
+    code = "request_not_text"
+
+
+class RequestTooLong(RequestError):
+    code = "request_too_long"
+
+
+class ControlTokenInRequest(RequestError):
+    code = "control_token_in_request"
+
+
+class UnknownTask(RequestError):
+    code = "unknown_task"
+
+
+class WordsOutOfRange(RequestError):
+    code = "words_out_of_range"
+
+
+class RelevanceOutOfRange(RequestError):
+    code = "relevance_out_of_range"
+
+
+class BadSetting(RequestError):
+    """A generation setting (temperature, top_p, stop …) outside its range."""
+
+    code = "bad_setting"
+
+
+class BundleError(EdgeSlmError):
+    """The bundle is not what its manifest says; nothing of it was loaded."""
+
+    code = "bundle"
+    exit_code = 4
+
+
+class BundleNotFound(BundleError):
+    code = "bundle_not_found"
+
+
+class ManifestInvalid(BundleError):
+    code = "manifest_invalid"
+
+
+class ManifestAltered(BundleError):
+    """The manifest's own digest does not match its content."""
+
+    code = "manifest_altered"
+
+
+class SchemaVersionUnsupported(BundleError):
+    code = "schema_version_unsupported"
+
+
+class FileMissing(BundleError):
+    code = "file_missing"
+
+
+class FileTruncated(BundleError):
+    """The size differs from the manifest's."""
+
+    code = "file_truncated"
+
+
+class FileAltered(BundleError):
+    """The size is right, the sha256 is not."""
+
+    code = "file_altered"
+
+
+class FileUnlisted(BundleError):
+    code = "file_unlisted"
+
+
+class SymlinkRefused(BundleError):
+    code = "symlink_refused"
+
+
+class PathEscape(BundleError):
+    """A path in the manifest is absolute, holds `..`, or leaves the bundle."""
+
+    code = "path_escape"
+
+
+class EngineError(EdgeSlmError):
+    code = "engine"
+    exit_code = 5
+
+
+class EngineNotInstalled(EngineError):
+    code = "engine_not_installed"
+
+
+class VariantNotFound(EngineError):
+    """The bundle has no variant of that engine and precision."""
+
+    code = "variant_not_found"
+
+
+class NotSupportedByEngine(EngineError):
+    """The engine cannot honour a setting, and falling back would be a lie."""
+
+    code = "not_supported_by_engine"
+
+
+class UsedAfterFork(EngineError):
+    """Both engines hang in a forked child; use spawn, or load in the child."""
+
+    code = "used_after_fork"
+
+
+class DependencyMissing(EdgeSlmError):
+    code = "dependency_missing"
+    exit_code = 5
+
+
+class CheckpointError(EdgeSlmError):
+    """The checkpoint cannot be read or converted; says which part."""
+
+    code = "checkpoint"
+    exit_code = 6
+
+
+class GateRefused(EdgeSlmError):
+    """A converted variant is outside its fidelity budget."""
+
+    code = "gate_refused"
+    exit_code = 7
+
+
+class DataError(EdgeSlmError):
+    """Training or batch data cannot be used; says which file and line."""
+
+    code = "data"
+    exit_code = 8
+
+
+class TargetExists(EdgeSlmError):
+    """The place to write to is taken; nothing is ever overwritten."""
+
+    code = "target_exists"
+    exit_code = 9
