@@ -21,6 +21,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from edge_slm_runtime.errors import (
@@ -128,10 +129,7 @@ class Axis:
 def default_axes(tasks: Sequence[str]) -> tuple[Axis, ...]:
     """The axes of this project's models: task, words, relevance."""
     edges = WORD_EDGES
-    buckets = tuple(
-        f"{lo}" if hi - lo == 1 else f"{lo}-{hi - 1}"
-        for lo, hi in zip(edges, edges[1:], strict=False)
-    )
+    buckets = tuple(f"{lo}" if hi - lo == 1 else f"{lo}-{hi - 1}" for lo, hi in pairwise(edges))
     return (
         Axis("task", "category", tuple(tasks)),
         Axis("words", "bucket", buckets, edges),
@@ -181,9 +179,7 @@ class CommandSchema:
 
     def render(self, request: str, command: Command) -> str:
         """The prompt as text (for people and tests; the model gets `encode`)."""
-        return "".join(
-            [REQUEST, clean_request(request), *self.command_tokens(command), RESPONSE]
-        )
+        return "".join([REQUEST, clean_request(request), *self.command_tokens(command), RESPONSE])
 
     def encode(
         self, request: str, command: Command, encode_text: Callable[[str], list[int]]
@@ -212,7 +208,11 @@ class CommandSchema:
                 raise BadSetting(f"no {axis.name} token where one belongs")
             values[axis.name] = match[1]
             body = body[: match.start()]
-        return body.removeprefix(REQUEST), dict(reversed(values.items())), response.removesuffix(END)
+        return (
+            body.removeprefix(REQUEST),
+            dict(reversed(values.items())),
+            response.removesuffix(END),
+        )
 
     # -- validation -----------------------------------------------------------
 

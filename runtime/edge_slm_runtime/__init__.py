@@ -1,0 +1,30 @@
+"""edge_slm's runtime: a verified bundle in, commanded text out. No torch, no network."""
+
+import os
+
+# onnxruntime reports home by default (on Linux since 1.29). This must be said
+# before its import, and whatever imports it here imports this package first.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["ORT_TELEMETRY_DISABLED"] = "1"
+
+# ruff: noqa: E402
+from edge_slm_runtime.bundle import read_manifest, verify
+from edge_slm_runtime.command import Command, CommandSchema
+from edge_slm_runtime.errors import EdgeSlmError
+from edge_slm_runtime.generate import SLM, Generation, Request, Stats, Stream, load
+from edge_slm_runtime.length import tolerance
+
+__all__ = [
+    "SLM",
+    "Command",
+    "CommandSchema",
+    "EdgeSlmError",
+    "Generation",
+    "Request",
+    "Stats",
+    "Stream",
+    "load",
+    "read_manifest",
+    "tolerance",
+    "verify",
+]

@@ -1,0 +1,320 @@
+"""The bundle: a plain folder that is refused unless it is exactly what its manifest says.
+
+    manifest.json   model facts, command schema, variants, goldens, provenance, digests
+    tokenizer.json
+    onnx-int8/…, ctranslate2-int8/…   one folder per variant
+
+`verify` reads every byte before any native loader sees one: the engines load a
+flipped weight byte without a word, and their parsers are the attack surface.
+This module owns the format for readers and writers alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edge_slm_runtime.command import Command, CommandSchema
+from edge_slm_runtime.errors import (
+    BundleNotFound,
+    FileAltered,
+    FileMissing,
+    FileTruncated,
+    FileUnlisted,
+    ManifestAltered,
+    ManifestInvalid,
+    PathEscape,
+    SchemaVersionUnsupported,
+    SymlinkRefused,
+)
+from edge_slm_runtime.onnx_paths import external_locations
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+SCHEMA_VERSION = 1
+# The file each engine opens inside a variant's folder.
+MAIN_FILE = {"onnxruntime": "model.onnx", "ctranslate2": "model.bin"}
+
+_MANIFEST_LIMIT = 16 << 20  # bytes; a real one is some kilobytes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Shape of the model; `positions` is the context in tokens."""
+
+    architecture: str
+    layers: int
+    heads: int
+    width: int
+    vocab_size: int
+    positions: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One engine × precision of the model. Sizes in bytes; `fidelity` against fp32."""
+
+    name: str
+    engine: str
+    precision: str
+    path: str
+    bytes: int
+    weight_bytes_per_token: int
+    fidelity: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A request and the greedy token ids that each variant must give for it."""
+
+    request: str
+    command: Command
+    max_new_tokens: int
+    ids: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """manifest.json as data; `to_json` adds the digest, `from_json` checks it."""
+
+    name: str
+    model: ModelFacts
+    command: CommandSchema
+    variants: tuple[Variant, ...]
+    files: Mapping[str, FileEntry]
+    goldens: tuple[Golden, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return str(self.to_json()["digest"])
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "model": asdict(self.model),
+            "command": self.command.to_json(),
+            "variants": [asdict(variant) for variant in self.variants],
+            "goldens": [
+                {
+                    "request": golden.request,
+                    "command": golden.command.as_dict(),
+                    "max_new_tokens": golden.max_new_tokens,
+                    "ids": {name: list(ids) for name, ids in golden.ids.items()},
+                }
+                for golden in self.goldens
+            ],
+            "provenance": dict(self.provenance),
+            "files": {path: asdict(entry) for path, entry in sorted(self.files.items())},
+        }
+        data["digest"] = manifest_digest(data)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> Manifest:
+        """Checks version, digest, shape and paths, in that order.
+
+        Raises SchemaVersionUnsupported, ManifestAltered, ManifestInvalid, PathEscape.
+        """
+        if not isinstance(data, dict):
+            raise ManifestInvalid(f"{MANIFEST} must hold a JSON object")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise SchemaVersionUnsupported(
+                f"{MANIFEST} has schema_version {version!r}",
+                f"this edge-slm reads version {SCHEMA_VERSION}; update it, or convert again",
+            )
+        if data.get("digest") != manifest_digest(data):
+            raise ManifestAltered(f"{MANIFEST} does not match its digest", "get the bundle again")
+        try:
+            manifest = cls(
+                name=_typed(data["name"], str),
+                model=_record(ModelFacts, data["model"]),
+                command=CommandSchema.from_json(data["command"]),
+                variants=tuple(_record(Variant, item) for item in data["variants"]),
+                goldens=tuple(
+                    Golden(
+                        _typed(item["request"], str),
+                        Command(**item["command"]),
+                        _typed(item["max_new_tokens"], int),
+                        {n: tuple(_typed(i, int) for i in v) for n, v in item["ids"].items()},
+                    )
+                    for item in data["goldens"]
+                ),
+                provenance=_typed(data["provenance"], dict),
+                files={p: _record(FileEntry, e) for p, e in data["files"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ManifestInvalid(f"{MANIFEST} is malformed: {error!r}") from None
+        _check_paths(manifest)
+        return manifest
+
+
+def manifest_digest(data: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of a manifest without its `digest`."""
+    body = {key: value for key, value in data.items() if key != "digest"}
+    try:
+        text = json.dumps(
+            body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"{MANIFEST} has no canonical form: {error}") from None
+
+
+def file_entry(path: Path) -> FileEntry:
+    """sha256 and size of a file, read in chunks."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(digest.hexdigest(), size)
+
+
+def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
+    """Reads and checks manifest.json alone; looks at no other file.
+
+    Raises BundleNotFound, SymlinkRefused and what `Manifest.from_json` raises.
+    """
+    root = Path(bundle)
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise BundleNotFound(f"no bundle folder at {root}", "give the folder with manifest.json")
+    if path.is_symlink():
+        raise SymlinkRefused(f"{MANIFEST} is a symlink")
+    if not path.is_file():
+        raise BundleNotFound(f"{root} has no {MANIFEST}", "give the folder with manifest.json")
+    if path.stat().st_size > _MANIFEST_LIMIT:
+        raise ManifestInvalid(f"{MANIFEST} is larger than {_MANIFEST_LIMIT >> 20} MiB")
+    try:
+        data = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"{MANIFEST} is not JSON: {error}") from None
+    return Manifest.from_json(data)
+
+
+def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
+    """Checks the whole folder against its manifest and returns the manifest.
+
+    With `hashes=False` all but the sha256 sums is checked (names, kinds, sizes,
+    where ONNX weights point), which is quick and finds accidents, not attacks.
+
+    Raises what `read_manifest` raises, SymlinkRefused, FileUnlisted,
+    FileMissing, FileTruncated, FileAltered, PathEscape.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    sizes = dict(_regular_files(root))
+    for path in sizes:
+        if path != MANIFEST and path not in manifest.files:
+            raise FileUnlisted(f"{path} is not in the manifest", "remove it")
+    for path, entry in manifest.files.items():
+        if path not in sizes:
+            raise FileMissing(f"{path} is missing", "get the bundle again")
+        if sizes[path] != entry.size:
+            raise FileTruncated(
+                f"{path} has {sizes[path]} bytes, not {entry.size}", "get the bundle again"
+            )
+        if hashes and file_entry(root / path) != entry:
+            raise FileAltered(f"{path} is not the file that was listed", "get the bundle again")
+    for path in manifest.files:
+        if path.endswith(".onnx"):
+            _check_external_data(root, path, manifest)
+    return manifest
+
+
+def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
+    """(posix path, size) of every file; a symlink or special file is refused."""
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            info = entry.stat(follow_symlinks=False)
+            if stat.S_ISLNK(info.st_mode):
+                raise SymlinkRefused(f"{path} is a symlink", "a bundle holds plain files only")
+            if stat.S_ISDIR(info.st_mode):
+                yield from _regular_files(root, path)
+            elif stat.S_ISREG(info.st_mode):
+                yield path, info.st_size
+            else:
+                raise FileUnlisted(f"{path} is not a plain file", "remove it")
+
+
+def _check_external_data(root: Path, path: str, manifest: Manifest) -> None:
+    """ONNX weights may lie in another file; it must be a listed one.
+
+    onnxruntime before 1.24 follows any path. A listed file is inside the
+    bundle, of known content, and no symlink: that is the whole promise.
+    """
+    try:
+        locations = external_locations((root / path).read_bytes())
+    except ValueError as error:
+        raise ManifestInvalid(f"{path} is not an ONNX model: {error}") from None
+    for location in locations:
+        _plain_path(location, f"{path} keeps weights at")
+        if str(PurePosixPath(path).parent / location) not in manifest.files:
+            raise FileMissing(f"{path} keeps weights at {location!r}, which is not in the manifest")
+
+
+def _check_paths(manifest: Manifest) -> None:
+    for path in manifest.files:
+        _plain_path(path, f"{MANIFEST} lists")
+    if MANIFEST in manifest.files:
+        raise ManifestInvalid(f"{MANIFEST} lists itself")
+    names = [variant.name for variant in manifest.variants]
+    if len(set(names)) != len(names):
+        raise ManifestInvalid(f"{MANIFEST} names a variant twice")
+    needed = [TOKENIZER]
+    for variant in manifest.variants:
+        _plain_path(variant.path, f"variant {variant.name} is at")
+        if variant.engine not in MAIN_FILE:
+            raise ManifestInvalid(f"variant {variant.name} is for engine {variant.engine!r}")
+        needed.append(f"{variant.path}/{MAIN_FILE[variant.engine]}")
+    for path in needed:
+        if path not in manifest.files:
+            raise FileMissing(f"{path} is not in the manifest", "convert again")
+
+
+def _plain_path(path: str, what: str) -> None:
+    """A relative posix path that stays where it is, on every platform."""
+    bad = (
+        not path
+        or "\\" in path
+        or ":" in path  # drives and NTFS streams
+        or any(ord(char) < 32 for char in path)
+        or any(part in ("", ".", "..") for part in path.split("/"))
+    )
+    if bad:
+        raise PathEscape(f"{what} {path!r}", "only plain paths inside the bundle are allowed")
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+_KINDS: dict[str, type] = {"str": str, "int": int}
+
+
+def _record(cls: type, data: Any) -> Any:
+    """A flat dataclass from a JSON object with exactly its fields."""
+    record = cls(**_typed(data, dict))
+    for item in fields(cls):
+        if kind := _KINDS.get(str(item.type)):
+            _typed(getattr(record, item.name), kind)
+    return record

@@ -1,0 +1,129 @@
+"""One answer being written: chooses ids, keeps the promises, says what may be shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from edge_slm_runtime.command import Command, count_words
+from edge_slm_runtime.length import LengthKeeper
+from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
+from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
+
+FinishReason = Literal["stop", "length", "stop_sequence", "max_tokens", "context"]
+END_ID = 0  # `CommandSchema.special_tokens` begins with it
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked request: what the model is given and what is to be kept.
+
+    budget: tokens that may be generated; `limit` is the finish reason when they
+    are used up. `words` is None unless the length is to be kept.
+    """
+
+    request: str
+    asked: Command
+    commanded: Command
+    warnings: tuple[str, ...]
+    prompt: tuple[int, ...]
+    budget: int
+    limit: Literal["max_tokens", "context"]
+    words: int | None
+    stop: tuple[str, ...]
+    sampling: Sampling
+
+
+class Step(NamedTuple):
+    """What one token did to a draft: the text that became sure, and whether it was the last."""
+
+    draft: Draft
+    text: str
+    done: bool
+
+
+class Draft:
+    """Turns the tokens of one answer into text, one `accept` per token.
+
+    An engine that steps itself asks `choose`; one that runs its own loop asks
+    `may_end` and feeds `accept`.
+    """
+
+    def __init__(self, plan: Plan, codec: TextCodec, started: float) -> None:
+        """`started`: perf_counter() at submission, before tokenising."""
+        self.plan = plan
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish: FinishReason | None = None
+        self.started = self.first = self.last = started
+        self._codec = codec
+        self._detokenizer = Detokenizer(codec)
+        self._stops = StopMatcher(plan.stop)
+        self._keeper = LengthKeeper(plan.words) if plan.words else None
+        self._sampler = Sampler(plan.sampling, plan.prompt)
+        self._shown = 0
+
+    @property
+    def seed(self) -> int | None:
+        return self._sampler.seed
+
+    @property
+    def words(self) -> int:
+        return count_words(self.text)
+
+    def may_end(self) -> bool:
+        return self._keeper is None or self._keeper.may_end(self.text)
+
+    def banned(self, vocab_size: int) -> list[int]:
+        """Ids that are never an answer: control tokens and the padding of the embedding."""
+        return [*range(END_ID + 1, self._codec.controls), *range(self._codec.size, vocab_size)]
+
+    def choose(self, logits: Logits) -> int:
+        """The next token from `logits` [V], which it changes."""
+        logits[self.banned(logits.size)] = -np.inf
+        if self._keeper:
+            if self.may_end():
+                self._keeper.note(self.text, log_probability(logits, END_ID))
+            else:
+                logits[END_ID] = -np.inf
+        return self._sampler.pick(logits)
+
+    def accept(self, token: int) -> Step:
+        """Takes one token; after a `done` step no more may come."""
+        self.last = perf_counter()
+        if token == END_ID:
+            self.finish = "stop"
+        else:
+            if not self.ids:
+                self.first = self.last
+            self.ids.append(token)
+            piece = self._detokenizer.push(token)
+            self._grow(piece if self.text else piece.lstrip())
+        if self.finish:
+            self.text = self.text.rstrip()
+        end = len(self.text) if self.finish else self._sure()
+        shown, self._shown = self._shown, max(end, self._shown)
+        return Step(self, self.text[shown : self._shown], self.finish is not None)
+
+    def _grow(self, piece: str) -> None:
+        self.text += piece
+        stop = self._stops.find(self.text, len(piece))
+        if stop is not None:
+            self.text, self.finish = self.text[:stop], "stop_sequence"
+        elif self._keeper and self._keeper.is_full(self.text):
+            self.text, self.finish = self._keeper.cut(self.text), "length"
+        elif len(self.ids) >= self.plan.budget:
+            self.finish = self.plan.limit
+            if self._keeper:
+                self.text = self._keeper.cut(self.text, finished=False)
+
+    def _sure(self) -> int:
+        """Characters that will not be taken back: not the white space at the end,
+        not what may become a stop sequence, not what a cut may remove."""
+        sure = len(self.text) - self._stops.held(self.text)
+        if self._keeper:
+            sure = min(sure, self._keeper.sure(self.text))
+        return len(self.text[:sure].rstrip())

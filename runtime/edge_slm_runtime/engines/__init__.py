@@ -1,0 +1,61 @@
+"""Engines: token sources behind one protocol, imported only when they are used."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from edge_slm_runtime.bundle import Manifest, Variant
+from edge_slm_runtime.engines.base import Engine
+from edge_slm_runtime.errors import BadSetting, EngineNotInstalled, VariantNotFound
+
+ENGINES = ("onnxruntime", "ctranslate2")
+PRECISIONS = ("int8", "int4", "fp32")  # in the order that "auto" tries them
+
+_INSTALL = {
+    "onnxruntime": "pip install edge-slm",
+    "ctranslate2": "pip install 'edge-slm[ctranslate2]'",
+}
+
+
+def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
+    """The variant that the caller means; "auto" takes the first installed and present.
+
+    Raises BadSetting, VariantNotFound, EngineNotInstalled.
+    """
+    engines = _choices("engine", engine, ENGINES)
+    precisions = _choices("precision", precision, PRECISIONS)
+    fitting = sorted(
+        (v for v in manifest.variants if v.engine in engines and v.precision in precisions),
+        key=lambda v: (engines.index(v.engine), precisions.index(v.precision)),
+    )
+    if not fitting:
+        has = ", ".join(f"{v.engine} {v.precision}" for v in manifest.variants) or "none"
+        raise VariantNotFound(
+            f"{manifest.name} has no variant for engine {engine}, precision {precision}",
+            f"it has: {has}",
+        )
+    for variant in fitting:
+        if importlib.util.find_spec(variant.engine):
+            return variant
+    missing = fitting[0].engine
+    raise EngineNotInstalled(f"{missing} is not installed", _INSTALL[missing])
+
+
+def open_engine(folder: Path, manifest: Manifest, variant: Variant, threads: int) -> Engine:
+    """Loads a variant from its folder. Raises EngineError when the engine refuses it."""
+    if variant.engine == "onnxruntime":
+        from edge_slm_runtime.engines.onnx import OnnxEngine
+
+        return OnnxEngine(folder, manifest.model.positions, threads)
+    from edge_slm_runtime.engines.ct2 import CTranslate2Engine
+
+    return CTranslate2Engine(folder, variant.precision, threads)
+
+
+def _choices(what: str, asked: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    if asked == "auto":
+        return known
+    if asked not in known:
+        raise BadSetting(f"{what} is {asked!r}", f"allowed: auto, {', '.join(known)}")
+    return (asked,)

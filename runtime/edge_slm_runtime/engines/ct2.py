@@ -1,0 +1,139 @@
+"""CTranslate2: runs its own loop; we listen, stop it, and start it again.
+
+What it cannot do is declared: it has no per-request seed (its generator is
+seeded once per thread), so sampling with a seed is refused. What falls back:
+
+- end-of-text below the minimum length: the run is ended and started again from
+  prompt + answer with end-of-text suppressed for one token (costs a prefill);
+- the probability of end-of-text is not reported, so a cut at the maximum goes
+  by punctuation and nearness alone;
+- a batch runs one request after the other: its ragged batches leak prompt tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from edge_slm_runtime.draft import END_ID, Draft, Step
+from edge_slm_runtime.engines.base import Guard, first_line
+from edge_slm_runtime.errors import EngineError, NotSupportedByEngine
+from edge_slm_runtime.sampling import Sampling
+
+_COMPUTE_TYPE = {"int8": "int8", "fp32": "float32"}
+_POLL = 0.05  # seconds between looks for a native error while no token comes
+
+
+class CTranslate2Engine:
+    """Honours constraints and settings, but not the seed."""
+
+    name = "ctranslate2"
+
+    def __init__(self, folder: Path, precision: str, threads: int) -> None:
+        """Raises EngineError when ctranslate2 refuses the model."""
+        import ctranslate2
+
+        try:
+            self._generator = ctranslate2.Generator(
+                str(folder),
+                device="cpu",
+                compute_type=_COMPUTE_TYPE[precision],
+                inter_threads=1,
+                intra_threads=threads,
+            )
+            self._tokens: list[str] = json.loads((folder / "vocabulary.json").read_text("utf-8"))
+        except Exception as error:  # ctranslate2 raises bare RuntimeError
+            raise EngineError(
+                f"ctranslate2 cannot load {folder.name}: {first_line(error)}"
+            ) from None
+        if len(set(self._tokens)) != len(self._tokens):
+            # It looks tokens up by name and would silently take another id.
+            raise EngineError(f"{folder.name}/vocabulary.json names a token twice")
+        self.threads = threads
+        self._guard = Guard()
+
+    def check(self, sampling: Sampling) -> None:
+        self._guard.check()
+        if sampling.seed is not None and not sampling.greedy:
+            raise NotSupportedByEngine(
+                "ctranslate2 has no per-request seed",
+                "leave the seed out, use temperature 0, or load engine onnxruntime",
+            )
+
+    def decode(self, drafts: Iterable[Draft], batch_size: int) -> Iterator[Step]:
+        self._guard.check()
+        for draft in drafts:
+            while not draft.finish:
+                self._guard.check()
+                yield from self._run(draft)
+
+    def close(self) -> None:
+        self._guard.close()
+        self._generator = None
+
+    def _run(self, draft: Draft) -> Iterator[Step]:
+        """One native run: until the draft is finished or wants to end too early."""
+        steps: SimpleQueue[Step | None] = SimpleQueue()
+        fed = [*draft.plan.prompt, *draft.ids]
+        # Only tokens inside its own result get its repetition penalty; so the
+        # prompt is put there when it matters (then it is read token by token).
+        replayed = len(fed) - 1 if draft.plan.sampling.repetition_penalty != 1 else 0
+        abandoned = False
+
+        def on_token(result: Any) -> bool:
+            if abandoned:
+                return True
+            if result.step < replayed:
+                return False
+            if result.token_id == END_ID and not draft.may_end():
+                steps.put(None)
+                return True
+            step = draft.accept(result.token_id)
+            steps.put(step)
+            return step.done
+
+        (run,) = self._generator.generate_batch(
+            [[self._tokens[i] for i in fed]],
+            asynchronous=True,
+            callback=on_token,
+            max_length=replayed + draft.plan.budget - len(draft.ids),
+            min_length=replayed + 1 if not draft.may_end() else 0,
+            include_prompt_in_result=replayed > 0,
+            suppress_sequences=[[self._tokens[i]] for i in draft.banned(len(self._tokens))],
+            **_sampling_options(draft.plan.sampling),
+        )
+        try:
+            while not run.done() or not steps.empty():
+                with suppress(Empty):
+                    step = steps.get(timeout=_POLL)
+                    if step is None:
+                        break
+                    yield step
+                    if step.done:
+                        break
+        finally:
+            abandoned = True
+            self._settle(run)
+
+    def _settle(self, run: Any) -> None:
+        """Waits for the native loop to let go of the callback."""
+        try:
+            run.result()
+        except Exception as error:
+            raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+
+
+def _sampling_options(sampling: Sampling) -> dict[str, float]:
+    options: dict[str, float] = {"repetition_penalty": sampling.repetition_penalty}
+    if sampling.greedy:
+        return {**options, "sampling_topk": 1}
+    return {
+        **options,
+        "sampling_topk": sampling.top_k,
+        "sampling_topp": sampling.top_p,
+        "sampling_temperature": sampling.temperature,
+    }

@@ -1,0 +1,395 @@
+"""The SDK's one object: a loaded bundle that answers requests."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Literal
+
+from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
+from edge_slm_runtime.bundle import verify as verify_bundle
+from edge_slm_runtime.command import Command, CommandSchema, count_words
+from edge_slm_runtime.draft import Draft, FinishReason, Plan, Step
+from edge_slm_runtime.engines import open_engine, pick_variant
+from edge_slm_runtime.engines.base import Engine
+from edge_slm_runtime.errors import BadSetting, RequestTooLong
+from edge_slm_runtime.length import tolerance
+from edge_slm_runtime.memory import default_threads, peak_rss_mb
+from edge_slm_runtime.sampling import Sampling
+from edge_slm_runtime.text import TextCodec
+
+_LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
+_TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked, and how it is to be written.
+
+    request: the text to expand. task, words, relevance: the command; None
+    leaves it to the model. temperature … seed: see `Sampling`. stop: the text
+    ends before the first of these. max_new_tokens: None is what the context
+    holds. keep_length: keep the length promise (see `length`).
+    """
+
+    request: str
+    task: str | None = None
+    words: int | None = None
+    relevance: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    max_new_tokens: int | None = None
+    keep_length: bool = True
+
+    @property
+    def command(self) -> Command:
+        return Command(self.task, self.words, self.relevance)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Timings in milliseconds, memory in MiB.
+
+    ttft_ms: submission → first token, tokenising included. tpot_ms: mean time
+    of each later token, (last − first) / (new_tokens − 1); None below 2 tokens.
+    new_tokens: without end-of-text. peak_rss_mb: of this process so far.
+    """
+
+    engine: str
+    precision: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float
+    tpot_ms: float | None
+    tokens_per_second: float
+    total_ms: float
+    peak_rss_mb: float
+    load_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An answer, and the truth about it.
+
+    asked is what the caller wanted, commanded what the model was told.
+    finish_reason: `stop` the model ended; `length` cut at the maximum of the
+    length promise; `stop_sequence`; `max_tokens`; `context` the context is full.
+    in_tolerance: words against the *asked* words, None when none were asked.
+    seed: reproduces a sampled answer; None when it was greedy, or when the
+    engine has no seed. token_ids: all that the model generated, without
+    end-of-text; a cut text has fewer.
+    """
+
+    text: str
+    words: int
+    request: str
+    asked: Command
+    commanded: Command
+    finish_reason: FinishReason
+    in_tolerance: bool | None
+    seed: int | None
+    token_ids: tuple[int, ...]
+    warnings: tuple[str, ...]
+    stats: Stats
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        data = asdict(self)
+        data["token_ids"] = list(self.token_ids)
+        data["warnings"] = list(self.warnings)
+        return data
+
+
+class Stream(Iterator[str]):
+    """Yields text as it becomes sure; `result` is the Generation afterwards.
+
+    The pieces joined are exactly `result.text`.
+    """
+
+    def __init__(self, slm: SLM, steps: Iterator[Step]) -> None:
+        self._slm = slm
+        self._steps = steps
+        self._result: Generation | None = None
+
+    def __next__(self) -> str:
+        for step in self._steps:
+            if step.done:
+                self._result = self._slm._result_of(step.draft)
+            if step.text:
+                return step.text
+        raise StopIteration
+
+    @property
+    def result(self) -> Generation:
+        if self._result is None:
+            raise RuntimeError("the stream has a result once it was read to its end")
+        return self._result
+
+    def close(self) -> None:
+        """Abandons the answer; the engine stops working on it."""
+        if hasattr(self._steps, "close"):
+            self._steps.close()
+
+
+class SLM:
+    """A loaded bundle; made by `load`. Its calls may come from several threads."""
+
+    def __init__(
+        self, manifest: Manifest, variant: Variant, codec: TextCodec, engine: Engine, load_ms: float
+    ) -> None:
+        self.manifest = manifest
+        self.variant = variant
+        self._codec = codec
+        self._engine = engine
+        self._load_ms = load_ms
+
+    @property
+    def schema(self) -> CommandSchema:
+        return self.manifest.command
+
+    @property
+    def threads(self) -> int:
+        return self._engine.threads
+
+    def generate(
+        self,
+        request: str,
+        *,
+        task: str | None = None,
+        words: int | None = None,
+        relevance: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: tuple[str, ...] | list[str] | str = (),
+        max_new_tokens: int | None = None,
+        keep_length: bool = True,
+    ) -> Generation:
+        """Answers one request; the settings are those of `Request`.
+
+        Raises a RequestError (EmptyRequest, RequestNotText, RequestTooLong,
+        ControlTokenInRequest, UnknownTask, WordsOutOfRange,
+        RelevanceOutOfRange, BadSetting) before anything is computed,
+        NotSupportedByEngine, UsedAfterFork.
+        """
+        asked = Request(
+            request,
+            task,
+            words,
+            relevance,
+            temperature,
+            top_k,
+            top_p,
+            repetition_penalty,
+            seed,
+            stop,
+            max_new_tokens,
+            keep_length,
+        )
+        return next(self.generate_batch([asked], batch_size=1))
+
+    def stream(
+        self,
+        request: str,
+        *,
+        task: str | None = None,
+        words: int | None = None,
+        relevance: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: tuple[str, ...] | list[str] | str = (),
+        max_new_tokens: int | None = None,
+        keep_length: bool = True,
+    ) -> Stream:
+        """`generate`, piece by piece: never a broken character, never part of a
+        stop sequence, never a word that the length promise may take back."""
+        asked = Request(
+            request,
+            task,
+            words,
+            relevance,
+            temperature,
+            top_k,
+            top_p,
+            repetition_penalty,
+            seed,
+            stop,
+            max_new_tokens,
+            keep_length,
+        )
+        return Stream(self, self._engine.decode([self._draft(asked)], 1))
+
+    def generate_batch(
+        self, requests: Iterable[Request], batch_size: int = 8
+    ) -> Iterator[Generation]:
+        """Answers in input order, each equal to what it would be alone.
+
+        Requests are drawn as places get free, so `requests` may be endless.
+        A bad request raises when it is drawn and ends the batch: where that
+        must not happen, `check` each one first.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise BadSetting(f"batch_size is {batch_size!r}", "allowed: 1 or more, whole")
+        return self._batch(requests, batch_size)
+
+    def check(self, request: Request) -> Plan:
+        """Everything that can be wrong with a request, found before it is run.
+
+        Raises as `generate`. The Plan says what the model would be given.
+        """
+        command = self.schema.check(request.command)
+        sampling = Sampling(
+            request.temperature,
+            request.top_k,
+            request.top_p,
+            request.repetition_penalty,
+            request.seed,
+        )
+        self._engine.check(sampling)
+        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise BadSetting(f"stop is {request.stop!r}", "allowed: texts that are not empty")
+        prompt = self.schema.encode(request.request, command.commanded, self._codec.encode)
+        words = command.commanded.words if request.keep_length else None
+        budget, limit = self._budget(len(prompt), request.max_new_tokens, command.commanded.words)
+        return Plan(
+            request=request.request,
+            asked=command.asked,
+            commanded=command.commanded,
+            warnings=command.warnings,
+            prompt=tuple(prompt),
+            budget=budget,
+            limit=limit,
+            words=words,
+            stop=stop,
+            sampling=sampling,
+        )
+
+    def close(self) -> None:
+        """Frees the model; a later call raises EngineError."""
+        self._engine.close()
+
+    def __enter__(self) -> SLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _draft(self, request: Request) -> Draft:
+        started = perf_counter()
+        return Draft(self.check(request), self._codec, started)
+
+    def _batch(self, requests: Iterable[Request], batch_size: int) -> Iterator[Generation]:
+        order: deque[Draft] = deque()
+
+        def drawn() -> Iterator[Draft]:
+            for request in requests:
+                order.append(self._draft(request))
+                yield order[-1]
+
+        for step in self._engine.decode(drawn(), batch_size):
+            while step.done and order and order[0].finish:
+                yield self._result_of(order.popleft())
+
+    def _budget(
+        self, prompt: int, asked: int | None, words: int | None
+    ) -> tuple[int, Literal["max_tokens", "context"]]:
+        """Tokens that may be generated, and what ends the answer when they are used up."""
+        positions = self.manifest.model.positions
+        room = positions - prompt
+        if asked is None:
+            need = _LEAST_ROOM if words is None else round(tolerance(words)[1] * _TOKENS_PER_WORD)
+            what = f"about {need} for the answer"
+        elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
+            need, what = asked, f"max_new_tokens {asked}"
+        else:
+            raise BadSetting(f"max_new_tokens is {asked!r}", "allowed: 1 or more, whole")
+        if need > room:
+            raise RequestTooLong(
+                f"the prompt has {prompt} tokens; with {what} "
+                f"that is more than the model's {positions} positions",
+                "shorten the request, or ask for fewer words or tokens",
+            )
+        return (room, "context") if asked is None else (asked, "max_tokens")
+
+    def _result_of(self, draft: Draft) -> Generation:
+        total = perf_counter() - draft.started
+        plan, count = draft.plan, len(draft.ids)
+        words = count_words(draft.text)
+        low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
+        seed = draft.seed if self.variant.engine == "onnxruntime" else plan.sampling.seed
+        stats = Stats(
+            engine=self.variant.engine,
+            precision=self.variant.precision,
+            threads=self._engine.threads,
+            prompt_tokens=len(plan.prompt),
+            new_tokens=count,
+            ttft_ms=(draft.first - draft.started) * 1e3,
+            tpot_ms=(draft.last - draft.first) * 1e3 / (count - 1) if count > 1 else None,
+            tokens_per_second=count / total,
+            total_ms=total * 1e3,
+            peak_rss_mb=peak_rss_mb(),
+            load_ms=self._load_ms,
+        )
+        return Generation(
+            text=draft.text,
+            words=words,
+            request=plan.request,
+            asked=plan.asked,
+            commanded=plan.commanded,
+            finish_reason=draft.finish or plan.limit,
+            in_tolerance=low <= words <= high if plan.asked.words else None,
+            seed=seed,
+            token_ids=tuple(draft.ids),
+            warnings=plan.warnings,
+            stats=stats,
+        )
+
+
+def load(
+    path: str | os.PathLike[str],
+    engine: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    verify: bool = True,
+) -> SLM:
+    """Verifies a bundle and loads one of its variants.
+
+    engine: "onnxruntime", "ctranslate2" or "auto" (the first installed).
+    precision: "int8", "int4", "fp32" or "auto" (the first present). threads:
+    None is the cores that this process may use, at most 8. verify=False leaves
+    out the sha256 sums, which read every byte; only for a folder that was
+    verified before and that nobody else can write.
+
+    Raises a BundleError (see `bundle.verify`), VariantNotFound,
+    EngineNotInstalled, EngineError, BadSetting.
+    """
+    started = perf_counter()
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise BadSetting(f"threads is {threads!r}", "allowed: 1 or more, whole")
+    root = Path(path)
+    manifest = verify_bundle(root, hashes=verify)
+    variant = pick_variant(manifest, engine, precision)
+    codec = TextCodec(root / TOKENIZER, manifest.command)
+    loaded = open_engine(root / variant.path, manifest, variant, threads or default_threads())
+    return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3)

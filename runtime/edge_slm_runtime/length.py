@@ -1,0 +1,103 @@
+"""The length promise: `min ≤ words ≤ max`, kept by the decoder, not hoped for.
+
+The command steers the model; this keeps the promise. End-of-text is held back
+below the minimum. Inside the window the model may end. When it would run past
+the maximum, the text is cut at the best word boundary of the window. All
+decisions look at the decoded text and count as `count_words` does, so they hold
+for any tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from edge_slm_runtime.command import count_words
+
+# `\S+` finds exactly the words of str.split: both follow str.isspace.
+_WORD = re.compile(r"\S+")
+_CLOSERS = "\"'”’»)]}"
+_SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
+_CLAUSE_ENDS = (",", ";", ":", "–", "—", "，", "、", "；", "：")
+_LOOSE = "".join((*_CLAUSE_ENDS, "-", " "))
+# A text that ends in one of these reads as torn off.
+_DANGLING = frozenset(
+    re.findall(
+        r"\w+",
+        "a an the and or but nor of in on at by to for from with without into onto over under "
+        "near behind beside between through as than that which who whose while where when "
+        "is are was were be its his her their this these those very",
+    )
+)
+
+
+def tolerance(words: int) -> tuple[int, int]:
+    """(min, max) words that count as `words`: ±10% or ±2, whichever is wider; min ≥ 1."""
+    slack = max(2, math.floor(words * 0.1))
+    return max(1, words - slack), words + slack
+
+
+class LengthKeeper:
+    """Keeps one answer inside `tolerance(words)`."""
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+        self.min, self.max = tolerance(words)
+        self._end_log_prob: dict[int, float] = {}
+
+    def may_end(self, text: str) -> bool:
+        return count_words(text) >= self.min
+
+    def note(self, text: str, end_log_prob: float) -> None:
+        """Remembers how much the model wanted to end here (read by `cut`)."""
+        at = len(text.rstrip())
+        self._end_log_prob[at] = max(end_log_prob, self._end_log_prob.get(at, -math.inf))
+
+    def is_full(self, text: str) -> bool:
+        """True when the next word would be, or already is, one too many."""
+        words = count_words(text)
+        return words > self.max or (words == self.max and text[-1].isspace())
+
+    def sure(self, text: str) -> int:
+        """How many characters no later `cut` can take back.
+
+        A cut keeps at least `min` words and trims punctuation of the last one,
+        so the words before number `min` are safe.
+        """
+        for number, word in enumerate(_WORD.finditer(text), 1):
+            if number == self.min:
+                return word.start()
+        return len(text)
+
+    def cut(self, text: str, *, finished: bool = True) -> str:
+        """The text up to the best word boundary of the window.
+
+        Best: after a sentence, else after a clause, else anywhere but behind a
+        dangling word; then where the model gave end-of-text the highest
+        probability; then nearest to the asked count. `finished=False` says that
+        the last word may be torn: it is left out where the window allows.
+        """
+        best: tuple[tuple[int, float, int], str] | None = None
+        found = list(_WORD.finditer(text))
+        if not finished and len(found) > self.min and not text[-1].isspace():
+            found.pop()
+        for number, word in enumerate(found[: self.max], 1):
+            if number < self.min:
+                continue
+            kept = text[: word.end()]
+            likely = self._end_log_prob.get(word.end(), -math.inf)
+            rank = (_ending(kept), likely, -abs(number - self.words))
+            if best is None or rank > best[0]:
+                trimmed = kept.rstrip(_LOOSE)
+                best = rank, trimmed if count_words(trimmed) >= self.min else kept
+        return best[1] if best else text
+
+
+def _ending(text: str) -> int:
+    """3 after a sentence, 2 after a clause, 1 anywhere else, 0 behind a dangling word."""
+    bare = text.rstrip(_CLOSERS)
+    if bare.endswith(_SENTENCE_ENDS):
+        return 3
+    if bare.endswith(_CLAUSE_ENDS):
+        return 2
+    return 0 if text.rsplit(maxsplit=1)[-1].lower() in _DANGLING else 1

@@ -1,0 +1,118 @@
+"""Choosing the next token from logits, in numpy.
+
+Order and meaning follow transformers' LogitsProcessors: repetition penalty,
+temperature, top-k, top-p, then one draw.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_slm_runtime.errors import BadSetting
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Raises BadSetting for a value out of range.
+
+    temperature: 0 is greedy; else logits are divided by it. top_k: keep the k
+    most likely (0: all). top_p: keep the smallest set of at least this
+    probability (nucleus sampling, arXiv 1904.09751). repetition_penalty: logits
+    of tokens already in prompt or answer are divided (positive) or multiplied
+    (negative) by it (CTRL, arXiv 1909.05858). seed: the same seed gives the
+    same answer; None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0 <= _number(self.temperature) <= 100, "0 … 100")
+        _in_range("top_k", self.top_k, _is_count(self.top_k), "0 or more, whole")
+        _in_range("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0, at most 1")
+        penalty = _number(self.repetition_penalty)
+        _in_range("repetition_penalty", self.repetition_penalty, 0 < penalty <= 100, "0 … 100")
+        seed_ok = self.seed is None or (_is_count(self.seed) and self.seed < 1 << 64)
+        _in_range("seed", self.seed, seed_ok, "0 … 2**64 - 1, whole")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class Sampler:
+    """Draws the tokens of one answer. `seed` is what reproduces it (None when greedy)."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self._sampling = sampling
+        self.seed = sampling.seed
+        if self.seed is None and not sampling.greedy:
+            self.seed = secrets.randbits(53)  # survives a trip through JSON numbers
+        self._random = np.random.Generator(np.random.PCG64(self.seed or 0))
+        self._seen = set(prompt)
+
+    def pick(self, logits: Logits) -> int:
+        """The next token of `logits` [V]; masked entries are -inf. Changes `logits`."""
+        if self._sampling.repetition_penalty != 1:
+            penalise(logits, self._seen, self._sampling.repetition_penalty)
+        if self._sampling.greedy:
+            token = int(logits.argmax())
+        else:
+            steps = np.cumsum(probabilities(logits, self._sampling))
+            token = int(np.searchsorted(steps, self._random.random() * steps[-1], side="right"))
+        self._seen.add(token)
+        return token
+
+
+def penalise(logits: Logits, seen: set[int], penalty: float) -> None:
+    """The CTRL repetition penalty, in place."""
+    ids = [token for token in seen if token < logits.size]
+    scores = logits[ids]
+    logits[ids] = np.where(scores > 0, scores / penalty, scores * penalty)
+
+
+def probabilities(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
+    """What tokens [V] are drawn with, after temperature, top-k and top-p."""
+    scores = logits.astype(np.float64) / sampling.temperature
+    if 0 < sampling.top_k < scores.size:
+        scores[scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]] = -np.inf
+    chances: NDArray[np.float64] = np.exp(scores - scores.max())
+    chances /= chances.sum()
+    if sampling.top_p < 1:
+        rising = np.argsort(chances, kind="stable")
+        tail = np.cumsum(chances[rising]) <= 1 - sampling.top_p
+        tail[-1] = False  # the most likely token always stays
+        chances[rising[tail]] = 0
+        chances /= chances.sum()
+    return chances
+
+
+def log_probability(logits: Logits, token: int) -> float:
+    """Natural log of the softmax of `logits` [V] at `token`."""
+    top = float(logits.max())
+    return float(logits[token]) - top - math.log(float(np.exp(logits - top).sum()))
+
+
+def _number(value: object) -> float:
+    """`value` as float; NaN (outside every range) when it is no number."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _in_range(name: str, value: object, good: bool, allowed: str) -> None:
+    if not good:
+        raise BadSetting(f"{name} is {value!r}", f"allowed: {allowed}")
