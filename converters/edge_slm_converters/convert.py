@@ -1,0 +1,146 @@
+"""A checkpoint in, a bundle out: write the variants, measure them, ship or refuse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
+from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.text import TextCodec
+
+from edge_slm_converters import gate
+from edge_slm_converters.bundle_writer import BundleWriter
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
+from edge_slm_converters.ct2 import write_ctranslate2
+from edge_slm_converters.files import written_aside
+from edge_slm_converters.gate import Example
+from edge_slm_converters.goldens import goldens, own_answers
+from edge_slm_converters.graph import write_graph
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a variant's name stands for."""
+
+    engine: str
+    precision: str
+
+
+VARIANTS: Mapping[str, Target] = {
+    "onnx-fp32": Target("onnxruntime", "fp32"),
+    "onnx-int8": Target("onnxruntime", "int8"),
+    "onnx-int4": Target("onnxruntime", "int4"),
+    "ctranslate2-int8": Target("ctranslate2", "int8"),
+    "ctranslate2-float32": Target("ctranslate2", "fp32"),
+}
+DEFAULT_VARIANTS = ("onnx-fp32", "onnx-int8", "onnx-int4", "ctranslate2-int8")
+REFERENCE = "onnx-fp32"  # what all others are measured against
+PACKAGES = ("edge-slm", "numpy", "onnx", "onnxruntime", "ctranslate2", "safetensors", "tokenizers")
+
+
+def convert(
+    checkpoint: str | Path,
+    out: str | Path,
+    variants: Sequence[str] = DEFAULT_VARIANTS,
+    *,
+    name: str | None = None,
+    evaluation: Sequence[Example] | None = None,
+    accept: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Manifest:
+    """Converts the folder `checkpoint` to the bundle folder `out`.
+
+    name: the bundle's, by default the folder's. evaluation: texts on which
+    fidelity to fp32 is measured; by default the fp32 model's own greedy answers to
+    commanded requests. accept: ship variants outside their budget too, and say so
+    in the manifest. progress: called with a line before each step.
+
+    Raises CheckpointError, GateRefused, TargetExists, DependencyMissing,
+    EngineNotInstalled; then `out` does not exist.
+    """
+    if not variants or not set(variants) <= set(VARIANTS):
+        raise CheckpointError(
+            f"cannot convert to {', '.join(variants) or 'nothing'}",
+            f"variants: {', '.join(VARIANTS)}",
+        )
+    out, say = Path(out), progress or (lambda line: None)
+    with written_aside(out) as folder:
+        say("reading the checkpoint")
+        source = read_checkpoint(checkpoint)
+        writer = BundleWriter(folder, source, name or out.name)
+        # The reference is always written, measured against, and dropped if not asked for.
+        written = []
+        for variant in dict.fromkeys((REFERENCE, *variants)):
+            say(f"writing {variant}")
+            written.append(_write(variant, source, folder))
+        writer.write_manifest(written)
+
+        say("measuring fidelity")
+        codec = TextCodec(folder / TOKENIZER, source.schema)
+        if evaluation is None:
+            scored = own_answers(folder, written[0], source.schema, codec)
+        else:
+            scored = gate.to_scored(evaluation, source.schema, codec, source.config.positions)
+        written = _measured(written, source, folder, scored)
+        lines = gate.refusals(written)
+        if not accept:
+            gate.refuse(lines)
+        if REFERENCE not in variants:
+            shutil.rmtree(folder / REFERENCE)
+            del written[0]
+
+        say("recording goldens")
+        writer.write_manifest(written)
+        found = goldens(folder, written, source.schema)
+        return writer.write_manifest(written, found, _provenance(source, lines))
+
+
+def _write(name: str, source: Checkpoint, folder: Path) -> Variant:
+    target, place = VARIANTS[name], folder / name
+    place.mkdir()
+    write = write_graph if target.engine == "onnxruntime" else write_ctranslate2
+    per_token = write(source, target.precision, place)
+    size = sum(file.stat().st_size for file in place.iterdir())
+    return Variant(name, target.engine, target.precision, name, size, per_token)
+
+
+def _measured(
+    variants: Sequence[Variant],
+    source: Checkpoint,
+    folder: Path,
+    scored: Sequence[gate.Scored],
+) -> list[Variant]:
+    """The variants with their fidelity; the reference, the first, has none."""
+    reference = gate.onnx_logits(folder / REFERENCE, source.config)
+    measured = [variants[0]]
+    for variant in variants[1:]:
+        if variant.engine == "onnxruntime":
+            logits = gate.onnx_logits(folder / variant.path, source.config)
+        else:
+            logits = gate.ctranslate2_logits(folder / variant.path, variant.precision)
+        figures = gate.measure(logits, reference, scored, source.tokenizer_size)
+        measured.append(replace(variant, fidelity=figures.as_dict()))
+    return measured
+
+
+def _provenance(source: Checkpoint, accepted: Sequence[str]) -> dict[str, Any]:
+    return {
+        "checkpoint": source.digests(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "gate": {
+            "budgets": {precision: asdict(b) for precision, b in gate.BUDGETS.items()},
+            "accepted": list(accepted),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,107 @@
+"""Writes a CTranslate2 model from numpy arrays.
+
+CTranslate2's own converter needs transformers and torch; its specifications do
+not, so we fill them ourselves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edge_slm_runtime.command import END
+from edge_slm_runtime.errors import EngineNotInstalled
+
+from edge_slm_converters.checkpoint import Checkpoint
+from edge_slm_converters.quantise import step_bytes
+
+QUANTISATION = {"fp32": "float32", "int8": "int8_float32"}
+ACTIVATION = {
+    "gelu_tanh": "GELUTanh",
+    "gelu": "GELU",
+    "relu": "RELU",
+    "silu": "SWISH",
+    "tanh": "Tanh",
+}
+
+
+def write_ctranslate2(checkpoint: Checkpoint, precision: str, folder: Path) -> int:
+    """Writes `folder/model.bin`, `config.json` and `vocabulary.json`.
+
+    precision: a key of `QUANTISATION`; int8 is one scale per output row, and the
+    activations are quantised per position as it runs. Returns the bytes of
+    weights that one decoding step reads. Raises EngineNotInstalled.
+    """
+    try:
+        from ctranslate2.specs import common_spec, transformer_spec
+    except ImportError:
+        raise EngineNotInstalled(
+            "writing this variant needs ctranslate2", "pip install 'edge-slm[ctranslate2]'"
+        ) from None
+    config = checkpoint.config
+    activation = getattr(common_spec.Activation, ACTIVATION[config.activation])
+    spec = transformer_spec.TransformerDecoderModelSpec.from_config(
+        config.layers, config.heads, pre_norm=True, activation=activation
+    )
+    _fill(spec.decoder, checkpoint)
+    spec.register_vocabulary(_vocabulary(checkpoint))
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = END
+    spec.config.add_attribute("layer_norm_epsilon", config.layer_norm_epsilon)
+    spec.validate()
+    spec.optimize(quantization=QUANTISATION[precision])
+    _check(spec, checkpoint, precision)
+    spec.save(str(folder))
+    return step_bytes(config, precision)
+
+
+def _fill(decoder: Any, checkpoint: Checkpoint) -> None:
+    # The specification quantises in place: it gets copies, but one and the same
+    # array for a tied embedding, which it then stores once.
+    config, tensors = checkpoint.config, checkpoint.tensors
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = tensors["wte.weight"].copy()
+    decoder.position_encodings.encodings = tensors["wpe.weight"].copy()
+    decoder.projection.weight = (
+        decoder.embeddings.weight if config.tied else tensors["lm_head.weight"].copy()
+    )
+    _norm(decoder.layer_norm, checkpoint, "ln_f")
+    for i, layer in enumerate(decoder.layer):
+        attention, ffn = layer.self_attention, layer.ffn
+        _norm(attention.layer_norm, checkpoint, f"h.{i}.ln_1")
+        _linear(attention.linear[0], checkpoint, f"h.{i}.attn.c_attn")
+        _linear(attention.linear[1], checkpoint, f"h.{i}.attn.c_proj")
+        attention.queries_scale = np.float32(config.attention_scale[i])
+        _norm(ffn.layer_norm, checkpoint, f"h.{i}.ln_2")
+        _linear(ffn.linear_0, checkpoint, f"h.{i}.mlp.c_fc")
+        _linear(ffn.linear_1, checkpoint, f"h.{i}.mlp.c_proj")
+
+
+def _norm(spec: Any, checkpoint: Checkpoint, name: str) -> None:
+    spec.gamma = checkpoint.tensors[f"{name}.weight"].copy()
+    spec.beta = checkpoint.tensors[f"{name}.bias"].copy()
+
+
+def _linear(spec: Any, checkpoint: Checkpoint, name: str) -> None:
+    spec.weight = checkpoint.tensors[f"{name}.weight"].T.copy()
+    spec.bias = checkpoint.tensors[f"{name}.bias"].copy()
+
+
+def _vocabulary(checkpoint: Checkpoint) -> list[str]:
+    """The tokens, and for the padding of the vocabulary names that no token has."""
+    padding = range(checkpoint.tokenizer_size, checkpoint.config.vocab_size)
+    return [*checkpoint.tokens, *(f"<|padding:{i}|>" for i in padding)]
+
+
+def _check(spec: Any, checkpoint: Checkpoint, precision: str) -> None:
+    """Every matrix has the type asked for, and a tied embedding is one tensor."""
+    config = checkpoint.config
+    dtype = "int8" if precision == "int8" else "float32"
+    matrices = [
+        name
+        for name, value in spec.variables().items()
+        if name.endswith("/weight") and not isinstance(value, str) and value.dtype == dtype
+    ]
+    expected = 4 * config.layers + (1 if config.tied else 2)
+    if len(matrices) != expected:
+        raise AssertionError(f"{len(matrices)} matrices are {dtype}, not {expected}")

@@ -1,0 +1,153 @@
+"""The gate: a variant whose predictions drift too far from fp32 is refused.
+
+Fidelity is measured on commanded prompts, at the positions of the response only:
+training asks nothing of the others. The reference is our fp32 graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from edge_slm_bench.fidelity import Fidelity, FidelityMeter
+from edge_slm_runtime.bundle import Variant
+from edge_slm_runtime.command import Command, CommandSchema
+from edge_slm_runtime.errors import CheckpointError, GateRefused
+from edge_slm_runtime.text import TextCodec
+
+from edge_slm_converters.checkpoint import Float32, GPT2Config
+from edge_slm_converters.graph import write_all_logits
+
+END_ID = 0
+LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The least top-1 agreement and the most perplexity ratio, both against fp32."""
+
+    top1: float
+    perplexity_ratio: float
+
+
+BUDGETS: Mapping[str, Budget] = {
+    "fp32": Budget(top1=0.999, perplexity_ratio=1.001),
+    "int8": Budget(top1=0.98, perplexity_ratio=1.01),
+    "int4": Budget(top1=0.95, perplexity_ratio=1.03),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A commanded request and the response that is scored."""
+
+    request: str
+    command: Command
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Token ids of prompt and response; scored are the predictions of ids[prompt:]."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+
+def to_scored(
+    examples: Sequence[Example], schema: CommandSchema, codec: TextCodec, positions: int
+) -> list[Scored]:
+    """Examples as token ids, cut at the model's context of `positions`."""
+    sequences = []
+    for example in examples:
+        command = schema.check(example.command).commanded
+        prompt = schema.encode(example.request, command, codec.encode)
+        ids = [*prompt, *codec.encode(example.response), END_ID][:positions]
+        if len(ids) > len(prompt):
+            sequences.append(Scored(tuple(ids), len(prompt)))
+    return sequences
+
+
+def measure(
+    candidate: LogitsOf, reference: LogitsOf, sequences: Sequence[Scored], tokenizer_size: int
+) -> Fidelity:
+    """Fidelity over the response positions of all sequences, the padding of the
+    vocabulary left out. Raises CheckpointError when there is too little to score."""
+    meter = FidelityMeter()
+    for sequence in sequences:
+        scored = slice(sequence.prompt - 1, len(sequence.ids) - 1)
+        rows = [of(sequence.ids)[scored, :tokenizer_size] for of in (reference, candidate)]
+        meter.add(rows[0], rows[1], np.array(sequence.ids[sequence.prompt :], np.int64))
+    try:
+        return meter.result()
+    except ValueError as error:
+        raise CheckpointError(f"the evaluation set cannot be scored: {error}") from None
+
+
+def refusals(variants: Sequence[Variant]) -> list[str]:
+    """One line with the figures per measured variant that is outside its budget."""
+    lines = []
+    for variant in variants:
+        budget, figures = BUDGETS[variant.precision], variant.fidelity
+        if figures is None:
+            continue
+        top1, ratio = figures["top1"], figures["perplexity_ratio"]
+        if top1 < budget.top1 or ratio > budget.perplexity_ratio:
+            lines.append(
+                f"{variant.name}: top-1 agreement {top1:.4f} (at least {budget.top1}), "
+                f"perplexity ratio {ratio:.4f} (at most {budget.perplexity_ratio}) "
+                f"over {figures['positions']} positions"
+            )
+    return lines
+
+
+def refuse(lines: Sequence[str]) -> None:
+    """Raises GateRefused with the figures when there are any."""
+    if lines:
+        raise GateRefused("; ".join(lines), "accept it explicitly to ship it all the same")
+
+
+def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
+    """Logits of every position from the very weights that ship."""
+    import onnxruntime
+
+    model = write_all_logits(folder)
+    try:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"]
+        )
+    finally:
+        model.unlink()
+    caches = [i.name for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+
+    def logits(ids: Sequence[int]) -> Float32:
+        length = len(ids)
+        empty = np.zeros((1, config.heads, length, config.head_width), np.float32)
+        feed = {
+            "input_ids": np.array([ids], np.int64),
+            "position_ids": np.arange(length, dtype=np.int64)[None],
+            "seqlens_k": np.array([length - 1], np.int32),
+            "total_sequence_length": np.array(length, np.int32),
+            **dict.fromkeys(caches, empty),
+        }
+        result: Float32 = session.run(["logits"], feed)[0][0]
+        return result
+
+    return logits
+
+
+def ctranslate2_logits(folder: Path, precision: str) -> LogitsOf:
+    import ctranslate2
+
+    compute_type = "int8_float32" if precision == "int8" else "float32"
+    generator = ctranslate2.Generator(str(folder), device="cpu", compute_type=compute_type)
+
+    def logits(ids: Sequence[int]) -> Float32:
+        result: Float32 = np.asarray(generator.forward_batch([list(ids)]), np.float32)[0]
+        return result
+
+    return logits

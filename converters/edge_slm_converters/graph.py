@@ -1,0 +1,174 @@
+"""GPT-2 as an ONNX graph of onnxruntime's fused operators.
+
+The graph reads like the model (Radford et al. 2019): embed, then per layer
+attention and feed-forward, each added to the residual and normalised, then the
+LM head on the last position. Every sum of residual, output and bias is one
+`SkipLayerNormalization`, which also hands on the new residual.
+
+inputs   input_ids int64 [B,S], position_ids int64 [B,S], seqlens_k int32 [B]
+         (tokens of the row so far, minus one), total_sequence_length int32 [],
+         past_key_values.{i}.key/value float32 [B,H,T,HD]
+outputs  logits float32 [B,1,V], present.{i}.key/value float32 [B,H,T,HD]
+
+T is the capacity of the KV cache: bind the same buffers as past and present, and
+each call writes its S new positions in place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from edge_slm_runtime.errors import CheckpointError
+
+from edge_slm_converters.checkpoint import Checkpoint
+from edge_slm_converters.onnx_writer import (
+    DATA_FILE,
+    FUSED,
+    MODEL_FILE,
+    GraphWriter,
+    import_onnx,
+)
+from edge_slm_converters.quantise import PRECISIONS, Precision, step_bytes, stored_bytes
+
+LAST_POSITION = ("last.attention", "last.residual")  # the nodes that keep only one position
+HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head
+
+
+def write_graph(checkpoint: Checkpoint, precision: str, folder: Path) -> int:
+    """Writes `folder/model.onnx` and `folder/model.data`.
+
+    Returns the bytes of weights that one decoding step reads. Raises
+    CheckpointError for a shape that the operators cannot run, DependencyMissing.
+    """
+    config = checkpoint.config
+    if config.head_width % HEAD_WIDTH_STEP:
+        raise CheckpointError(
+            f"heads {config.head_width} wide cannot be converted to ONNX",
+            f"n_embd / n_head must be a multiple of {HEAD_WIDTH_STEP}",
+        )
+    graph = GraphWriter(folder)
+    GPT2Graph(checkpoint, PRECISIONS[precision], graph).build()
+    graph.save("gpt2")
+    _check(checkpoint, PRECISIONS[precision], graph)
+    return step_bytes(config, precision)
+
+
+def write_all_logits(folder: Path, name: str = "all_logits.onnx") -> Path:
+    """Writes, beside `model.onnx` and over the same weights, the graph whose logits
+    are [B,S,V], one row per position: what fidelity is measured on."""
+    onnx = import_onnx()
+    model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+    for node in model.graph.node:
+        if node.name in LAST_POSITION:
+            source, target = node.input[0], node.output[0]
+            node.CopyFrom(onnx.helper.make_node("Identity", [source], [target]))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "S"
+    (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+    return folder / name
+
+
+class GPT2Graph:
+    """Adds a checkpoint's nodes and weights to a graph writer."""
+
+    def __init__(self, checkpoint: Checkpoint, precision: Precision, graph: GraphWriter) -> None:
+        self.config, self.tensors = checkpoint.config, checkpoint.tensors
+        self.head = checkpoint.head
+        self.precision, self.graph = precision, graph
+
+    def build(self) -> None:
+        config, graph = self.config, self.graph
+        ids = graph.input("input_ids", np.int64, ["B", "S"])
+        positions = graph.input("position_ids", np.int64, ["B", "S"])
+        graph.input("seqlens_k", np.int32, ["B"])
+        graph.input("total_sequence_length", np.int32, [])
+        graph.output("logits", np.float32, ["B", 1, config.vocab_size])
+
+        token = self.precision.embed(graph, ids, "wte", self.tensors["wte.weight"])
+        position = graph.node("Gather", [self.weight("wpe.weight"), positions], "wpe")
+        x, residual = self.add_and_norm(token, position, "h.0.ln_1")
+        for i in range(config.layers):
+            x = self.attention(i, x)
+            if i == config.layers - 1:  # only the last position is asked for from here on
+                last = graph.indices(-1)
+                x = graph.node("Gather", [x, last], LAST_POSITION[0], axis=1)
+                residual = graph.node("Gather", [residual, last], LAST_POSITION[1], axis=1)
+            x = self.linear(x, f"h.{i}.attn.c_proj")
+            x, residual = self.add_and_norm(
+                x, residual, f"h.{i}.ln_2", bias=f"h.{i}.attn.c_proj.bias"
+            )
+            x = self.feed_forward(i, x)
+            norm = f"h.{i + 1}.ln_1" if i + 1 < config.layers else "ln_f"
+            x, residual = self.add_and_norm(x, residual, norm, bias=f"h.{i}.mlp.c_proj.bias")
+        logits = self.precision.head(graph, x, "lm_head", self.head)
+        graph.node("Identity", [logits], "logits")
+
+    def attention(self, i: int, x: str) -> str:
+        """Causal self-attention over the cache; c_attn's output is q, k, v side by side."""
+        config, graph = self.config, self.graph
+        qkv = self.linear(x, f"h.{i}.attn.c_attn")
+        bias = self.weight(f"h.{i}.attn.c_attn.bias")
+        qkv = graph.node("Add", [qkv, bias], f"h.{i}.attn.qkv")
+        shape: list[int | str] = ["B", config.heads, "T", config.head_width]
+        parts = ("key", "value")
+        past = [graph.input(f"past_key_values.{i}.{p}", np.float32, shape) for p in parts]
+        present = [graph.output(f"present.{i}.{p}", np.float32, shape) for p in parts]
+        return graph.node(
+            "GroupQueryAttention",
+            [qkv, "", "", *past, "seqlens_k", "total_sequence_length"],
+            [f"h.{i}.attn", *present],
+            FUSED,
+            num_heads=config.heads,
+            kv_num_heads=config.heads,
+            scale=config.attention_scale[i],
+        )
+
+    def feed_forward(self, i: int, x: str) -> str:
+        x = self.linear(x, f"h.{i}.mlp.c_fc")
+        x = self.activation(x, self.weight(f"h.{i}.mlp.c_fc.bias"), f"h.{i}.mlp.act")
+        return self.linear(x, f"h.{i}.mlp.c_proj")
+
+    def activation(self, x: str, bias: str, name: str) -> str:
+        """The config's activation of x + bias."""
+        graph, kind = self.graph, self.config.activation
+        fused = {"gelu_tanh": "FastGelu", "gelu": "BiasGelu"}
+        if kind in fused:
+            return graph.node(fused[kind], [x, bias], name, FUSED)
+        x = graph.node("Add", [x, bias], f"{name}.in")
+        if kind == "silu":
+            gate = graph.node("Sigmoid", [x], f"{name}.gate")
+            return graph.node("Mul", [x, gate], name)
+        return graph.node({"relu": "Relu", "tanh": "Tanh"}[kind], [x], name)
+
+    def add_and_norm(
+        self, x: str, residual: str, norm: str, bias: str | None = None
+    ) -> tuple[str, str]:
+        """(LayerNorm(x + bias + residual), x + bias + residual)."""
+        inputs = [x, residual, self.weight(f"{norm}.weight"), self.weight(f"{norm}.bias")]
+        if bias:
+            inputs.append(self.weight(bias))
+        total = f"{norm}.residual"
+        out = self.graph.node(
+            "SkipLayerNormalization",
+            inputs,
+            [norm] if norm == "ln_f" else [norm, "", "", total],
+            FUSED,
+            epsilon=self.config.layer_norm_epsilon,
+        )
+        return out, total
+
+    def linear(self, x: str, name: str) -> str:
+        return self.precision.linear(self.graph, x, name, self.tensors[f"{name}.weight"])
+
+    def weight(self, name: str) -> str:
+        return self.graph.constant(name, self.tensors[name])
+
+
+def _check(checkpoint: Checkpoint, precision: Precision, graph: GraphWriter) -> None:
+    """Every matrix was written in its precision, and none was stored twice."""
+    config = checkpoint.config
+    matrices = 4 * config.layers + 1
+    if (count := graph.operators[precision.multiplication]) != matrices:
+        raise AssertionError(f"{count} {precision.multiplication} nodes, not {matrices}")
+    if graph.weight_bytes > (most := stored_bytes(config, precision.name)):
+        raise AssertionError(f"{DATA_FILE} has {graph.weight_bytes} bytes of weights, not {most}")

@@ -1,0 +1,245 @@
+"""How a weight matrix is stored and multiplied, one class per precision.
+
+| precision | weights | activations | operator |
+|---|---|---|---|
+| fp32 | float32 | float32 | MatMul |
+| int8 | int8 per output column | uint8 per row, made on the fly | MatMulInteger |
+| int4 | 4-bit blocks of 32 along the input | int8 blocks inside the operator | MatMulNBits |
+
+The embedding is always written from the same bytes as a tied LM head, so that
+`GraphWriter` stores it once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_slm_converters.checkpoint import Float32, GPT2Config
+from edge_slm_converters.onnx_writer import FUSED, GraphWriter
+
+Int8 = npt.NDArray[np.int8]
+UInt8 = npt.NDArray[np.uint8]
+
+# AVX2 without VNNI multiplies uint8 × int8 pairs into a *saturating* 16-bit sum:
+# 2 · 255 · 127 overflows it. With weights to ±96 a pair overflows only when both
+# activations are near their maximum, which costs less than the coarser steps of ±64
+# (where nothing can overflow).
+INT8_LIMIT = 96
+# Activations are uint8 around 128, because int8 × int8 is not prepacked.
+ACTIVATION_ZERO, ACTIVATION_LIMIT = 128, 127
+BLOCK = 32
+INT4_LIMIT = 8
+# Clip ratios tried when a scale is chosen; 1 keeps the largest weight exact.
+CLIP_RATIOS = np.linspace(0.6, 1.0, 17, dtype=np.float32)
+
+
+class Precision(Protocol):
+    """Adds one weight matrix to a graph. Shapes: x [B,S,K] → [B,S,N]."""
+
+    name: str
+    multiplication: str  # the operator that `linear` adds once
+
+    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
+        """x · weight, weight [K,N]."""
+
+    def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
+        """x · tableᵀ, table [V,D]."""
+
+    def embed(self, graph: GraphWriter, ids: str, name: str, table: Float32) -> str:
+        """Rows of table [V,D] → [B,S,D], stored as `head` stores them."""
+
+    def matrix_bytes(self, inputs: int, outputs: int) -> int:
+        """Bytes of one stored matrix, scales included."""
+
+
+class Fp32:
+    name = "fp32"
+    multiplication = "FusedMatMul"
+
+    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
+        return graph.node("FusedMatMul", [x, graph.constant(f"{name}.weight", weight)], name, FUSED)
+
+    def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
+        weight = graph.constant(f"{name}.weight", table)
+        return graph.node("FusedMatMul", [x, weight], name, FUSED, transB=1)
+
+    def embed(self, graph: GraphWriter, ids: str, name: str, table: Float32) -> str:
+        return graph.node("Gather", [graph.constant(f"{name}.weight", table), ids], name)
+
+    def matrix_bytes(self, inputs: int, outputs: int) -> int:
+        return 4 * inputs * outputs
+
+
+class Int8PerRow:
+    """Activations get one scale per row (position), so a result depends neither on
+    how a prompt was cut into chunks nor on its neighbours in the batch."""
+
+    name = "int8"
+    multiplication = "MatMulInteger"
+
+    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
+        row, row_scale = self._quantise_rows(graph, x, name)
+        quantised, scale = quantise_columns(weight)
+        product = graph.node(
+            "MatMulInteger",
+            [
+                row,
+                graph.constant(f"{name}.weight", quantised),
+                graph.scalar(ACTIVATION_ZERO, np.uint8),
+            ],
+            f"{name}.product",
+        )
+        product = graph.node("Cast", [product], f"{name}.float", to=1)
+        product = graph.node("Mul", [product, row_scale], f"{name}.by_row")
+        return graph.node("Mul", [product, graph.constant(f"{name}.scale", scale)], name)
+
+    def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
+        return self.linear(graph, x, name, table.T)
+
+    def embed(self, graph: GraphWriter, ids: str, name: str, table: Float32) -> str:
+        # The head is stored [D,V], so an embedding is a column of it.
+        quantised, scale = quantise_columns(table.T)
+        weight = graph.constant(f"{name}.weight", quantised)
+        columns = graph.node("Gather", [weight, ids], f"{name}.columns", axis=1)
+        columns = graph.node("Transpose", [columns], f"{name}.rows", perm=[1, 2, 0])
+        columns = graph.node("Cast", [columns], f"{name}.float", to=1)
+        scales = graph.node("Gather", [graph.constant(f"{name}.scale", scale), ids], f"{name}.s")
+        scales = graph.node("Unsqueeze", [scales, graph.indices(-1)], f"{name}.s1")
+        return graph.node("Mul", [columns, scales], name)
+
+    def matrix_bytes(self, inputs: int, outputs: int) -> int:
+        return inputs * outputs + 4 * outputs
+
+    def _quantise_rows(self, graph: GraphWriter, x: str, name: str) -> tuple[str, str]:
+        """(uint8 [B,S,K] around 128, float scale [B,S,1])."""
+        size = graph.node("Abs", [x], f"{name}.abs")
+        size = graph.node("ReduceMax", [size, graph.indices(-1)], f"{name}.max", keepdims=1)
+        scale = graph.node("Div", [size, graph.scalar(ACTIVATION_LIMIT)], f"{name}.scale0")
+        scale = graph.node("Max", [scale, graph.scalar(1e-8)], f"{name}.row_scale")
+        row = graph.node("Div", [x, scale], f"{name}.scaled")
+        row = graph.node("Round", [row], f"{name}.rounded")
+        row = graph.node("Add", [row, graph.scalar(ACTIVATION_ZERO)], f"{name}.shifted")
+        return graph.node("Cast", [row], f"{name}.row", to=2), scale
+
+
+class Int4Blocks:
+    """Blocks of 32 inputs share a scale; a last partial block is padded with zeros."""
+
+    name = "int4"
+    multiplication = "MatMulNBits"
+
+    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
+        return self.head(graph, x, name, weight.T)
+
+    def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
+        outputs, inputs = table.shape
+        packed, scales = quantise_blocks(table)
+        return graph.node(
+            "MatMulNBits",
+            [
+                x,
+                graph.constant(f"{name}.weight", packed),
+                graph.constant(f"{name}.scale", scales),
+            ],
+            name,
+            FUSED,
+            K=inputs,
+            N=outputs,
+            bits=4,
+            block_size=BLOCK,
+            accuracy_level=4,  # int8 products; level 1 (fp32) is three times slower
+        )
+
+    def embed(self, graph: GraphWriter, ids: str, name: str, table: Float32) -> str:
+        packed, scales = quantise_blocks(table)
+        # The same bytes as the head's, seen as rows.
+        rows = graph.constant(f"{name}.weight", packed.reshape(len(table), -1))
+        scale = graph.constant(f"{name}.scale", scales)
+        width = table.shape[1]
+        padded = width % BLOCK != 0
+        out = graph.node(
+            "GatherBlockQuantized",
+            [rows, ids, scale],
+            f"{name}.padded" if padded else name,
+            FUSED,
+            bits=4,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if not padded:
+            return out
+        bounds = [graph.indices(0), graph.indices(width), graph.indices(-1)]
+        return graph.node("Slice", [out, *bounds], name)
+
+    def matrix_bytes(self, inputs: int, outputs: int) -> int:
+        blocks = -(-inputs // BLOCK) * outputs
+        return blocks * (BLOCK // 2 + 4)
+
+
+PRECISIONS: dict[str, Precision] = {p.name: p for p in (Fp32(), Int8PerRow(), Int4Blocks())}
+
+
+def best_scale(blocks: Float32, low: int, high: int, largest: Float32) -> Float32:
+    """The scale per block (last axis) with the least squared rounding error.
+
+    `largest` [..., 1] is the value that clip ratio 1 maps onto `low` or `high`;
+    tried are `CLIP_RATIOS` of it, each refitted by least squares, ⟨w,q⟩ / ⟨q,q⟩.
+    """
+    best = np.where(largest == 0, np.float32(1), largest)
+    best_error = np.full_like(largest, np.inf)
+    for ratio in CLIP_RATIOS:
+        scale = np.where(largest == 0, np.float32(1), largest * ratio)
+        q = np.clip(np.rint(blocks / scale), low, high)
+        norm = (q * q).sum(-1, keepdims=True)
+        scale = np.where(
+            norm == 0, scale, (blocks * q).sum(-1, keepdims=True) / np.maximum(norm, 1)
+        )
+        error = np.square(blocks - scale * q).sum(-1, keepdims=True)
+        better = error < best_error
+        best, best_error = np.where(better, scale, best), np.where(better, error, best_error)
+    return best.astype(np.float32)
+
+
+def quantise_columns(weight: Float32) -> tuple[Int8, Float32]:
+    """[K,N] → int8 [K,N] within ±INT8_LIMIT, scale [N]."""
+    largest = np.abs(weight).max(0)
+    scale = np.where(largest == 0, np.float32(1), largest / np.float32(INT8_LIMIT))
+    scale = scale.astype(np.float32)
+    return np.clip(np.rint(weight / scale), -INT8_LIMIT, INT8_LIMIT).astype(np.int8), scale
+
+
+def quantise_blocks(weight: Float32) -> tuple[UInt8, Float32]:
+    """[N,K] → two 4-bit values a byte [N, blocks, BLOCK/2] around 8, scale [N, blocks]."""
+    rows, inputs = weight.shape
+    padded = np.pad(weight, ((0, 0), (0, -inputs % BLOCK)))
+    blocks = padded.reshape(rows, -1, BLOCK)
+    # The value of largest size maps to -8, the end of the range that has one step more.
+    index = np.abs(blocks).argmax(-1)[..., None]
+    largest = np.take_along_axis(blocks, index, -1) / np.float32(-INT4_LIMIT)
+    scale = best_scale(blocks, -INT4_LIMIT, INT4_LIMIT - 1, largest)
+    q = np.clip(np.rint(blocks / scale), -INT4_LIMIT, INT4_LIMIT - 1) + INT4_LIMIT
+    packed = q.astype(np.uint8)
+    return packed[..., 0::2] | packed[..., 1::2] << 4, scale[..., 0]
+
+
+def step_bytes(config: GPT2Config, precision: str) -> int:
+    """Bytes of matrices that one decoding step reads, by formula."""
+    p = PRECISIONS[precision]
+    layer = sum(p.matrix_bytes(k, n) for k, n in config.layer_matrices())
+    return config.layers * layer + p.matrix_bytes(config.width, config.vocab_size)
+
+
+def stored_bytes(config: GPT2Config, precision: str) -> int:
+    """Bytes of all weights of a model, by formula: what a second copy of a tied
+    embedding, or a matrix that was left in float32, would exceed."""
+    tables = (
+        0 if config.tied else PRECISIONS[precision].matrix_bytes(config.width, config.vocab_size)
+    )
+    in_matrices = config.layers * sum(k * n for k, n in config.layer_matrices())
+    in_tables = (1 if config.tied else 2) * config.width * config.vocab_size
+    float32 = 4 * (config.parameters - in_matrices - in_tables)
+    return step_bytes(config, precision) + tables + float32

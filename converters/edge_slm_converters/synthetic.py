@@ -1,0 +1,72 @@
+"""Random-initialised GPT-2 checkpoints of any shape, written without torch.
+
+For measuring: speed and memory depend on the shape of a model, not on what it
+has learnt.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from edge_slm_runtime.errors import DependencyMissing
+
+from edge_slm_converters.checkpoint import parse_config
+from edge_slm_converters.files import written_aside
+
+
+def random_checkpoint(
+    path: str | Path,
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    vocab_size: int,
+    positions: int,
+    like: str | Path,
+    seed: int = 0,
+    std: float = 0.02,
+) -> Path:
+    """Writes a checkpoint folder with the tokenizer and command schema of `like`.
+
+    Weights are normal with standard deviation `std` (GPT-2's own 0.02 by default),
+    stored as float16; layer norms are 1 and 0. A `vocab_size` above the
+    tokenizer's is padding. Raises TargetExists,
+    CheckpointError, DependencyMissing.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise DependencyMissing(
+            "writing a checkpoint needs safetensors", "pip install 'edge-slm[convert]'"
+        ) from None
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_layer": layers,
+        "n_head": heads,
+        "n_embd": width,
+        "vocab_size": vocab_size,
+        "n_positions": positions,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in parse_config(config).shapes().items():
+        if ".ln_" in f".{name}" or name.endswith(".bias"):
+            value = np.full(shape, float(name.endswith("weight")))
+        else:
+            value = generator.standard_normal(shape, np.float32) * std
+        tensors[f"transformer.{name}"] = value.astype(np.float16)
+    with written_aside(Path(path)) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for name in ("tokenizer.json", "command.json"):
+            shutil.copyfile(Path(like) / name, folder / name)
+    return Path(path)

@@ -1,0 +1,77 @@
+"""Models for all rooms: tiny, random, made once per test run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edge_slm_converters import random_checkpoint
+from edge_slm_runtime.command import CommandSchema, default_axes
+
+TASKS = ("image", "video", "title")
+SENTENCES = (
+    "a cosy cabin in the snow, warm light in the windows, soft evening sky",
+    "slow drone shot over a misty forest at dawn, birds rising from the trees",
+    "portrait of an old fisherman, weathered face, dramatic side light, film grain",
+    "neon street in the rain, reflections on wet asphalt, people with umbrellas",
+    "ein kleines Café in Zürich, früh am Morgen, 東京の夜景, naïve façade, emoji 🦊🌲",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_text_side(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tokenizer.json (byte-level BPE, 400 tokens) and command.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("text")
+    schema = CommandSchema(default_axes(TASKS))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=schema.special_tokens(),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "command.json").write_text(json.dumps(schema.to_json()), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_text_side: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2, 2 layers of 64, with a vocabulary padded to 417 (on purpose not
+    a multiple of anything) and logits spread widely enough to have clear winners."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    random_checkpoint(
+        path,
+        layers=2,
+        width=64,
+        heads=4,
+        vocab_size=417,
+        positions=128,
+        like=tiny_text_side,
+        seed=7,
+        std=0.2,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint converted to every variant."""
+    from edge_slm_converters import VARIANTS, convert
+
+    path = tmp_path_factory.mktemp("bundles") / "tiny"
+    # Random weights have no fidelity budget to keep.
+    convert(tiny_checkpoint, path, tuple(VARIANTS), accept=True)
+    return path
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
