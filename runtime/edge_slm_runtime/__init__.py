@@ -7,7 +7,6 @@ import os
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["ORT_TELEMETRY_DISABLED"] = "1"
 
-# ruff: noqa: E402
 from edge_slm_runtime.bundle import read_manifest, verify
 from edge_slm_runtime.command import Command, CommandSchema
 from edge_slm_runtime.errors import EdgeSlmError

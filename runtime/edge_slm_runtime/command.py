@@ -185,13 +185,13 @@ class CommandSchema:
         self, request: str, command: Command, encode_text: Callable[[str], list[int]]
     ) -> list[int]:
         """Prompt token ids. `encode_text` must treat control tokens as plain text."""
+        return self.frame(encode_text(clean_request(request)), command)
+
+    def frame(self, request: Sequence[int], command: Command) -> list[int]:
+        """Prompt token ids around the ids of a request; training and inference share it."""
         ids = {token: i for i, token in enumerate(self.special_tokens())}
-        return [
-            ids[REQUEST],
-            *encode_text(clean_request(request)),
-            *(ids[token] for token in self.command_tokens(command)),
-            ids[RESPONSE],
-        ]
+        told = [ids[token] for token in self.command_tokens(command)]
+        return [ids[REQUEST], *request, *told, ids[RESPONSE]]
 
     def parse(self, text: str) -> tuple[str, dict[str, str], str]:
         """Inverse of `render`: (request, axis → value, response without `<|end|>`).

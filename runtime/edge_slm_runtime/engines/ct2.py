@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from edge_slm_runtime.draft import END_ID, Draft, Step
-from edge_slm_runtime.engines.base import Guard, first_line
+from edge_slm_runtime.engines.base import Native, first_line
 from edge_slm_runtime.errors import EngineError, NotSupportedByEngine
 from edge_slm_runtime.sampling import Sampling
 
@@ -38,7 +38,7 @@ class CTranslate2Engine:
         import ctranslate2
 
         try:
-            self._generator = ctranslate2.Generator(
+            generator = ctranslate2.Generator(
                 str(folder),
                 device="cpu",
                 compute_type=_COMPUTE_TYPE[precision],
@@ -54,10 +54,10 @@ class CTranslate2Engine:
             # It looks tokens up by name and would silently take another id.
             raise EngineError(f"{folder.name}/vocabulary.json names a token twice")
         self.threads = threads
-        self._guard = Guard()
+        self._native = Native(generator)
 
     def check(self, sampling: Sampling) -> None:
-        self._guard.check()
+        self._native.get()
         if sampling.seed is not None and not sampling.greedy:
             raise NotSupportedByEngine(
                 "ctranslate2 has no per-request seed",
@@ -65,15 +65,12 @@ class CTranslate2Engine:
             )
 
     def decode(self, drafts: Iterable[Draft], batch_size: int) -> Iterator[Step]:
-        self._guard.check()
         for draft in drafts:
             while not draft.finish:
-                self._guard.check()
                 yield from self._run(draft)
 
     def close(self) -> None:
-        self._guard.close()
-        self._generator = None
+        self._native.close()
 
     def _run(self, draft: Draft) -> Iterator[Step]:
         """One native run: until the draft is finished or wants to end too early."""
@@ -96,7 +93,7 @@ class CTranslate2Engine:
             steps.put(step)
             return step.done
 
-        (run,) = self._generator.generate_batch(
+        (run,) = self._native.get().generate_batch(
             [[self._tokens[i] for i in fed]],
             asynchronous=True,
             callback=on_token,
@@ -108,6 +105,7 @@ class CTranslate2Engine:
         )
         try:
             while not run.done() or not steps.empty():
+                self._native.get()
                 with suppress(Empty):
                     step = steps.get(timeout=_POLL)
                     if step is None:
@@ -117,14 +115,16 @@ class CTranslate2Engine:
                         break
         finally:
             abandoned = True
-            self._settle(run)
+            if not self._native.forked:
+                _settle(run)
 
-    def _settle(self, run: Any) -> None:
-        """Waits for the native loop to let go of the callback."""
-        try:
-            run.result()
-        except Exception as error:
-            raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+
+def _settle(run: Any) -> None:
+    """Waits until the native loop has let go of the callback."""
+    try:
+        run.result()
+    except Exception as error:
+        raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
 
 
 def _sampling_options(sampling: Sampling) -> dict[str, float]:

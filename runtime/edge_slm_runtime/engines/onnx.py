@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.draft import Draft, Step
-from edge_slm_runtime.engines.base import Guard, first_line
+from edge_slm_runtime.engines.base import Native, first_line
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.sampling import Logits, Sampling
 
@@ -39,13 +39,13 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:
-            self.session: Any = ort.InferenceSession(
+            session = ort.InferenceSession(
                 str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
             )
-            inputs = {item.name: item for item in self.session.get_inputs()}
+            inputs = {item.name: item for item in session.get_inputs()}
             self.layers = sum(name.endswith(".key") for name in inputs)
             _, heads, _, head_size = inputs["past_key_values.0.key"].shape
-            outputs = {item.name: item for item in self.session.get_outputs()}
+            outputs = {item.name: item for item in session.get_outputs()}
             self.vocab_size = int(outputs["logits"].shape[-1])
             self._row_shape = (int(heads), positions, int(head_size))
         except Exception as error:  # onnxruntime has one exception class per status code
@@ -53,17 +53,16 @@ class OnnxEngine:
                 f"onnxruntime cannot load {folder.name}: {first_line(error)}"
             ) from None
         self.threads = threads
-        self._guard = Guard()
+        self.native = Native(session)
         self._spare: list[Cache] = []
 
     def check(self, sampling: Sampling) -> None:
-        self._guard.check()
+        self.native.get()
 
     def decode(self, drafts: Iterable[Draft], batch_size: int) -> Iterator[Step]:
         waiting = iter(drafts)
         rows: list[Draft] = []  # row i lives in slot i of the cache
         steps: dict[int, _Pass] = {}
-        self._guard.check()
         cache = self._lend(batch_size)
         try:
             while True:
@@ -74,7 +73,6 @@ class OnnxEngine:
                     yield step
                 if not rows:
                     return
-                self._guard.check()
                 size = len(rows)
                 if size not in steps:
                     steps[size] = _Pass(self, cache[:, :size], width=1)
@@ -90,9 +88,8 @@ class OnnxEngine:
                 self._spare.append(cache)
 
     def close(self) -> None:
-        self._guard.close()
+        self.native.close()
         self._spare.clear()
-        self.session = None
 
     def _prefill(self, cache: Cache, slot: int, draft: Draft) -> Logits:
         prompt = draft.plan.prompt
@@ -113,8 +110,8 @@ class _Pass:
 
     def __init__(self, engine: OnnxEngine, cache: Cache, width: int) -> None:
         rows = cache.shape[1]
-        self._session = engine.session
-        self._binding = engine.session.io_binding()
+        self._native = engine.native
+        self._binding = engine.native.get().io_binding()
         self._ids = np.zeros((rows, width), np.int64)
         self._positions = np.zeros((rows, width), np.int64)
         self._seqlens_k = np.zeros(rows, np.int32)
@@ -139,7 +136,7 @@ class _Pass:
         self._positions[:] = np.asarray(starts)[:, None] + np.arange(width)
         self._seqlens_k[:] = np.asarray(starts) + width - 1
         self._total[()] = self._seqlens_k.max() + 1
-        self._session.run_with_iobinding(self._binding)
+        self._native.get().run_with_iobinding(self._binding)
         return self._logits[:, 0]
 
     def _bind(self, way: str, name: str, array: NDArray[Any]) -> None:
