@@ -1,0 +1,51 @@
+"""Small language models that obey commands, on the device.
+
+import edge_slm
+slm = edge_slm.load()
+print(slm.generate("a cosy cabin in the snow", task="image", words=24).text)
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import edge_slm_runtime
+from edge_slm_runtime import SLM, Command, EdgeSlmError, Generation, Request, Stats, Stream
+
+__all__ = [
+    "SLM",
+    "Command",
+    "EdgeSlmError",
+    "Generation",
+    "Request",
+    "Stats",
+    "Stream",
+    "load",
+    "shipped_bundle",
+]
+__version__ = version("edge-slm")
+
+
+def shipped_bundle() -> Path:
+    """The small bundle that comes with the package."""
+    return Path(__file__).parent / "data" / "reference-bundle"
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    engine: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    verify: bool = True,
+) -> SLM:
+    """`edge_slm_runtime.load`, with the shipped bundle when no path is given."""
+    return edge_slm_runtime.load(
+        shipped_bundle() if path is None else path,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+        verify=verify,
+    )

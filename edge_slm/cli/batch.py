@@ -1,0 +1,266 @@
+"""`edge-slm batch`: JSONL requests in, JSONL prompts out, through any number of deaths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+import edge_slm
+from edge_slm.cli.console import emit_json, json_option, note, progress_bar
+from edge_slm.cli.journal import Journal
+from edge_slm.cli.options import model_options, sampling_options
+from edge_slm_runtime.errors import DataError, EdgeSlmError
+
+_KEYS = ["id", *(field.name for field in fields(edge_slm.Request))]
+_NEEDED = ("id", "request", "task")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input line: a request, or the error that it is."""
+
+    line: int
+    id: str | int | None = None
+    request: edge_slm.Request | None = None
+    error: EdgeSlmError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How lines become answers. defaults: `Request` settings of lines without their own."""
+
+    slm: edge_slm.SLM
+    defaults: dict[str, Any]
+    seed: int
+    batch_size: int
+
+    def record(self, input_sha256: str) -> dict[str, Any]:
+        """All that the answers depend on."""
+        return {
+            "input_sha256": input_sha256,
+            "bundle": self.slm.manifest.digest,
+            "variant": self.slm.variant.name,
+            "threads": self.slm.threads,
+            "batch_size": self.batch_size,
+            "version": edge_slm.__version__,
+            **self.defaults,
+            "seed": self.seed,
+        }
+
+    def answers(self, stream: BinaryIO, group: int, done: int = 0) -> Iterator[dict[str, Any]]:
+        """Output records after the first `done` lines, computed `group` lines at a time."""
+        lines = islice(_numbered(stream), done, None)
+        while some := list(islice(lines, group)):
+            rows = [self._row(number, line) for number, line in some]
+            good = [row.request for row in rows if row.request]
+            results = self.slm.generate_batch(good, self.batch_size)
+            for row in rows:
+                yield _failure(row, row.error) if row.error else _answer(row, next(results))
+
+    def _row(self, number: int, line: bytes) -> Row:
+        row = Row(number)
+        try:
+            data = _parse(line)
+            row = replace(row, id=_id_of(data))
+            _check_shape(data)
+            del data["id"]
+            settings = {"seed": None, **self.defaults, **data}
+            if settings["seed"] is None and settings["temperature"]:
+                settings["seed"] = _seed_of(self.seed, number)
+            request = edge_slm.Request(**settings)
+            self.slm.check(request)
+        except EdgeSlmError as error:
+            return replace(row, error=error)
+        return replace(row, request=request)
+
+
+@click.command(short_help="Write prompts for a JSONL file.")
+@click.argument("source", metavar="INPUT", type=click.Path(path_type=Path, allow_dash=True))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write, resumable.  [default: stdout]",
+)
+@model_options
+@sampling_options
+@click.option("--seed", type=int, default=0, show_default=True, help="Of lines without their own.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Lines that are generated together.",
+)
+@json_option
+def batch(
+    *,
+    source: Path,
+    output: Path | None,
+    bundle: Path | None,
+    engine: str,
+    precision: str,
+    threads: int | None,
+    seed: int,
+    batch_size: int,
+    as_json: bool,
+    **defaults: Any,
+) -> None:
+    """Write one prompt for each line of INPUT (JSONL; '-' is stdin).
+
+    A line is an object with 'id', 'request' and 'task' (null leaves it open), and
+    optionally 'words', 'relevance', 'seed' and the sampling settings below, whose
+    options are the defaults for lines without them. Answers come in input order;
+    a line that cannot be used becomes {"line", "id", "error"} and the rest goes on.
+
+    With -o the run is resumable: killed at any moment and started again, it
+    continues, and the file ends up as if it had never stopped. --json then prints
+    a summary; without -o the output is JSON anyway.
+    """
+    with (
+        edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
+        _opened(source, twice=output is not None) as stream,
+    ):
+        run = Run(slm, defaults, seed, batch_size)
+        if output is None:
+            lines, bad = _to_stdout(run, stream)
+        else:
+            lines, bad = _to_file(run, stream, output)
+    if as_json and output is not None:
+        emit_json({"output": str(output), "lines": lines, "errors": bad})
+    note(f"{lines} lines, {bad} of them errors")
+
+
+def _to_stdout(run: Run, stream: BinaryIO) -> tuple[int, int]:
+    """(lines, errors). Groups are small, so that a live pipe gets its answers soon."""
+    lines = bad = 0
+    with progress_bar(visible=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("writing", total=None)
+        for answer in run.answers(stream, group=run.batch_size):
+            click.echo(_json(answer))
+            progress.advance(task)
+            lines, bad = lines + 1, bad + ("error" in answer)
+    return lines, bad
+
+
+def _to_file(run: Run, stream: BinaryIO, output: Path) -> tuple[int, int]:
+    """(lines, errors) of the whole file, whoever wrote them."""
+    digest, total = _digest_and_count(stream)
+    group = 4 * run.batch_size  # what a kill costs at most; larger groups fill batches better
+    with Journal(output, run.record(digest), group) as journal, progress_bar() as progress:
+        if journal.complete:
+            note(f"{output} is complete already")
+        else:
+            if journal.lines:
+                note(f"continuing after line {journal.lines} of {total}")
+            task = progress.add_task("writing", total=total, completed=journal.lines)
+            for answer in run.answers(stream, group, done=journal.lines):
+                journal.append(_json(answer))
+                progress.advance(task)
+            journal.finish()
+    with output.open("rb") as file:
+        return total, sum("error" in json.loads(line) for line in file)
+
+
+def _numbered(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of the lines that are not blank."""
+    return ((n, line) for n, line in enumerate(stream, 1) if line.strip())
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not a line of JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise DataError("not a JSON object")
+    return data
+
+
+def _id_of(data: dict[str, Any]) -> str | int:
+    name = data.get("id")
+    if not isinstance(name, str | int):
+        raise DataError("'id' must be there, a string or a whole number")
+    if isinstance(name, str) and any("\ud800" <= char <= "\udfff" for char in name):
+        raise DataError("'id' holds half a character", "write it as valid UTF-8")
+    return name
+
+
+def _check_shape(data: dict[str, Any]) -> None:
+    if unknown := [key for key in data if key not in _KEYS]:
+        raise DataError(f"unknown key {unknown[0]!r}", f"known: {', '.join(_KEYS)}")
+    if missing := [key for key in _NEEDED if key not in data]:
+        raise DataError(f"{missing[0]!r} is missing", f"needed: {', '.join(_NEEDED)}")
+    if not isinstance(data.get("stop", ""), str | list):
+        raise DataError("'stop' must be a text or a list of texts")
+    if not isinstance(data.get("keep_length", True), bool):
+        raise DataError("'keep_length' must be true or false")
+
+
+def _seed_of(seed: int, line: int) -> int:
+    """A seed that depends on the run and the line only, so that a resumed run repeats it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{line}".encode()).digest()[:4], "big")
+
+
+def _failure(row: Row, error: EdgeSlmError) -> dict[str, Any]:
+    return {"line": row.line, "id": row.id, "error": {"code": error.code, "message": str(error)}}
+
+
+def _answer(row: Row, result: edge_slm.Generation) -> dict[str, Any]:
+    """No timings, so that two runs over the same input are equal."""
+    return {
+        "id": row.id,
+        "text": result.text,
+        "words": result.words,
+        "task": result.asked.task,
+        "relevance": result.asked.relevance,
+        "asked_words": result.asked.words,
+        "finish_reason": result.finish_reason,
+        "in_tolerance": result.in_tolerance,
+        "seed": result.seed,
+        "warnings": list(result.warnings),
+    }
+
+
+def _json(answer: dict[str, Any]) -> str:
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def _digest_and_count(stream: BinaryIO) -> tuple[str, int]:
+    """sha256 of the input and its number of lines that are not blank; rewinds it."""
+    digest, total = hashlib.sha256(), 0
+    for line in stream:
+        digest.update(line)
+        total += bool(line.strip())
+    stream.seek(0)
+    return digest.hexdigest(), total
+
+
+@contextmanager
+def _opened(source: Path, twice: bool) -> Iterator[BinaryIO]:
+    """The input; stdin is copied to a temporary file when it must be read twice."""
+    if str(source) != "-":
+        try:
+            file = source.open("rb")
+        except OSError as error:
+            raise DataError(f"cannot read {source}: {error.strerror}") from None
+        with file:
+            yield file
+    elif twice:
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(click.get_binary_stream("stdin"), copy)
+            copy.seek(0)
+            yield copy
+    else:
+        yield click.get_binary_stream("stdin")

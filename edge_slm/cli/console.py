@@ -1,0 +1,160 @@
+"""What all subcommands share: the group that reports errors, and the two streams.
+
+Results go to stdout. Progress, statistics and errors go to stderr; progress bars
+only when stderr is a terminal. An error is one line, `error[code]: problem (hint)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from edge_slm_runtime.errors import EdgeSlmError, RequestNotText
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from edge_slm.distill.prepare import Report
+
+EXIT_CODES = """\b
+Exit codes:
+    0  done
+    1  any other failure, such as a full disk or a closed pipe
+    2  wrong use of the command line
+    3  a request or setting that cannot be honoured
+    4  a bundle that is missing, altered or not a bundle
+    5  an engine, a variant or an extra that is not there
+    6  a checkpoint that cannot be converted
+    7  a variant outside its fidelity budget
+    8  training or batch data that cannot be used
+    9  an output that exists already
+  130  interrupted with Ctrl-C
+"""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+class Commands(click.Group):
+    """A group whose failures are one line on stderr and a documented exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+            sys.stdout.flush()
+        except EdgeSlmError as error:
+            fail(error.code, str(error), error.exit_code)
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else "edge-slm"
+            problem = error.format_message().rstrip(".")
+            fail("usage", f"{problem} (see '{where} --help')", error.exit_code)
+        except click.ClickException as error:
+            fail("usage", error.format_message(), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            fail("interrupted", "stopped by Ctrl-C", 130)
+        except BrokenPipeError:  # the reader of stdout left, which is its right
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            fail("os", f"{error.strerror or error}: {error.filename or 'input or output'}", 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(code: str, message: str, exit_code: int) -> NoReturn:
+    click.echo(f"error[{code}]: {' '.join(message.split())}", err=True)
+    sys.exit(exit_code)
+
+
+def note(message: str) -> None:
+    """One dim line on stderr (plain when stderr is no terminal)."""
+    click.secho(message, dim=True, err=True)
+
+
+def warn(message: str) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+def emit_json(data: Any) -> None:
+    click.echo(json.dumps(data, ensure_ascii=False, indent=2))
+
+
+def stdout_console() -> Console:
+    """For tables: as wide as the terminal, or wide enough when written to a file."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
+@contextmanager
+def progress_bar(visible: bool = True) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, disable=not (visible and console.is_terminal)
+    ) as progress:
+        yield progress
+
+
+@contextmanager
+def reporter() -> Iterator[Report]:
+    """A bar per stage on a terminal; on anything else a line when a stage begins or says more."""
+    with progress_bar() as bar:
+        stages: dict[str, TaskID] = {}
+        lines: dict[str, float] = {}
+
+        def report(stage: str, done: int, total: int, remark: str = "") -> None:
+            if bar.disable:
+                now = time.monotonic()
+                if done >= total or now - lines.get(stage, -60.0) >= 60:
+                    lines[stage] = now
+                    click.echo(f"{stage} {done}/{total} {remark}".rstrip(), err=True)
+                return
+            if stage not in stages:
+                stages[stage] = bar.add_task(stage, total=total)
+            bar.update(
+                stages[stage], completed=done, total=total, description=f"{stage} {remark}".rstrip()
+            )
+
+        yield report
+
+
+def read_request(argument: str) -> str:
+    """The request itself, or all of stdin for `-`. Raises RequestNotText."""
+    if argument != "-":
+        return argument
+    try:
+        return click.get_binary_stream("stdin").read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestNotText(
+            f"stdin is not valid UTF-8 at byte {error.start}", "convert it to UTF-8"
+        ) from None
+
+
+def human_bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

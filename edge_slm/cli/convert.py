@@ -1,0 +1,75 @@
+"""`edge-slm convert`: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar
+from edge_slm.cli.options import folder
+
+if TYPE_CHECKING:
+    from edge_slm_runtime.bundle import Manifest
+
+
+@click.command(short_help="Convert a checkpoint to a bundle.")
+@click.argument("checkpoint", type=folder)
+@click.argument("out", type=folder)
+@click.option(
+    "--variants",
+    metavar="NAMES",
+    help="Comma-separated, of onnx-fp32, onnx-int8, onnx-int4, ctranslate2-int8, "
+    "ctranslate2-float32.  [default: all but the last]",
+)
+@click.option("--name", help="Name of the bundle.  [default: that of the folder]")
+@click.option("--accept", is_flag=True, help="Ship variants outside their fidelity budget too.")
+@json_option
+def convert(
+    *,
+    checkpoint: Path,
+    out: Path,
+    variants: str | None,
+    name: str | None,
+    accept: bool,
+    as_json: bool,
+) -> None:
+    """Convert the Hugging Face GPT-2 folder CHECKPOINT to the bundle folder OUT.
+
+    Each variant's predictions are measured against fp32; one outside its budget
+    is refused (exit 7) unless --accept. OUT appears whole or not at all.
+    """
+    names = variants.split(",") if variants else None
+    manifest = convert_with_bar(checkpoint, out, names, name=name, accept=accept)
+    if as_json:
+        emit_json(manifest.to_json())
+        return
+    for variant in manifest.variants:
+        click.echo(f"{variant.name}: {human_bytes(variant.bytes)}")
+    click.echo(f"{out}: {manifest.digest}")
+
+
+def convert_with_bar(
+    checkpoint: Path,
+    out: Path,
+    variants: Sequence[str] | None,
+    *,
+    name: str | None = None,
+    accept: bool = False,
+) -> Manifest:
+    """`edge_slm_converters.convert`, its steps shown on stderr."""
+    from edge_slm_converters.convert import DEFAULT_VARIANTS, REFERENCE
+    from edge_slm_converters.convert import convert as run
+
+    chosen = variants or DEFAULT_VARIANTS
+    with progress_bar() as progress:
+        # Around the variants: reading, measuring, recording goldens.
+        task = progress.add_task("converting", total=len({REFERENCE, *chosen}) + 3)
+
+        def step(line: str) -> None:
+            progress.update(task, description=line)
+            progress.advance(task)
+
+        return run(checkpoint, out, chosen, name=name, accept=accept, progress=step)

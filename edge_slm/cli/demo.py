@@ -1,0 +1,117 @@
+"""`edge-slm demo`: the whole way from a checkpoint to commanded prompts, in numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import edge_slm
+from edge_slm.cli.console import emit_json, json_option, note, progress_bar, stdout_console
+from edge_slm.cli.convert import convert_with_bar
+from edge_slm.cli.options import folder, threads_option
+from edge_slm_runtime.bundle import read_manifest
+from edge_slm_runtime.errors import DependencyMissing, EngineNotInstalled
+
+if TYPE_CHECKING:
+    from edge_slm_bench.measure import Measurement
+
+REFERENCE = Path(edge_slm.__file__).parents[1] / "models" / "reference"
+
+# (task, request, words); tasks that the model does not know are left out.
+REQUESTS = (
+    ("image", "a cosy cabin in the snow", 12),
+    ("image", "a cosy cabin in the snow", 24),
+    ("image", "a cosy cabin in the snow", 48),
+    ("video", "a fox crossing a frozen river", 30),
+    ("video", "a fox crossing a frozen river", 80),
+    ("lettering", "a bakery sign that says FRESH BREAD", 25),
+    ("scene", "dog, ball, park, child", 10),
+    ("tags", "lighthouse at dusk", 6),
+    ("title", "oil painting of a harbour", 4),
+)
+
+
+@click.command(short_help="Convert the reference model and watch it obey.")
+@click.option("--checkpoint", type=folder, help="Convert this one.  [default: models/reference]")
+@threads_option
+@json_option
+def demo(checkpoint: Path | None, threads: int | None, as_json: bool) -> None:
+    """Convert the reference checkpoint to every variant in a temporary folder, ask
+    each for prompts of several tasks and lengths, and print the texts and figures.
+
+    Each variant runs in a fresh process. Where there is no checkpoint, or the
+    [convert] extra is missing, the bundle that comes with the package is used.
+    """
+    with tempfile.TemporaryDirectory(prefix="edge-slm-demo-") as scratch:
+        bundle = _bundle(checkpoint, Path(scratch))
+        cells = _measured(bundle, threads)
+    if as_json:
+        from edge_slm_bench.machine import machine
+
+        emit_json({"machine": machine().as_dict(), "cells": [cell.as_dict() for cell in cells]})
+    else:
+        _print(cells)
+
+
+def _bundle(checkpoint: Path | None, scratch: Path) -> Path:
+    """Every variant of the checkpoint, or the shipped bundle with the reason on stderr."""
+    if checkpoint is None and not REFERENCE.is_dir():
+        note(f"no checkpoint at {REFERENCE}: using the bundle that comes with the package")
+        return edge_slm.shipped_bundle()
+    try:
+        from edge_slm_converters.convert import VARIANTS
+
+        runnable = [name for name, target in VARIANTS.items() if find_spec(target.engine)]
+        out = scratch / "demo"
+        # It ships nothing, so it shows whatever the fidelity is.
+        convert_with_bar(checkpoint or REFERENCE, out, runnable, accept=True)
+    except DependencyMissing as error:
+        if checkpoint is not None:
+            raise
+        note(f"{error}: using the bundle that comes with the package")
+        return edge_slm.shipped_bundle()
+    return out
+
+
+def _measured(bundle: Path, threads: int | None) -> list[Measurement]:
+    from edge_slm_bench.measure import measure_variant
+
+    manifest = read_manifest(bundle)
+    known = manifest.command.tasks
+    asked = [r for r in REQUESTS if r[0] in known] or [(known[0], r[1], r[2]) for r in REQUESTS[:3]]
+    requests = [{"request": text, "task": task, "words": words} for task, text, words in asked]
+    cells = []
+    with progress_bar() as progress:
+        task = progress.add_task("generating", total=len(manifest.variants))
+        for variant in manifest.variants:
+            progress.update(task, description=f"generating with {variant.name}")
+            try:
+                cells.append(
+                    measure_variant(bundle, variant.name, threads=threads, requests=requests)
+                )
+            except EngineNotInstalled as error:
+                note(f"{variant.name} skipped: {error}")
+            progress.advance(task)
+    return cells
+
+
+def _print(cells: Sequence[Measurement]) -> None:
+    from edge_slm_bench.report import speed_table
+
+    shown = next((cell for cell in cells if cell.precision == "int8"), cells[0])
+    console = stdout_console()
+    console.print(f"[bold]{shown.variant}[/bold] answers")
+    for answer in shown.generations:
+        asked = answer["asked"]
+        console.print(
+            f"\n[bold]{asked['task']}[/bold], {asked['words']} words: {answer['request']}"
+            f"  [dim]→ {answer['words']} words, ended by {answer['finish_reason']}[/dim]"
+        )
+        console.print(f"  {answer['text']}", markup=False)
+    console.print()
+    console.print(speed_table(cells))

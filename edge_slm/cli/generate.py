@@ -1,0 +1,55 @@
+"""`edge-slm generate`: one request, streamed to the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import edge_slm
+from edge_slm.cli.console import emit_json, json_option, note, read_request, warn
+from edge_slm.cli.options import model_options, sampling_options
+
+
+@click.command(short_help="Write one prompt.")
+@click.argument("request")
+@model_options
+@click.option("--task", help="What the prompt is for, one of the bundle's tasks.")
+@click.option("--words", type=int, help="Length to keep, ±10% or ±2 words.")
+@click.option("--relevance", type=int, help="Level asked for, 0 (low) … 9 (high).")
+@sampling_options
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@json_option
+def generate(
+    *,
+    request: str,
+    bundle: Path | None,
+    engine: str,
+    precision: str,
+    threads: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Write one prompt for REQUEST, or for the text on stdin when it is '-'."""
+    text = read_request(request)
+    with edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm:
+        if as_json:
+            emit_json(slm.generate(text, **settings).as_dict())
+            return
+        stream = slm.stream(text, **settings)
+        for piece in stream:
+            click.echo(piece, nl=False)  # click flushes
+        click.echo()
+        result = stream.result
+    for warning in result.warnings:
+        warn(warning)
+    stats = result.stats
+    asked = f" of {result.asked.words} asked" if result.asked.words else ""
+    tpot = f", {stats.tpot_ms:.1f} ms/token" if stats.tpot_ms is not None else ""
+    note(
+        f"{result.words} words{asked}, ended by {result.finish_reason}; "
+        f"{stats.engine} {stats.precision}, {stats.threads} threads: load {stats.load_ms:.0f} ms, "
+        f"TTFT {stats.ttft_ms:.0f} ms{tpot}, {stats.tokens_per_second:.0f} tokens/s, "
+        f"peak {stats.peak_rss_mb:.0f} MB"
+    )

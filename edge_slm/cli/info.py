@@ -1,0 +1,69 @@
+"""`edge-slm info`: what a bundle holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge_slm.cli.console import emit_json, human_bytes, json_option, stdout_console
+from edge_slm.cli.options import folder
+from edge_slm_runtime.bundle import Manifest, read_manifest
+
+
+@click.command(short_help="Show what a bundle holds.")
+@click.argument("bundle", type=folder)
+@json_option
+def info(bundle: Path, as_json: bool) -> None:
+    """Show the model, the commands and the variants of BUNDLE.
+
+    Only the manifest is read; 'verify' reads all the files.
+    """
+    manifest = read_manifest(bundle)
+    if as_json:
+        emit_json(manifest.to_json())
+    else:
+        _print(manifest)
+
+
+def _print(manifest: Manifest) -> None:
+    from rich.table import Table
+
+    model, schema = manifest.model, manifest.command
+    words, levels = schema.axis("words"), schema.axis("relevance").values
+    facts = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("name", manifest.name),
+        ("model", f"{model.architecture}, {model.layers} layers × {model.width}"),
+        ("parameters", f"{model.parameters / 1e6:.1f} M"),
+        ("vocabulary", f"{model.vocab_size} tokens"),
+        ("context", f"{model.positions} tokens"),
+        ("tasks", ", ".join(schema.tasks)),
+        ("words", f"{words.edges[0]} … {words.edges[-1] - 1}"),
+        ("relevance", f"{levels[0]} … {levels[-1]}"),
+        ("goldens", str(len(manifest.goldens))),
+        ("digest", manifest.digest),
+    ):
+        facts.add_row(f"[bold]{name}[/bold]", value)
+    variants = Table(box=None, header_style="bold", pad_edge=False)
+    variants.add_column("variant")
+    variants.add_column("engine")
+    variants.add_column("precision")
+    for heading in ("size", "read per token", "top-1 agreement", "mean KL", "perplexity ratio"):
+        variants.add_column(heading, justify="right")
+    for v in manifest.variants:
+        fidelity = v.fidelity or {}
+        variants.add_row(
+            v.name,
+            v.engine,
+            v.precision,
+            human_bytes(v.bytes),
+            human_bytes(v.weight_bytes_per_token),
+            f"{fidelity['top1']:.1%}" if "top1" in fidelity else "–",
+            f"{fidelity['kl_mean']:.5f}" if "kl_mean" in fidelity else "–",
+            f"{fidelity['perplexity_ratio']:.4f}" if "perplexity_ratio" in fidelity else "–",
+        )
+    console = stdout_console()
+    console.print(facts)
+    console.print()
+    console.print(variants)

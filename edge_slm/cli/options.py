@@ -1,0 +1,69 @@
+"""Options that several subcommands take, spelled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+folder = click.Path(path_type=Path)  # whether it is a bundle is for its reader to say
+
+
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, listed in the order given."""
+    return lambda function: reduce(lambda f, option: option(f), reversed(options), function)
+
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads.  [default: the cores this process may use]",
+)
+
+model_options = _together(
+    click.option("--bundle", type=folder, help="Bundle folder.  [default: the one shipped]"),
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "onnxruntime", "ctranslate2"]),
+        default="auto",
+        show_default=True,
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "int8", "int4", "fp32"]),
+        default="auto",
+        show_default=True,
+    ),
+    threads_option,
+)
+
+# Their names are those of the keyword arguments of `SLM.generate`.
+sampling_options = _together(
+    click.option(
+        "--temperature",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="0 takes the likeliest token.",
+    ),
+    click.option(
+        "--top-k", type=int, default=0, show_default=True, help="Keep the k likeliest; 0 keeps all."
+    ),
+    click.option(
+        "--top-p", type=float, default=1.0, show_default=True, help="Keep this probability mass."
+    ),
+    click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; repeatable."),
+    click.option("--max-new-tokens", type=int, help="Upper bound, in tokens."),
+    click.option(
+        "--keep-length/--no-keep-length",
+        default=True,
+        show_default=True,
+        help="Keep the promise of --words, or let the model decide.",
+    ),
+)

@@ -1,0 +1,73 @@
+"""`edge-slm verify`: is the bundle what it says, and does it still answer as it did?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import edge_slm
+from edge_slm.cli.console import emit_json, json_option, note
+from edge_slm.cli.options import folder
+from edge_slm_runtime.bundle import Manifest
+from edge_slm_runtime.bundle import verify as verify_files
+from edge_slm_runtime.errors import BundleError, EngineNotInstalled
+
+
+@click.command(short_help="Check a bundle's files, and its answers.")
+@click.argument("bundle", type=folder)
+@click.option("--goldens", is_flag=True, help="Also run each variant on its stored requests.")
+@json_option
+def verify(bundle: Path, goldens: bool, as_json: bool) -> None:
+    """Check that every file of BUNDLE is the one that its manifest lists.
+
+    With --goldens also that every variant whose engine is installed gives the
+    stored token ids; another CPU or engine version may rightly differ in a few.
+    """
+    manifest = verify_files(bundle)
+    checked = {v.name: _run_goldens(bundle, manifest, v.name) for v in manifest.variants if goldens}
+    size = sum(entry.size for entry in manifest.files.values())
+    if as_json:
+        emit_json(
+            {
+                "bundle": str(bundle),
+                "digest": manifest.digest,
+                "files": len(manifest.files),
+                "bytes": size,
+                "goldens": checked if goldens else None,
+            }
+        )
+        return
+    click.echo(f"{manifest.name}: {len(manifest.files)} files, {size} bytes, {manifest.digest}")
+    for name, count in checked.items():
+        told = "engine not installed" if count is None else f"{count} goldens match"
+        click.echo(f"{name}: {told}")
+
+
+def _run_goldens(bundle: Path, manifest: Manifest, name: str) -> int | None:
+    """How many goldens matched; None when the engine is not installed."""
+    variant = next(v for v in manifest.variants if v.name == name)
+    goldens = [golden for golden in manifest.goldens if name in golden.ids]
+    try:
+        slm = edge_slm.load(
+            bundle, engine=variant.engine, precision=variant.precision, verify=False
+        )
+    except EngineNotInstalled as error:
+        note(f"{name} skipped: {error}")
+        return None
+    with slm:
+        for golden in goldens:
+            got = slm.generate(
+                golden.request,
+                task=golden.command.task,
+                words=golden.command.words,
+                relevance=golden.command.relevance,
+                max_new_tokens=golden.max_new_tokens,
+                keep_length=False,
+            )
+            if got.token_ids != golden.ids[name]:
+                raise BundleError(
+                    f"{name} no longer gives its golden tokens for {golden.request!r}",
+                    "the files are unaltered: look at the engine's version and the CPU",
+                )
+    return len(goldens)
