@@ -79,7 +79,6 @@ class Packer:
     ) -> None:
         self._records, self._schema = records, schema
         self._rows, self._length, self._dropout, self._seed = rows, length, dropout, seed
-        self._ids = {token: i for i, token in enumerate(schema.special_tokens())}
 
     def epoch(self, number: int) -> list[list[list[int]]]:
         """The plan of an epoch: batches of rows of record indices.
@@ -119,9 +118,7 @@ class Packer:
             for s, index in enumerate(row):
                 record = self._records[index]
                 command = drop(record.record.command, self._dropout, rng)
-                prompt = self._schema.encode(
-                    record.record.request, command, lambda _, q=record.request: q
-                )
+                prompt = self._schema.frame(record.request, command)
                 tokens = prompt + record.response
                 stop = at + len(tokens)
                 ids[r, at:stop] = tokens

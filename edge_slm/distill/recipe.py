@@ -31,8 +31,8 @@ class DataRecipe(_Section):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     max_rows: dict[str, int] = {}  # per task; none = all
-    holdout_percent: int = Field(4, ge=0, le=50)
-    max_request_words: int = Field(40, ge=1)
+    holdout_percent: int = Field(default=4, ge=0, le=50)
+    max_request_words: int = Field(default=40, ge=1)
 
 
 class HindsightRecipe(_Section):
@@ -40,30 +40,30 @@ class HindsightRecipe(_Section):
 
     cuts: dict[str, int] = {}  # per task: length variants per sample, cut at clause ends
     fragments: dict[str, int] = {}  # per task: requests made of phrases of the response
-    mismatch_share: float = Field(0.12, ge=0, lt=1)
-    command_dropout: float = Field(0.1, ge=0, lt=1)
+    mismatch_share: float = Field(default=0.12, ge=0, lt=1)
+    command_dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
 class ModelRecipe(_Section):
-    vocab_size: int = Field(6144, ge=512)
-    layers: int = Field(6, ge=1)
-    width: int = Field(384, ge=8)
-    heads: int = Field(6, ge=1)
-    positions: int = Field(256, ge=32)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    vocab_size: int = Field(default=6144, ge=512)
+    layers: int = Field(default=6, ge=1)
+    width: int = Field(default=384, ge=8)
+    heads: int = Field(default=6, ge=1)
+    positions: int = Field(default=256, ge=32)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
 
 
 class TrainRecipe(_Section):
     tokens: int = Field(gt=0)  # total, padding included
-    batch_tokens: int = Field(8192, gt=0)
-    learning_rate: float = Field(1.5e-3, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    warmup_steps: int = Field(100, ge=0)
-    clip: float = Field(1.0, gt=0)
+    batch_tokens: int = Field(default=8192, gt=0)
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    clip: float = Field(default=1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
-    save_every: int = Field(200, ge=1)  # steps
-    evaluate_every: int = Field(200, ge=1)  # steps
+    save_every: int = Field(default=200, ge=1)  # steps
+    evaluate_every: int = Field(default=200, ge=1)  # steps
 
 
 class Recipe(_Section):

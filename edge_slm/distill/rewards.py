@@ -60,9 +60,7 @@ class Relevance:
                 file.truncate(whole * row.itemsize)
                 rows = np.frombuffer(file.read(), row)
             # S20 strips trailing zero bytes; ljust restores them.
-            self._known = {
-                r["key"].ljust(20, b"\0"): r["vector"].astype(np.float32) for r in rows
-            }
+            self._known = {r["key"].ljust(20, b"\0"): r["vector"].astype(np.float32) for r in rows}
 
     def _load(self) -> Any:
         if self._model is None:

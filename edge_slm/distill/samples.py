@@ -80,42 +80,48 @@ def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, s
                     ) from None
 
 
-def usable(request: str, response: str, recipe: DataRecipe) -> bool:
-    """Whether a pair can teach: a whole request, and a response that adds to it."""
-    words = request.split()
-    return (
-        0 < len(words) <= recipe.max_request_words
-        and 0 < count_words(response) < WORD_EDGES[-1]
-        and not (len(words) > 1 and words[-1].lower().strip(",.") in _DANGLING)
-        and request.strip(" .").lower() != response.strip(" .").lower()
-    )
+def read_samples(paths: Iterable[str | Path], tasks: Sequence[str]) -> Iterator[Sample]:
+    """The usable samples of `tasks`, white space folded; a lone response has request "".
+
+    Usable: a whole request, and a response that adds to it and is not longer than
+    a command can ask. Raises DataError with file and line.
+    """
+    for request, response, task in read_jsonl(paths):
+        if task not in tasks:
+            continue
+        text = " ".join(response.split())
+        if text.count('"') % 2:  # cut just before or after a closing quotation mark
+            text = text.rstrip('" ')
+        if not 0 < count_words(text) < WORD_EDGES[-1]:
+            continue
+        if request is None:
+            yield Sample("", text, task)
+            continue
+        try:
+            folded = clean_request(request)
+        except RequestError:
+            continue
+        words = folded.split()
+        dangling = len(words) > 1 and words[-1].lower().strip(",.") in _DANGLING
+        if not dangling and folded.strip(" .").lower() != text.strip(" .").lower():
+            yield Sample(folded, text, task)
 
 
 def load_samples(
     paths: Sequence[str | Path], recipe: DataRecipe, seed: int
-) -> tuple[list[Sample], list[Sample], list[tuple[str, str]]]:
-    """(training pairs, held-out pairs, lone (response, task)) of the recipe's tasks.
+) -> tuple[list[Sample], list[Sample], list[Sample]]:
+    """(training pairs, held-out pairs, lone responses) of the recipe's tasks.
 
-    Lone responses that also occur in a pair, or whose opening words would be
-    held out, are dropped. Raises DataError when a task has no usable pair.
+    Lone responses that begin like one of a pair are dropped, so that nothing held
+    out comes back. Raises DataError when a task has no usable pair.
     """
     pairs: dict[str, list[Sample]] = {task: [] for task in recipe.tasks}
-    lone: dict[str, str] = {}
-    for request, response, task in read_jsonl(paths):
-        if task not in pairs:
-            continue
-        text = " ".join(response.split()).rstrip('" ') if response.count('"') % 2 else response
-        text = " ".join(text.split())
-        if request is None:
-            if 0 < count_words(text) < WORD_EDGES[-1]:
-                lone[text] = task
-            continue
-        try:
-            request = clean_request(request)
-        except RequestError:
-            continue
-        if usable(request, text, recipe):
-            pairs[task].append(Sample(request, text, task))
+    lone: dict[str, Sample] = {}
+    for sample in read_samples(paths, recipe.tasks):
+        if not sample.request:
+            lone[sample.response] = sample
+        elif count_words(sample.request) <= recipe.max_request_words:
+            pairs[sample.task].append(sample)
     if missing := [task for task, rows in pairs.items() if not rows]:
         raise DataError(
             f"no usable sample for task {', '.join(missing)}", "check the data or the recipe"
@@ -129,11 +135,12 @@ def load_samples(
         kept = [row for row in unique if not held_out(row.request, recipe.holdout_percent)]
         rng.shuffle(kept)
         train += kept[: recipe.max_rows.get(task, len(kept))]
-    taken = {" ".join(sample.response.lower().split()[:8]) for sample in (*train, *held)}
-    lone = {
-        text: task for text, task in lone.items() if " ".join(text.lower().split()[:8]) not in taken
-    }
-    return train, held, list(lone.items())
+    taken = {_opening(sample.response) for sample in (*train, *held)}
+    return train, held, [s for s in lone.values() if _opening(s.response) not in taken]
+
+
+def _opening(text: str) -> str:
+    return " ".join(text.lower().split()[:8])
 
 
 def clause_cuts(text: str) -> list[str]:
@@ -151,7 +158,7 @@ def fragment_request(text: str, rng: random.Random) -> str | None:
         words = words[: rng.randint(3, 9)]
         while words and words[-1].lower() in _DANGLING:
             words = words[:-1]
-        if 2 <= len(words):
+        if len(words) >= 2:
             phrases.append(" ".join(words))
     if not phrases:
         return None
@@ -166,16 +173,18 @@ def fragment_request(text: str, rng: random.Random) -> str | None:
 
 def vary(
     pairs: Sequence[Sample],
-    lone: Sequence[tuple[str, str]],
+    lone: Sequence[Sample],
     recipe: HindsightRecipe,
     seed: int,
 ) -> list[Sample]:
     """The pairs and their variants, de-duplicated, in a fixed order for a seed."""
     rng = random.Random(seed + 1)
     pool: list[Sample] = list(pairs)
-    for response, task in lone:
-        if recipe.fragments.get(task) and (request := fragment_request(response, rng)):
-            pool.append(Sample(request, response, task, "fragment"))
+    for sample in lone:
+        if recipe.fragments.get(sample.task) and (
+            request := fragment_request(sample.response, rng)
+        ):
+            pool.append(replace(sample, request=request, kind="fragment"))
     for sample in pairs:
         for _ in range(recipe.fragments.get(sample.task, 0)):
             if request := fragment_request(sample.response, rng):

@@ -121,7 +121,12 @@ class _Run:
         rows = max(1, t.batch_tokens // length)
         self.packer, self.valid = (
             Packer(
-                encoded, prepared.schema, rows=rows, length=length, dropout=dropout, seed=recipe.seed
+                encoded,
+                prepared.schema,
+                rows=rows,
+                length=length,
+                dropout=dropout,
+                seed=recipe.seed,
             )
             for encoded, dropout in (
                 (prepared.train, recipe.hindsight.command_dropout),
@@ -245,7 +250,8 @@ class _Run:
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["recipe"] != self.recipe.digest():
             raise DataError(
-                f"{path} belongs to another recipe", "give another --out or the recipe it began with"
+                f"{path} belongs to another recipe",
+                "give another --out or the recipe it began with",
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_slm.distill.recipe import Recipe
+from edge_slm.distill.samples import (
+    clause_cuts,
+    fragment_request,
+    held_out,
+    load_samples,
+    read_jsonl,
+    vary,
+)
+from edge_slm_runtime.errors import DataError
+
+
+def test_the_split_depends_on_the_request_alone(data_file: Path, recipe: Recipe) -> None:
+    train, held, _ = load_samples([data_file], recipe.data, seed=1)
+    assert held
+    assert train
+    assert not {s.request for s in train} & {s.request for s in held}
+    assert all(held_out(s.request, 10) for s in held)
+    assert held_out("A Red  fox", 10) == held_out("a red fox", 10)
+    assert sum(held_out(str(i), 4) for i in range(10_000)) == pytest.approx(400, abs=80)
+
+
+def test_variants_are_what_they_say(data_file: Path, recipe: Recipe) -> None:
+    train, _, lone = load_samples([data_file], recipe.data, seed=1)
+    pool = vary(train, lone, recipe.hindsight, seed=1)
+    assert pool == vary(train, lone, recipe.hindsight, seed=1)
+    originals = {s.response for s in train} | {s.response for s in lone}
+    pairs = {(s.request, s.response) for s in train}
+    kinds = {s.kind for s in pool}
+    assert kinds == {"pair", "cut", "fragment", "mismatch"}
+    for sample in pool:
+        if sample.kind == "cut":
+            assert any(text.startswith(sample.response) for text in originals)
+            assert sample.response not in originals or sample.words >= 3
+        if sample.kind == "fragment":
+            words = sample.request.lower().replace(",", "").split()
+            assert all(word in sample.response.lower() for word in words)
+        if sample.kind == "mismatch":
+            assert (sample.request, sample.response) not in pairs or sample.response in originals
+    share = sum(s.kind == "mismatch" for s in pool) / len(pool)
+    assert 0.03 < share <= recipe.hindsight.mismatch_share + 0.01
+
+
+def test_cuts_end_at_clause_ends() -> None:
+    text = "A fox, red and old; it sits. Snow falls"
+    assert clause_cuts(text) == ["A fox", "A fox, red and old", "A fox, red and old; it sits"]
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=80), st.randoms())
+def test_a_fragment_is_part_of_its_text(text: str, rng: object) -> None:
+    request = fragment_request(text, rng)  # type: ignore[arg-type]
+    if request is not None:
+        folded = " ".join(text.split()).lower()
+        assert len(request.split()) >= 2
+        for phrase in request.lower().split(", "):
+            assert set(phrase.split()) <= set(
+                "".join(c if c not in ',;:.!?"()[]' else " " for c in folded).split()
+            )
+
+
+def test_a_bad_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"request": "a", "response": "b", "task": "image"}\n{"request": 1\n', "utf-8")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not a sample"):
+        list(read_jsonl([file]))
+    with pytest.raises(DataError, match="cannot read"):
+        list(read_jsonl([tmp_path / "none.jsonl"]))
+
+
+def test_a_task_without_samples_is_named(data_file: Path, recipe: Recipe) -> None:
+    wanted = recipe.data.model_copy(update={"tasks": ("image", "video")})
+    with pytest.raises(DataError, match="no usable sample for task video"):
+        load_samples([data_file], wanted, seed=1)
