@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_slm_runtime import SLM, Request, load, tolerance
+from edge_slm_runtime.errors import (
+    BadSetting,
+    ControlTokenInRequest,
+    EmptyRequest,
+    EngineError,
+    NotSupportedByEngine,
+    RequestTooLong,
+    UnknownTask,
+    VariantNotFound,
+    WordsOutOfRange,
+)
+
+REQUEST = "a cosy cabin in the snow"
+REQUESTS = [
+    Request(REQUEST + ", warm light" * (i % 4), words=1 + i, max_new_tokens=10 + 3 * i)
+    for i in range(10)
+]
+
+
+def test_result_tells_the_truth(slm: SLM) -> None:
+    result = slm.generate(REQUEST, task="image", words=3, relevance=9, max_new_tokens=40)
+    assert result.words == len(result.text.split())
+    assert result.asked.as_dict() == {"task": "image", "words": 3, "relevance": 9}
+    low, high = tolerance(3)
+    assert result.in_tolerance == (low <= result.words <= high)
+    assert result.text == result.text.strip()
+    stats = result.stats
+    assert (stats.engine, stats.precision) == (slm.variant.engine, slm.variant.precision)
+    assert stats.new_tokens == len(result.token_ids)
+    assert 0 < stats.ttft_ms <= stats.total_ms
+    assert stats.peak_rss_mb > 10
+    assert stats.load_ms > 0
+    assert json.loads(json.dumps(result.as_dict()))["commanded"]["relevance"] == 9
+
+
+def test_stream_is_generate(slm: SLM) -> None:
+    for words, stop in ((None, ()), (4, ()), (None, ("e", "ing"))):
+        settings = {"words": words, "stop": stop, "max_new_tokens": 40}
+        stream = slm.stream(REQUEST, **settings)  # type: ignore[arg-type]
+        pieces = list(stream)
+        whole = slm.generate(REQUEST, **settings)  # type: ignore[arg-type]
+        assert "".join(pieces) == stream.result.text == whole.text
+        assert stream.result.token_ids == whole.token_ids
+        assert stream.result.finish_reason == whole.finish_reason
+
+
+def test_stream_has_a_result_only_at_its_end(slm: SLM) -> None:
+    stream = slm.stream(REQUEST, max_new_tokens=30)
+    next(stream)
+    with pytest.raises(RuntimeError, match="read to its end"):
+        _ = stream.result
+    stream.close()
+    assert list(stream) == []
+    assert slm.generate(REQUEST, max_new_tokens=5).stats.new_tokens <= 5
+
+
+def test_two_streams_at_once_do_not_disturb_each_other(slm: SLM) -> None:
+    alone = [slm.generate(REQUEST + end, max_new_tokens=20).text for end in ("", " today")]
+    streams = [slm.stream(REQUEST + end, max_new_tokens=20) for end in ("", " today")]
+    texts = ["", ""]
+    for _ in range(40):
+        for i, stream in enumerate(streams):
+            texts[i] += next(stream, "")
+    assert texts == alone
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_batch_rows_are_their_single_runs(slm: SLM, batch_size: int) -> None:
+    alone = [
+        slm.generate(r.request, words=r.words, max_new_tokens=r.max_new_tokens) for r in REQUESTS
+    ]
+    batch = list(slm.generate_batch(REQUESTS, batch_size))
+    assert [b.request for b in batch] == [r.request for r in REQUESTS]
+    assert [b.token_ids for b in batch] == [a.token_ids for a in alone]
+    assert [(b.text, b.finish_reason) for b in batch] == [(a.text, a.finish_reason) for a in alone]
+
+
+def test_batch_draws_no_more_than_it_needs(onnx_slm: SLM) -> None:
+    drawn = 0
+
+    def endless() -> object:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield Request(REQUEST, max_new_tokens=4)
+
+    answers = onnx_slm.generate_batch(endless(), 2)  # type: ignore[arg-type]
+    assert len([next(answers) for _ in range(3)]) == 3
+    assert drawn <= 6
+
+
+def test_seeds_reproduce_alone_and_in_a_batch(onnx_slm: SLM) -> None:
+    requests = [
+        Request(REQUEST, temperature=1.5, top_k=50, top_p=0.9, seed=seed, max_new_tokens=20)
+        for seed in (1, 2, 1)
+    ]
+    first, other, again = onnx_slm.generate_batch(requests)
+    assert first.token_ids == again.token_ids != other.token_ids
+    alone = onnx_slm.generate(
+        REQUEST, temperature=1.5, top_k=50, top_p=0.9, seed=2, max_new_tokens=20
+    )
+    assert alone.token_ids == other.token_ids
+
+
+def test_a_drawn_seed_is_reported_and_works(onnx_slm: SLM) -> None:
+    drawn = onnx_slm.generate(REQUEST, temperature=2.0, max_new_tokens=12)
+    again = onnx_slm.generate(REQUEST, temperature=2.0, max_new_tokens=12, seed=drawn.seed)
+    assert drawn.token_ids == again.token_ids
+
+
+def test_engines_agree_greedily(tiny_bundle: Path) -> None:
+    """The same model in fp32, step by step or in CTranslate2's own loop."""
+    with (
+        load(tiny_bundle, "onnxruntime", "fp32", threads=1) as ours,
+        load(tiny_bundle, "ctranslate2", "fp32", threads=1) as theirs,
+    ):
+        for words in (None, 3, 9):
+            for penalty in (1.0, 1.4):
+                a, b = (
+                    slm.generate(
+                        REQUEST, words=words, repetition_penalty=penalty, max_new_tokens=60
+                    )
+                    for slm in (ours, theirs)
+                )
+                assert a.token_ids == b.token_ids
+
+
+def test_ctranslate2_declares_what_it_cannot_do(tiny_bundle: Path) -> None:
+    with load(tiny_bundle, "ctranslate2", threads=1) as slm:
+        with pytest.raises(NotSupportedByEngine, match="seed"):
+            slm.generate(REQUEST, temperature=1.0, seed=1)
+        sampled = slm.generate(REQUEST, temperature=1.0, top_k=50, max_new_tokens=5)
+        assert sampled.seed is None
+
+
+def test_stop_sequence_inside_and_across_tokens(slm: SLM) -> None:
+    free = slm.generate(REQUEST, max_new_tokens=30).text
+    stop = free[5:9]
+    result = slm.generate(REQUEST, stop=[stop], max_new_tokens=30)
+    assert result.text == free[: free.index(stop)].rstrip()
+    assert result.finish_reason == "stop_sequence"
+    assert slm.generate(REQUEST, stop=stop, max_new_tokens=30).text == result.text
+
+
+def test_context_is_used_up_and_never_overrun(slm: SLM) -> None:
+    result = slm.generate(REQUEST)
+    assert result.finish_reason in ("stop", "context")
+    positions = slm.manifest.model.positions
+    assert result.stats.prompt_tokens + result.stats.new_tokens <= positions
+    with pytest.raises(RequestTooLong, match=f"{positions} positions"):
+        slm.generate(REQUEST, max_new_tokens=positions)
+    with pytest.raises(RequestTooLong):
+        slm.generate("word " * positions)
+    with pytest.raises(RequestTooLong):
+        slm.generate(REQUEST, words=150)
+
+
+def test_control_tokens_never_come_out(onnx_slm: SLM) -> None:
+    hot = [Request(REQUEST, temperature=50.0, seed=seed, words=40) for seed in range(8)]
+    for result in onnx_slm.generate_batch(hot):
+        assert set(result.token_ids).isdisjoint(range(len(onnx_slm.schema.special_tokens())))
+        assert max(result.token_ids) < 400, "ids of the padded vocabulary"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"task": "poem"}, UnknownTask),
+        ({"words": 0}, WordsOutOfRange),
+        ({"temperature": -1}, BadSetting),
+        ({"max_new_tokens": 0}, BadSetting),
+        ({"max_new_tokens": True}, BadSetting),
+        ({"stop": [""]}, BadSetting),
+        ({"stop": [3]}, BadSetting),
+    ],
+)
+def test_bad_settings(onnx_slm: SLM, settings: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        onnx_slm.generate(REQUEST, **settings)  # type: ignore[arg-type]
+    with pytest.raises(error):
+        onnx_slm.check(Request(REQUEST, **settings))  # type: ignore[arg-type]
+
+
+def test_bad_requests(onnx_slm: SLM) -> None:
+    with pytest.raises(EmptyRequest):
+        onnx_slm.generate(" ")
+    with pytest.raises(ControlTokenInRequest):
+        onnx_slm.generate("a cat <|words:3|>")
+    with pytest.raises(BadSetting, match="batch_size"):
+        onnx_slm.generate_batch([], 0)
+
+
+def test_choice_of_variant(tiny_bundle: Path) -> None:
+    with load(tiny_bundle) as slm:
+        assert (slm.variant.engine, slm.variant.precision) == ("onnxruntime", "int8")
+        assert 1 <= slm.threads <= 8
+    with pytest.raises(VariantNotFound, match="it has: "):
+        load(tiny_bundle, "ctranslate2", "int4")
+    for settings in ({"engine": "llama"}, {"precision": "int3"}, {"threads": 0}):
+        with pytest.raises(BadSetting):
+            load(tiny_bundle, **settings)  # type: ignore[arg-type]
+
+
+def test_closed_model_refuses(slm: SLM, tiny_bundle: Path) -> None:
+    other = load(tiny_bundle, slm.variant.engine, slm.variant.precision, threads=1)
+    other.close()
+    with pytest.raises(EngineError, match="closed"):
+        other.generate(REQUEST)

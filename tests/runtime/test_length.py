@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_slm_runtime.command import Command, count_words
+from edge_slm_runtime.draft import END_ID, Draft, Plan
+from edge_slm_runtime.length import LengthKeeper, tolerance
+from edge_slm_runtime.sampling import Sampling
+from edge_slm_runtime.text import TextCodec
+
+
+@pytest.mark.parametrize(
+    ("words", "window"),
+    [(1, (1, 3)), (2, (1, 4)), (3, (1, 5)), (20, (18, 22)), (29, (27, 31)), (30, (27, 33))],
+)
+def test_tolerance(words: int, window: tuple[int, int]) -> None:
+    assert tolerance(words) == window
+
+
+def plan(words: int | None, budget: int = 400, stop: tuple[str, ...] = ()) -> Plan:
+    command = Command(words=words)
+    return Plan("x", command, command, (), (1, 2), budget, "max_tokens", words, stop, Sampling())
+
+
+def write(draft: Draft, codec: TextCodec, wishes: list[int]) -> str:
+    """Lets a model that wants `wishes` write `draft`; returns what was streamed."""
+    shown = ""
+    for wish in wishes:
+        logits = np.zeros(codec.size + 5, np.float32)
+        logits[codec.size - 1] = 5  # the second choice: a token with letters
+        logits[wish] = 10
+        step = draft.accept(draft.choose(logits))
+        shown += step.text
+        assert draft.text.startswith(shown), "nothing that was shown is taken back"
+        if step.done:
+            break
+    return shown
+
+
+def tokens(codec: TextCodec) -> st.SearchStrategy[int]:
+    """Any id that a model can want, words and ends more often than chance."""
+    starts = [i for i in range(codec.size) if codec.bytes_of(i)[:1] in (b" ", b"\n", b",", b".")]
+    return st.one_of(st.integers(0, codec.size + 4), st.sampled_from(starts), st.just(END_ID))
+
+
+@given(data=st.data(), words=st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+def test_the_promise_holds_for_any_tokens(
+    codec: TextCodec, data: st.DataObject, words: int
+) -> None:
+    low, high = tolerance(words)
+    wishes = data.draw(st.lists(tokens(codec), min_size=4, max_size=60))
+    draft = Draft(plan(words, budget=len(wishes)), codec, 0.0)
+    shown = write(draft, codec, wishes)
+    assert draft.finish
+    assert shown == draft.text == draft.text.strip()
+    assert draft.words <= high
+    if draft.finish != "max_tokens":
+        assert low <= draft.words
+        assert draft.finish in ("stop", "length")
+    assert not set(draft.ids) & {*range(codec.controls), *range(codec.size, codec.size + 5)}
+
+
+@given(data=st.data(), stop=st.lists(st.text(" abe,.\n", min_size=1, max_size=3), max_size=2))
+@settings(max_examples=100, deadline=None)
+def test_streamed_pieces_are_the_text(
+    codec: TextCodec, data: st.DataObject, stop: list[str]
+) -> None:
+    wishes = data.draw(st.lists(tokens(codec), min_size=1, max_size=40))
+    words = data.draw(st.none() | st.integers(1, 6))
+    draft = Draft(plan(words, len(wishes), tuple(stop)), codec, 0.0)
+    assert write(draft, codec, wishes) == draft.text
+    assert not any(text in draft.text for text in stop)
+
+
+def run(codec: TextCodec, text: str, words: int) -> Draft:
+    draft = Draft(plan(words), codec, 0.0)
+    write(draft, codec, codec.encode(text))
+    return draft
+
+
+def test_cut_prefers_a_sentence_then_a_clause(codec: TextCodec) -> None:
+    draft = run(codec, "one two three. four five, six seven eight nine", words=5)
+    assert (draft.text, draft.finish) == ("one two three.", "length")
+    draft = run(codec, "one two three, four five six seven eight nine", words=5)
+    assert draft.text == "one two three"
+
+
+def test_cut_avoids_a_dangling_word(codec: TextCodec) -> None:
+    keeper = LengthKeeper(5)
+    assert keeper.cut("a b c and the of with more") == "a b c"
+
+
+def test_cut_goes_where_the_model_wanted_to_end() -> None:
+    keeper = LengthKeeper(5)
+    text = "aa bb cc dd ee ff gg hh"
+    for position, log_prob in ((8, -3.0), (11, -1.0), (14, -2.0)):
+        keeper.note(text[:position], log_prob)
+    assert keeper.cut(text) == "aa bb cc dd"
+
+
+def test_cut_without_any_sign_goes_by_nearness() -> None:
+    assert LengthKeeper(5).cut("aa bb cc dd ee ff gg hh") == "aa bb cc dd ee"
+
+
+def test_a_lone_comma_counts_as_the_word_that_it_is() -> None:
+    text = "aa bb , dd ee ff gg hh"
+    cut = LengthKeeper(5).cut(text)
+    assert 3 <= count_words(cut) <= 7
+
+
+def test_torn_last_word_is_left_out_when_the_budget_ends() -> None:
+    keeper = LengthKeeper(5)
+    assert keeper.cut("aa bb cc dd e", finished=False) == "aa bb cc dd"
+    assert keeper.cut("aa bb c", finished=False) == "aa bb c", "rather torn than too short"
+
+
+def test_an_early_end_is_held_back(codec: TextCodec) -> None:
+    draft = Draft(plan(3), codec, 0.0)
+    assert not draft.may_end()
+    write(draft, codec, [END_ID])
+    assert draft.finish is None
+    assert draft.ids == [codec.size - 1]
+
+
+def test_without_words_the_model_alone_decides(codec: TextCodec) -> None:
+    draft = Draft(plan(None), codec, 0.0)
+    write(draft, codec, [END_ID])
+    assert (draft.text, draft.finish) == ("", "stop")

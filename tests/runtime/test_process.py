@@ -1,0 +1,98 @@
+"""What only a fresh process shows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENGINES = ("onnxruntime", "ctranslate2")
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_training_stack_and_no_telemetry(tiny_bundle: Path, engine: str) -> None:
+    out = python(
+        """
+import os, sys
+import edge_slm_runtime
+assert not {"onnxruntime", "ctranslate2"} & set(sys.modules), "engines are imported when used"
+with edge_slm_runtime.load(sys.argv[1], sys.argv[2], threads=1) as slm:
+    slm.generate("a cat", words=3, max_new_tokens=20)
+heavy = {"torch", "transformers", "optimum", "onnx", "psutil", "safetensors"} & set(sys.modules)
+print(heavy, os.environ["ORT_DISABLE_TELEMETRY"], os.environ["ORT_TELEMETRY_DISABLED"])
+""",
+        str(tiny_bundle),
+        engine,
+    )
+    assert out.split() == ["set()", "1", "1"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_forked_child_is_refused_and_does_not_hang(tiny_bundle: Path, engine: str) -> None:
+    out = python(
+        """
+import os, sys, warnings
+import edge_slm_runtime
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork with threads
+slm = edge_slm_runtime.load(sys.argv[1], sys.argv[2], threads=2)
+stream = slm.stream("a cat", max_new_tokens=30)
+next(stream)
+child = os.fork()
+if not child:
+    for call in (lambda: slm.generate("a cat"), lambda: next(stream)):
+        try:
+            call()
+        except edge_slm_runtime.EdgeSlmError as error:
+            print(error.code)
+    slm.close()
+    del slm, stream
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+list(stream)
+print(stream.result.finish_reason)
+""",
+        str(tiny_bundle),
+        engine,
+    )
+    assert out.split() == ["used_after_fork", "used_after_fork", "max_tokens"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("end", ["", "next(slm.stream('a cat'))", "slm.close()"])
+def test_a_process_ends_well_without_close(tiny_bundle: Path, engine: str, end: str) -> None:
+    python(
+        f"""
+import sys, edge_slm_runtime
+slm = edge_slm_runtime.load(sys.argv[1], sys.argv[2], threads=1)
+slm.generate("a cat", max_new_tokens=5)
+{end}
+""",
+        str(tiny_bundle),
+        engine,
+    )
+
+
+def test_import_is_light() -> None:
+    out = python(
+        """
+import time
+start = time.process_time()
+import edge_slm_runtime
+print(time.process_time() - start)
+"""
+    )
+    assert float(out) < 0.5, "about 0.13 s when the machine is idle"

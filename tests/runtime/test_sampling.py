@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_slm_runtime.errors import BadSetting
+from edge_slm_runtime.sampling import Sampler, Sampling, log_probability, penalise, probabilities
+
+
+def make_logits(seed: int, size: int = 50) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "penalty"),
+    [
+        *((1.0, 0, 1.0, 1.0), (0.7, 0, 1.0, 1.0), (1.0, 5, 1.0, 1.0), (1.0, 0, 0.8, 1.0)),
+        *((1.3, 20, 0.9, 1.2), (0.5, 1, 1.0, 1.0), (1.0, 999, 0.01, 0.7)),
+    ],
+)
+def test_same_distribution_as_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, penalty: float
+) -> None:
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+    logits, prompt = make_logits(seed), [3, 4, 4, 20]
+    steps = [transformers.RepetitionPenaltyLogitsProcessor(penalty)]
+    steps += [transformers.TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+    steps += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    steps += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    scores = torch.tensor(logits)[None]
+    for step in steps:
+        scores = step(torch.tensor([prompt]), scores)
+    expected = torch.softmax(scores[0].double(), -1).numpy()
+
+    penalise(logits, set(prompt), penalty)
+    ours = probabilities(logits, Sampling(temperature, top_k, top_p, penalty))
+    assert np.array_equal(ours > 0, expected > 0)
+    assert np.allclose(ours, expected, atol=1e-6)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = make_logits(1, 8)
+    sampling = Sampling(temperature=1.5, top_k=6, top_p=0.95, seed=1)
+    sampler = Sampler(sampling, [])
+    counts = np.zeros(8)
+    for _ in range(20_000):
+        counts[sampler.pick(logits.copy())] += 1
+    expected = probabilities(logits, sampling)
+    assert np.abs(counts / counts.sum() - expected).max() < 0.01
+    assert not counts[expected == 0].any()
+
+
+def test_greedy_takes_the_most_likely() -> None:
+    logits = make_logits(2)
+    assert Sampler(Sampling(), []).pick(logits.copy()) == int(logits.argmax())
+
+
+def test_penalty_moves_greedy_off_a_repeat() -> None:
+    logits = np.array([0, 2.0, 1.9, -1], np.float32)
+    sampler = Sampler(Sampling(repetition_penalty=1.5), [])
+    assert [sampler.pick(logits.copy()) for _ in range(2)] == [1, 2]
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_a_seed_reproduces(seed: int) -> None:
+    logits = make_logits(0)
+    samplers = [Sampler(Sampling(temperature=2.0, seed=seed), []) for _ in range(2)]
+    first, second = ([s.pick(logits.copy()) for _ in range(8)] for s in samplers)
+    assert first == second
+
+
+def test_no_seed_draws_one_and_tells() -> None:
+    sampling = Sampling(temperature=1.0)
+    first, second = Sampler(sampling, []), Sampler(sampling, [])
+    assert first.seed is not None
+    assert first.seed != second.seed
+    assert Sampler(Sampling(), []).seed is None
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.0, 0.5, 3.0]))
+def test_masked_tokens_are_never_drawn(seed: int, temperature: float) -> None:
+    logits = make_logits(seed)
+    logits[10:] = -np.inf
+    sampler = Sampler(Sampling(temperature, top_k=30, repetition_penalty=1.1, seed=seed), [1, 40])
+    assert all(sampler.pick(logits.copy()) < 10 for _ in range(5))
+
+
+def test_log_probability_is_that_of_softmax() -> None:
+    logits = make_logits(3).astype(np.float32)
+    logits[5:9] = -np.inf
+    chances = np.exp(logits.astype(np.float64))
+    assert log_probability(logits, 2) == pytest.approx(np.log(chances[2] / chances.sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": "hot"}),
+        *({"top_k": -1}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 0.0}, {"top_p": 1.1}),
+        *({"repetition_penalty": 0.0}, {"seed": -1}, {"seed": 1.0}, {"seed": 1 << 64}),
+    ],
+)
+def test_settings_out_of_range(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(BadSetting, match=name):
+        Sampling(**setting)

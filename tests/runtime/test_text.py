@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_slm_runtime import CommandSchema
+from edge_slm_runtime.errors import ManifestInvalid
+from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
+
+
+@given(text=TEXTS)
+def test_decode_inverts_encode(codec: TextCodec, text: str) -> None:
+    assert codec.decode(codec.encode(text)) == text
+
+
+@given(text=TEXTS)
+def test_pieces_are_whole_characters(codec: TextCodec, text: str) -> None:
+    detokenizer = Detokenizer(codec)
+    pieces = [detokenizer.push(token) for token in codec.encode(text)]
+    assert "".join(pieces) == text
+    for piece in pieces:
+        piece.encode("utf-8")
+        assert text.count("\ufffd") or "\ufffd" not in piece
+
+
+@given(data=st.binary(max_size=24), cut=st.integers(0, 24))
+def test_any_bytes_decode_as_they_come(codec: TextCodec, data: bytes, cut: int) -> None:
+    token_of = {codec.bytes_of(i): i for i in range(codec.size)}
+    ids = [token_of[bytes([byte])] for byte in data]
+    whole = codec.decode(ids)
+    detokenizer = Detokenizer(codec)
+    assert "".join(map(detokenizer.push, ids)) == whole
+    lossy = data.decode("utf-8", errors="replace")
+    assert lossy.startswith(whole)
+    assert len(lossy) - len(whole) <= 1, "only an incomplete last character is left out"
+
+
+def test_control_tokens_in_text_are_plain_text(codec: TextCodec, schema: CommandSchema) -> None:
+    for token in schema.special_tokens():
+        ids = codec.encode(token)
+        assert min(ids) >= codec.controls
+        assert codec.decode(ids) == token
+
+
+def test_control_and_padding_ids_have_no_characters(codec: TextCodec) -> None:
+    assert codec.decode([0, 1, codec.controls - 1, codec.size, codec.size + 99]) == ""
+
+
+def test_tokenizer_that_does_not_fit_the_schema(tiny_bundle: Path, tmp_path: Path) -> None:
+    schema = CommandSchema.from_json(
+        json.loads((tiny_bundle / "manifest.json").read_text())["command"]
+    )
+    data = json.loads((tiny_bundle / "tokenizer.json").read_text("utf-8"))
+    data["added_tokens"][1]["content"] = "<|other|>"
+    data["model"]["vocab"]["<|other|>"] = data["model"]["vocab"].pop("<|request|>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), "utf-8")
+    with pytest.raises(ManifestInvalid, match="must have id"):
+        TextCodec(tmp_path / "tokenizer.json", schema)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ManifestInvalid, match="cannot be read"):
+        TextCodec(tmp_path / "tokenizer.json", schema)
+
+
+@given(
+    st.lists(st.text("ab\n", max_size=4), max_size=12),
+    st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=3),
+)
+def test_stop_sequences_across_any_pieces(pieces: list[str], stops: list[str]) -> None:
+    """Piece by piece finds the same place as looking at all prefixes, and what was
+    not held back never belongs to a stop sequence."""
+    matcher, text, shown = StopMatcher(stops), "", 0
+    for piece in pieces:
+        text += piece
+        at = matcher.find(text, len(piece))
+        expected = min((i for s in stops if (i := text.find(s)) >= 0), default=None)
+        assert at == expected
+        if at is not None:
+            assert shown <= at
+            return
+        shown = max(shown, len(text) - matcher.held(text))
