@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+
 from edge_slm_converters import random_checkpoint
 from edge_slm_runtime.command import CommandSchema, default_axes
 
@@ -70,8 +70,3 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     # Random weights have no fidelity budget to keep.
     convert(tiny_checkpoint, path, tuple(VARIANTS), accept=True)
     return path
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -20,8 +21,6 @@ from edge_slm_runtime.bundle import (
     Variant,
     file_entry,
 )
-
-from edge_slm_converters.checkpoint import Checkpoint
 
 
 class BundleWriter:

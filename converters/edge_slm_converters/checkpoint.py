@@ -8,7 +8,6 @@ stored as. Pickled weights are never opened.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from edge_slm_runtime.bundle import file_entry
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing, ManifestInvalid
+from edge_slm_runtime.text import TextCodec
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -109,18 +111,15 @@ class GPT2Config:
 class Checkpoint:
     """A checked checkpoint: every tensor is there, has its shape, and is finite.
 
-    tokenizer_size: ids at or above it are padding of the vocabulary.
+    tokens: the tokenizer's, in id order; ids above them are padding of the vocabulary.
     """
 
     path: Path
     config: GPT2Config
     tensors: Mapping[str, Float32]
-    tokens: tuple[str, ...]
     schema: CommandSchema
-
-    @property
-    def tokenizer_size(self) -> int:
-        return len(self.tokens)
+    codec: TextCodec
+    tokens: tuple[str, ...]
 
     @property
     def head(self) -> Float32:
@@ -135,7 +134,7 @@ class Checkpoint:
             "command.json",
             *(p.name for p in weight_files(self.path)),
         ]
-        return {name: hashlib.sha256((self.path / name).read_bytes()).hexdigest() for name in names}
+        return {name: file_entry(self.path / name).sha256 for name in names}
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -149,15 +148,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint folder")
     config = parse_config(_read_json(path / "config.json"))
     tensors = _checked_tensors(path, config)
-    schema, tokens = _read_text_side(path, config)
-    return Checkpoint(path, config, tensors, tokens, schema)
+    return Checkpoint(path, config, tensors, *_read_text_side(path, config))
 
 
 def parse_config(data: Mapping[str, Any]) -> GPT2Config:
     """Raises CheckpointError naming what cannot be converted."""
     if (model_type := data.get("model_type")) != "gpt2":
         raise CheckpointError(
-            f"model_type {model_type!r} cannot be converted", "only gpt2 checkpoints can"
+            f"config.json: model_type {model_type!r} cannot be converted",
+            "only gpt2 checkpoints can",
         )
     for key, only in REFUSED_UNLESS.items():
         if (value := data.get(key, only)) not in (only, None):
@@ -168,13 +167,8 @@ def parse_config(data: Mapping[str, Any]) -> GPT2Config:
             f"config.json: activation_function {activation!r} cannot be converted",
             f"known: {', '.join(ACTIVATIONS)}",
         )
-    sizes = {}
-    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
-        value = data.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"config.json: {key} must be a positive number, got {value!r}")
-        sizes[key] = value
-    layers, heads, width = sizes["n_layer"], sizes["n_head"], sizes["n_embd"]
+    layers, heads = _positive(data, "n_layer"), _positive(data, "n_head")
+    width = _positive(data, "n_embd")
     if width % heads:
         raise CheckpointError(f"config.json: n_embd {width} is not a multiple of n_head {heads}")
     scale = (width // heads) ** -0.5 if data.get("scale_attn_weights", True) else 1.0
@@ -185,21 +179,34 @@ def parse_config(data: Mapping[str, Any]) -> GPT2Config:
         layers=layers,
         heads=heads,
         width=width,
-        inner=data.get("n_inner") or 4 * width,
-        vocab_size=sizes["vocab_size"],
-        positions=sizes["n_positions"],
+        inner=_positive(data, "n_inner", default=4 * width),
+        vocab_size=_positive(data, "vocab_size"),
+        positions=_positive(data, "n_positions"),
         activation=ACTIVATIONS[activation],
-        layer_norm_epsilon=float(data.get("layer_norm_epsilon", 1e-5)),
+        layer_norm_epsilon=_positive(data, "layer_norm_epsilon", kind=float, default=1e-5),
         tied=bool(data.get("tie_word_embeddings", True)),
         attention_scale=tuple(scale / (i + 1 if by_layer else 1) for i in range(layers)),
     )
+
+
+def _positive(
+    data: Mapping[str, Any], key: str, *, kind: Any = int, default: float | None = None
+) -> Any:
+    """A number above zero; null means the default."""
+    value = default if data.get(key) is None else data[key]
+    if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+        raise CheckpointError(f"config.json: {key} must be a positive number, got {value!r}")
+    return value
 
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises CheckpointError when there are none."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = set(_read_json(index).get("weight_map", {}).values())
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index.name} has no weight_map")
+        names = {str(name) for name in weight_map.values()}
         if escaping := [name for name in names if Path(name).name != name]:
             raise CheckpointError(f"{index.name}: {escaping[0]!r} leaves the checkpoint folder")
         files = sorted(path / name for name in names)
@@ -267,22 +274,26 @@ def _checked_tensors(path: Path, config: GPT2Config) -> dict[str, Float32]:
     return found
 
 
-def _read_text_side(path: Path, config: GPT2Config) -> tuple[CommandSchema, tuple[str, ...]]:
-    """The command schema and the tokens in id order."""
+def _read_text_side(
+    path: Path, config: GPT2Config
+) -> tuple[CommandSchema, TextCodec, tuple[str, ...]]:
+    """The command schema, the text codec, and the tokens in id order."""
     from tokenizers import Tokenizer
 
+    file = path / "tokenizer.json"
     try:
         schema = CommandSchema.from_json(_read_json(path / "command.json"))
     except ManifestInvalid as error:
         raise CheckpointError(f"{path / 'command.json'}: {error.problem}") from None
-    file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{file} is not a tokenizer: {error}") from None
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        codec = TextCodec(file, schema)
+    except ManifestInvalid as error:
+        raise CheckpointError(f"{path}: {error.problem}") from None
+    vocabulary = sorted(
+        Tokenizer.from_file(str(file)).get_vocab().items(), key=lambda item: item[1]
+    )
     tokens = tuple(token for token, _ in vocabulary)
     if [id_ for _, id_ in vocabulary] != list(range(len(tokens))):
         raise CheckpointError(f"{file}: token ids have gaps")
@@ -290,12 +301,7 @@ def _read_text_side(path: Path, config: GPT2Config) -> tuple[CommandSchema, tupl
         raise CheckpointError(
             f"tokenizer.json has {len(tokens)} tokens, the model {config.vocab_size}"
         )
-    control = schema.special_tokens()
-    if list(tokens[: len(control)]) != control:
-        raise CheckpointError(
-            "tokenizer.json does not start with the control tokens of command.json"
-        )
-    return schema, tokens
+    return schema, codec, tokens
 
 
 def _read_json(file: Path) -> dict[str, Any]:

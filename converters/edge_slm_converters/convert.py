@@ -9,10 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
-from edge_slm_runtime.errors import CheckpointError
-from edge_slm_runtime.text import TextCodec
-
 from edge_slm_converters import gate
 from edge_slm_converters.bundle_writer import BundleWriter
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
@@ -21,6 +17,8 @@ from edge_slm_converters.files import written_aside
 from edge_slm_converters.gate import Example
 from edge_slm_converters.goldens import goldens, own_answers
 from edge_slm_converters.graph import write_graph
+from edge_slm_runtime.bundle import Manifest, Variant
+from edge_slm_runtime.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +79,10 @@ def convert(
         writer.write_manifest(written)
 
         say("measuring fidelity")
-        codec = TextCodec(folder / TOKENIZER, source.schema)
         if evaluation is None:
-            scored = own_answers(folder, written[0], source.schema, codec)
+            scored = own_answers(folder, written[0], source)
         else:
-            scored = gate.to_scored(evaluation, source.schema, codec, source.config.positions)
+            scored = gate.to_scored(evaluation, source)
         written = _measured(written, source, folder, scored)
         lines = gate.refusals(written)
         if not accept:
@@ -96,7 +93,7 @@ def convert(
 
         say("recording goldens")
         writer.write_manifest(written)
-        found = goldens(folder, written, source.schema)
+        found = goldens(folder, written, source)
         return writer.write_manifest(written, found, _provenance(source, lines))
 
 
@@ -123,7 +120,7 @@ def _measured(
             logits = gate.onnx_logits(folder / variant.path, source.config)
         else:
             logits = gate.ctranslate2_logits(folder / variant.path, variant.precision)
-        figures = gate.measure(logits, reference, scored, source.tokenizer_size)
+        figures = gate.measure(logits, reference, scored, len(source.tokens))
         measured.append(replace(variant, fidelity=figures.as_dict()))
     return measured
 

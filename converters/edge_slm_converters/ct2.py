@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edge_slm_runtime.command import END
-from edge_slm_runtime.errors import EngineNotInstalled
 
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.quantise import step_bytes
+from edge_slm_runtime.command import END
+from edge_slm_runtime.errors import EngineNotInstalled
 
 QUANTISATION = {"fp32": "float32", "int8": "int8_float32"}
 ACTIVATION = {
@@ -89,7 +89,7 @@ def _linear(spec: Any, checkpoint: Checkpoint, name: str) -> None:
 
 def _vocabulary(checkpoint: Checkpoint) -> list[str]:
     """The tokens, and for the padding of the vocabulary names that no token has."""
-    padding = range(checkpoint.tokenizer_size, checkpoint.config.vocab_size)
+    padding = range(len(checkpoint.tokens), checkpoint.config.vocab_size)
     return [*checkpoint.tokens, *(f"<|padding:{i}|>" for i in padding)]
 
 

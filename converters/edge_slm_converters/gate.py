@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
-from edge_slm_runtime.bundle import Variant
-from edge_slm_runtime.command import Command, CommandSchema
-from edge_slm_runtime.errors import CheckpointError, GateRefused
-from edge_slm_runtime.text import TextCodec
-
-from edge_slm_converters.checkpoint import Float32, GPT2Config
+from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config
 from edge_slm_converters.graph import write_all_logits
+from edge_slm_runtime.bundle import Variant
+from edge_slm_runtime.command import Command
+from edge_slm_runtime.draft import END_ID
+from edge_slm_runtime.errors import CheckpointError, GateRefused
 
-END_ID = 0
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
 
 
@@ -56,10 +55,9 @@ class Scored:
     prompt: int
 
 
-def to_scored(
-    examples: Sequence[Example], schema: CommandSchema, codec: TextCodec, positions: int
-) -> list[Scored]:
-    """Examples as token ids, cut at the model's context of `positions`."""
+def to_scored(examples: Sequence[Example], source: Checkpoint) -> list[Scored]:
+    """Examples as token ids, cut at the model's context."""
+    schema, codec, positions = source.schema, source.codec, source.config.positions
     sequences = []
     for example in examples:
         command = schema.check(example.command).commanded

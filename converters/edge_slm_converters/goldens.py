@@ -8,15 +8,16 @@ that a device can check that it computes what was converted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
-from edge_slm_runtime.bundle import Golden, Variant
-from edge_slm_runtime.command import Command, CommandSchema
-from edge_slm_runtime.text import TextCodec
-
+import edge_slm_runtime
+from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.gate import Scored
+from edge_slm_runtime.bundle import Golden, Variant
+from edge_slm_runtime.command import Command
+from edge_slm_runtime.errors import CheckpointError
 
 REQUESTS = (
     "a cosy cabin in the snow",
@@ -33,36 +34,55 @@ EXAMPLES, EXAMPLE_TOKENS = 24, 48
 GOLDENS, GOLDEN_TOKENS = 4, 24
 
 
-def commanded_requests(schema: CommandSchema, count: int) -> list[tuple[str, Command]]:
-    """Requests of our own, over the schema's tasks and several lengths."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    request: str
+    command: Command
+    prompt: tuple[int, ...]
+
+
+def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Asked]:
+    """Requests of our own, over the schema's tasks and several lengths.
+
+    Raises CheckpointError when the model's context has no room for one of them
+    and an answer of `tokens`.
+    """
+    schema, positions = source.schema, source.config.positions
     tasks, words, requests = cycle(schema.tasks), cycle(WORDS), cycle(REQUESTS)
     top = len(schema.axis("relevance").values) - 1
-    return [
-        (next(requests), schema.check(Command(next(tasks), next(words), top)).commanded)
-        for _ in range(count)
-    ]
+    asked = []
+    for _ in range(count):
+        request = next(requests)
+        command = schema.check(Command(next(tasks), next(words), top)).commanded
+        prompt = tuple(schema.encode(request, command, source.codec.encode))
+        if len(prompt) + tokens > positions:
+            raise CheckpointError(
+                f"a context of {positions} tokens is too short to measure the model in",
+                f"a prompt of {len(prompt)} and an answer of {tokens} must fit",
+            )
+        asked.append(Asked(request, command, prompt))
+    return asked
 
 
-def own_answers(
-    bundle: Path, variant: Variant, schema: CommandSchema, codec: TextCodec
-) -> list[Scored]:
+def own_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[Scored]:
     """What `variant` itself answers to `commanded_requests`, to be scored."""
-    asked = commanded_requests(schema, EXAMPLES)
-    answers = _answers(bundle, variant, asked, EXAMPLE_TOKENS)
-    prompts = [schema.encode(request, command, codec.encode) for request, command in asked]
+    tokens = min(EXAMPLE_TOKENS, source.config.positions // 2)
+    asked = commanded_requests(source, EXAMPLES, tokens)
+    answers = _answers(bundle, variant, asked, tokens)
     return [
-        Scored((*prompt, *ids), len(prompt))
-        for prompt, ids in zip(prompts, answers, strict=True)
+        Scored((*one.prompt, *ids), len(one.prompt))
+        for one, ids in zip(asked, answers, strict=True)
         if ids
     ]
 
 
-def goldens(bundle: Path, variants: Sequence[Variant], schema: CommandSchema) -> list[Golden]:
+def goldens(bundle: Path, variants: Sequence[Variant], source: Checkpoint) -> list[Golden]:
     """Requests with the ids that each variant gives, greedily and without length promise."""
-    asked = commanded_requests(schema, GOLDENS)
-    found = [Golden(request, command, GOLDEN_TOKENS, {}) for request, command in asked]
+    tokens = min(GOLDEN_TOKENS, source.config.positions // 2)
+    asked = commanded_requests(source, GOLDENS, tokens)
+    found = [Golden(one.request, one.command, tokens, {}) for one in asked]
     for variant in variants:
-        answers = _answers(bundle, variant, asked, GOLDEN_TOKENS)
+        answers = _answers(bundle, variant, asked, tokens)
         found = [
             replace(golden, ids={**golden.ids, variant.name: ids})
             for golden, ids in zip(found, answers, strict=True)
@@ -71,23 +91,20 @@ def goldens(bundle: Path, variants: Sequence[Variant], schema: CommandSchema) ->
 
 
 def _answers(
-    bundle: Path, variant: Variant, asked: Sequence[tuple[str, Command]], tokens: int
+    bundle: Path, variant: Variant, asked: Sequence[Asked], tokens: int
 ) -> list[tuple[int, ...]]:
     """Token ids of greedy answers."""
-    import edge_slm_runtime
-
     with edge_slm_runtime.load(
         bundle, engine=variant.engine, precision=variant.precision, verify=False
     ) as slm:
-        answers = []
-        for request, command in asked:
-            generation = slm.generate(
-                request,
-                task=command.task,
-                words=command.words,
-                relevance=command.relevance,
+        return [
+            slm.generate(
+                one.request,
+                task=one.command.task,
+                words=one.command.words,
+                relevance=one.command.relevance,
                 max_new_tokens=tokens,
                 keep_length=False,
-            )
-            answers.append(generation.token_ids)
-        return answers
+            ).token_ids
+            for one in asked
+        ]

@@ -19,7 +19,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from edge_slm_runtime.errors import CheckpointError
 
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.onnx_writer import (
@@ -30,6 +29,7 @@ from edge_slm_converters.onnx_writer import (
     import_onnx,
 )
 from edge_slm_converters.quantise import PRECISIONS, Precision, step_bytes, stored_bytes
+from edge_slm_runtime.errors import CheckpointError
 
 LAST_POSITION = ("last.attention", "last.residual")  # the nodes that keep only one position
 HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edge_slm_runtime.errors import DependencyMissing
 
 from edge_slm_converters.checkpoint import Array
+from edge_slm_runtime.errors import DependencyMissing
 
 # Old enough for onnxruntime 1.23.2, which is what JetPack 6 has.
 OPSET, IR_VERSION = 20, 10

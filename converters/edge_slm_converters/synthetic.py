@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from edge_slm_runtime.errors import DependencyMissing
 
 from edge_slm_converters.checkpoint import parse_config
 from edge_slm_converters.files import written_aside
+from edge_slm_runtime.errors import DependencyMissing
 
 
 def random_checkpoint(

@@ -1,0 +1,161 @@
+"""Bundles: whole or absent, measured, gated, and with goldens that hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import edge_slm_runtime
+from edge_slm_converters import DEFAULT_VARIANTS, VARIANTS, Example, convert, random_checkpoint
+from edge_slm_converters.files import written_aside
+from edge_slm_runtime.command import Command
+from edge_slm_runtime.errors import CheckpointError, GateRefused, TargetExists
+
+GOLDEN = Path(__file__).with_name("golden.json")
+
+
+def test_bundle_is_what_its_manifest_says(tiny_bundle: Path) -> None:
+    manifest = edge_slm_runtime.verify(tiny_bundle)
+    assert [variant.name for variant in manifest.variants] == list(VARIANTS)
+    assert manifest.name == "tiny"
+    assert (manifest.model.layers, manifest.model.vocab_size) == (2, 417)
+    for variant in manifest.variants:
+        files = (tiny_bundle / variant.path).iterdir()
+        assert variant.bytes == sum(file.stat().st_size for file in files)
+        assert 0 < variant.weight_bytes_per_token < variant.bytes
+        assert (variant.fidelity is None) == (variant.name == "onnx-fp32")
+    assert set(manifest.provenance["checkpoint"]) >= {"config.json", "model.safetensors"}
+
+
+def test_goldens_hold(tiny_bundle: Path) -> None:
+    manifest = edge_slm_runtime.read_manifest(tiny_bundle)
+    for variant in manifest.variants:
+        with edge_slm_runtime.load(
+            tiny_bundle, engine=variant.engine, precision=variant.precision
+        ) as slm:
+            for golden in manifest.goldens:
+                generation = slm.generate(
+                    golden.request,
+                    task=golden.command.task,
+                    words=golden.command.words,
+                    relevance=golden.command.relevance,
+                    max_new_tokens=golden.max_new_tokens,
+                    keep_length=False,
+                )
+                assert generation.token_ids == golden.ids[variant.name]
+
+
+def test_greedy_output_of_a_fixed_model(tiny_text_side: Path, tmp_path: Path) -> None:
+    """The float32 engines give, token for token, what was recorded in golden.json."""
+    recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    for name, text in recorded["text_side"].items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    random_checkpoint(tmp_path / "model", **recorded["shape"], like=tmp_path)
+    variants = ("onnx-fp32", "ctranslate2-float32")
+    manifest = convert(tmp_path / "model", tmp_path / "bundle", variants)
+    found = {golden.request: golden.ids for golden in manifest.goldens}
+    for request, ids in recorded["greedy"].items():
+        for variant in variants:
+            assert list(found[request][variant]) == ids, (request, variant)
+
+
+def test_default_variants(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    manifest = convert(tiny_checkpoint, tmp_path / "b", accept=True, progress=lines.append)
+    assert tuple(v.name for v in manifest.variants) == DEFAULT_VARIANTS
+    assert lines[0] == "reading the checkpoint"
+    assert "writing onnx-int8" in lines
+
+
+def test_reference_is_dropped_when_not_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    manifest = convert(tiny_checkpoint, tmp_path / "b", ("onnx-int8",), accept=True, name="mine")
+    assert [variant.name for variant in manifest.variants] == ["onnx-int8"]
+    assert manifest.variants[0].fidelity is not None
+    assert manifest.name == "mine"
+    assert edge_slm_runtime.verify(tmp_path / "b") == manifest
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "manifest.json",
+        "onnx-int8",
+        "tokenizer.json",
+    ]
+
+
+def test_gate_refuses_with_figures_and_records_acceptance(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GateRefused, match=r"onnx-int4: top-1 agreement 0\.\d+ \(at least 0.95\)"):
+        convert(tiny_checkpoint, tmp_path / "b", ("onnx-int4",))
+    assert not list(tmp_path.iterdir())
+    manifest = convert(tiny_checkpoint, tmp_path / "b", ("onnx-int4",), accept=True)
+    accepted = manifest.provenance["gate"]["accepted"]
+    assert len(accepted) == 1
+    assert accepted[0].startswith("onnx-int4")
+
+
+def test_own_evaluation_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = "warm light in the windows, soft evening sky, film grain"
+    examples = [Example("a cabin", Command("image", 12, 9), text)] * 3
+    manifest = convert(
+        tiny_checkpoint, tmp_path / "b", ("onnx-int8",), accept=True, evaluation=examples
+    )
+    fidelity = manifest.variants[0].fidelity
+    assert fidelity is not None
+    assert fidelity["positions"] % 3 == 0
+    assert fidelity["positions"] > 30
+    with pytest.raises(CheckpointError, match="evaluation set"):
+        convert(tiny_checkpoint, tmp_path / "c", ("onnx-int8",), evaluation=[])
+
+
+def test_floats_pass_their_gate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    convert(tiny_checkpoint, tmp_path / "b", ("ctranslate2-float32",))
+
+
+@pytest.mark.parametrize("variants", [(), ("onnx-int3",), ("onnx-int8", "gguf")])
+def test_unknown_variants(tiny_checkpoint: Path, tmp_path: Path, variants: tuple[str, ...]) -> None:
+    with pytest.raises(CheckpointError, match="variants"):
+        convert(tiny_checkpoint, tmp_path / "b", variants)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_target_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    with pytest.raises(TargetExists):
+        convert(tiny_checkpoint, tmp_path / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TargetExists):
+        convert(tiny_checkpoint, tmp_path / "link")
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_failure_in_the_middle_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def interrupt(line: str) -> None:
+        if line == "recording goldens":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_checkpoint, tmp_path / "b", ("onnx-int8",), accept=True, progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+
+    def write() -> None:
+        with written_aside(target) as folder:
+            (folder / "file").write_text("ours")
+            target.mkdir()
+
+    with pytest.raises(TargetExists):
+        write()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert not list(target.iterdir())
+
+
+def test_same_checkpoint_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one, two = (
+        convert(tiny_checkpoint, tmp_path / n, ("onnx-int8", "ctranslate2-int8"), accept=True)
+        for n in ("one", "two")
+    )
+    assert one.files == two.files
