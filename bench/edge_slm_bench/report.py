@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def speed_table(cells: Sequence[Measurement]) -> Table:
-    """One row per cell, medians; a column for every prompt length that was timed."""
+    """One row per cell, medians; with the words asked and got where texts were generated."""
     from rich.table import Table
 
     lengths = sorted({n for cell in cells for n in cell.ttft_ms})
@@ -22,6 +22,8 @@ def speed_table(cells: Sequence[Measurement]) -> Table:
     if bundles:
         table.add_column("bundle")
     table.add_column("variant")
+    if answered := any(cell.generations for cell in cells):
+        table.add_column("words asked→got")
     for heading in (
         "threads",
         "load ms",
@@ -38,6 +40,7 @@ def speed_table(cells: Sequence[Measurement]) -> Table:
         table.add_row(
             *([Path(cell.bundle).name] if bundles else []),
             cell.variant,
+            *([_words(cell)] if answered else []),
             str(cell.threads),
             f"{figures['load_ms']:.0f}",
             " / ".join("–" if ms is None else f"{ms:.1f}" for ms in ttft),
@@ -47,3 +50,7 @@ def speed_table(cells: Sequence[Measurement]) -> Table:
             f"{cell.disk_bytes / 1e6:.1f}",
         )
     return table
+
+
+def _words(cell: Measurement) -> str:
+    return " ".join(f"{g['asked']['words']}→{g['words']}" for g in cell.generations)

@@ -259,8 +259,8 @@ def _opened(source: Path, twice: bool) -> Iterator[BinaryIO]:
             yield file
     elif twice:
         with tempfile.TemporaryFile() as copy:
-            shutil.copyfileobj(click.get_binary_stream("stdin"), copy)
+            shutil.copyfileobj(sys.stdin.buffer, copy)
             copy.seek(0)
             yield copy
     else:
-        yield click.get_binary_stream("stdin")
+        yield sys.stdin.buffer

@@ -45,11 +45,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 class Commands(click.Group):
     """A group whose failures are one line on stderr and a documented exit code."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+    def main(self, *args: Any, **extra: Any) -> Any:
+        click_main: Any = super().main  # its overloads know no *args
+        if not extra.pop("standalone_mode", True):
+            return click_main(*args, **extra, standalone_mode=False)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = click_main(*args, **extra, standalone_mode=False)
             sys.stdout.flush()
         except EdgeSlmError as error:
             fail(error.code, str(error), error.exit_code)
@@ -149,7 +150,7 @@ def read_request(argument: str) -> str:
     if argument != "-":
         return argument
     try:
-        return click.get_binary_stream("stdin").read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestNotText(
             f"stdin is not valid UTF-8 at byte {error.start}", "convert it to UTF-8"

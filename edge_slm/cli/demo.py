@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REFERENCE = Path(edge_slm.__file__).parents[1] / "models" / "reference"
 
-# (task, request, words); tasks that the model does not know are left out.
+# (task, request, words); what the model does not know, or has no room for, is left out.
 REQUESTS = (
     ("image", "a cosy cabin in the snow", 12),
     ("image", "a cosy cabin in the snow", 24),
@@ -82,9 +82,11 @@ def _measured(bundle: Path, threads: int | None) -> list[Measurement]:
     from edge_slm_bench.measure import measure_variant
 
     manifest = read_manifest(bundle)
-    known = manifest.command.tasks
-    asked = [r for r in REQUESTS if r[0] in known] or [(known[0], r[1], r[2]) for r in REQUESTS[:3]]
-    requests = [{"request": text, "task": task, "words": words} for task, text, words in asked]
+    requests = [
+        {"request": text, "task": task, "words": words}
+        for task, text, words in REQUESTS
+        if task in manifest.command.tasks and 2 * words + 48 <= manifest.model.positions
+    ]
     cells = []
     with progress_bar() as progress:
         task = progress.add_task("generating", total=len(manifest.variants))

@@ -32,6 +32,7 @@ from edge_slm.cli.options import model_options
 )
 @json_option
 def evaluate(
+    *,
     bundle: Path | None,
     engine: str,
     precision: str,
@@ -50,9 +51,11 @@ def evaluate(
     from edge_slm.distill.evaluate import held_out_samples
 
     samples = held_out_samples(data, tasks, requests, holdout_percent)
-    with edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm:
-        with reporter() as report:
-            result = run(slm, samples, report=report)
+    with (
+        edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
+        reporter() as report,
+    ):
+        result = run(slm, samples, report=report)
     if as_json:
         emit_json(result)
     else:

@@ -43,8 +43,12 @@ class Journal:
         self.complete = output.exists()
         if not self.complete:
             self._file = self._part.open("ab+")
-            _lock(self._file, output)
-            self.lines = self._keep_whole_groups()
+            try:
+                _lock(self._file, output)
+                self.lines = self._keep_whole_groups()
+            except BaseException:
+                self.close()
+                raise
 
     def append(self, line: str) -> None:
         """Adds a line (without newline); it is durable when its group is complete."""

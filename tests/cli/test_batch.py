@@ -1,0 +1,218 @@
+"""`edge-slm batch`: bad lines, resuming, and SIGKILL at any moment."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_slm.cli.journal import Journal
+from edge_slm_runtime.errors import DataError, TargetExists
+
+from .test_commands import EDGE_SLM, error_of, run
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Requests of several kinds, half of them sampled without a seed of their own."""
+    words, tasks = (2, 3, None), ("image", "video", "title", None)
+    return [
+        {
+            "id": f"row-{i}",
+            "request": ("a cosy cabin", "ein Café 🦊")[i % 2],
+            "task": tasks[i % 4],
+            "words": words[i % 3],
+            "temperature": 0.9 * (i % 2),
+            "max_new_tokens": 4 + i % 7,
+        }
+        for i in range(count)
+    ]
+
+
+def write_rows(path: Path, count: int) -> Path:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count))
+    path.write_text(text + '{"id": "bad", "request": "a", "task": "poem"}\n', encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_answers_come_in_input_order_with_what_was_asked(tiny_bundle: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 40), tmp_path / "out.jsonl"
+    result = run("batch", source, "-o", output, "--bundle", tiny_bundle, "--json")
+    assert json.loads(result.stdout) == {"output": str(output), "lines": 41, "errors": 1}
+    answers = read(output)
+    for row, answer in zip(rows(40), answers, strict=False):
+        assert answer["id"] == row["id"]
+        assert answer["task"] == row["task"]
+        assert answer["asked_words"] == row["words"]
+        assert answer["words"] == len(answer["text"].split())
+        assert (answer["in_tolerance"] is None) == (row["words"] is None)
+        assert (answer["seed"] is None) == (row["temperature"] == 0)
+    assert answers[40]["error"]["code"] == "unknown_task"
+    assert not output.with_name("out.jsonl.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "name"),
+    [
+        (b"{", "data", None),
+        (b"[1, 2]", "data", None),
+        (b"\xff", "data", None),
+        (b'{"request": "a", "task": null}', "data", None),
+        (b'{"id": "\\ud800", "request": "a", "task": null}', "data", None),
+        (b'{"id": "x", "task": "image"}', "data", "x"),
+        (b'{"id": "x", "request": "a"}', "data", "x"),
+        (b'{"id": "x", "request": "a", "task": null, "wrods": 3}', "data", "x"),
+        (b'{"id": "x", "request": "a", "task": null, "stop": 3}', "data", "x"),
+        (b'{"id": "x", "request": "a", "task": null, "keep_length": 1}', "data", "x"),
+        (b'{"id": 7, "request": "", "task": null}', "empty_request", 7),
+        (b'{"id": 7, "request": "a", "task": null, "words": "3"}', "bad_setting", 7),
+        (b'{"id": 7, "request": "a", "task": null, "words": 900}', "words_out_of_range", 7),
+        (b'{"id": 7, "request": "a", "task": null, "temperature": []}', "bad_setting", 7),
+        (b'{"id": 7, "request": "a", "task": null, "top_p": NaN}', "bad_setting", 7),
+        (b'{"id": 7, "request": "<|end|>", "task": null}', "control_token_in_request", 7),
+    ],
+)
+def test_a_bad_line_becomes_an_error_and_the_rest_goes_on(
+    line: bytes, code: str, name: object, tiny_bundle: Path
+) -> None:
+    good = b'{"id": "good", "request": "a", "task": null, "max_new_tokens": 2}\n'
+    result = run("batch", "-", "--bundle", tiny_bundle, stdin=good + b"\n" + line + b"\n" + good)
+    first, bad, last = (json.loads(answer) for answer in result.stdout.splitlines())
+    assert result.exit_code == 0
+    assert first == last
+    assert first["id"] == "good"
+    assert bad["line"] == 3
+    assert bad["id"] == name
+    assert bad["error"]["code"] == code
+
+
+def test_stdin_and_stdout_give_the_same_lines_as_files(tiny_bundle: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 20)
+    settings = ("--bundle", tiny_bundle, "--seed", 3)
+    run("batch", source, "-o", tmp_path / "a", *settings)
+    run("batch", "-", "-o", tmp_path / "b", *settings, stdin=source.read_bytes())
+    streamed = run("batch", "-", *settings, stdin=source.read_bytes())
+    assert streamed.stdout == (tmp_path / "a").read_text("utf-8") == (tmp_path / "b").read_text()
+
+
+def test_a_line_overrides_the_options(tiny_bundle: Path) -> None:
+    lines = (
+        '{"id": 1, "request": "a", "task": null, "max_new_tokens": 2}\n'
+        '{"id": 2, "request": "a", "task": null, "max_new_tokens": 2, "seed": 11}\n'
+        '{"id": 3, "request": "a", "task": null, "max_new_tokens": 2, "temperature": 0}\n'
+    )
+    result = run("batch", "-", "--bundle", tiny_bundle, "--temperature", 1, stdin=lines)
+    seeds = [json.loads(line)["seed"] for line in result.stdout.splitlines()]
+    assert seeds[0] is not None
+    assert seeds[1:] == [11, None]
+
+
+# -- resuming -------------------------------------------------------------------
+
+
+def test_killed_again_and_again_it_ends_up_as_if_undisturbed(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 600)
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert run("batch", source, "-o", whole, "--bundle", tiny_bundle).exit_code == 0
+
+    chance = random.Random(2)
+    command = [*EDGE_SLM, "batch", str(source), "-o", str(killed), "--bundle", str(tiny_bundle)]
+    part = killed.with_name("killed.jsonl.part")
+    deaths = 0
+    for _ in range(4):
+        before = part.stat().st_size if part.exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if part.exists() and part.stat().st_size > before:  # it is writing new lines
+                time.sleep(chance.uniform(0, 0.05))
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        deaths += process.wait() == -signal.SIGKILL
+    assert deaths >= 2
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert len(read(killed)) == 601
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "row-', b"\0" * 40, b'{"id": 1}\n{"a'])
+def test_a_torn_tail_is_computed_again(torn: bytes, tiny_bundle: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 80), tmp_path / "out.jsonl"
+    command = ("batch", source, "-o", output, "--bundle", tiny_bundle)
+    run(*command)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.unlink()
+    output.with_name("out.jsonl.part").write_bytes(b"".join(lines[:50]) + torn)
+    result = run(*command)
+    assert "continuing after line 32 of 81" in result.stderr  # whole groups only
+    assert output.read_bytes() == whole
+
+
+def test_a_complete_run_may_be_started_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
+    command = ("batch", source, "-o", output, "--bundle", tiny_bundle, "--json")
+    first, before = run(*command), output.read_bytes()
+    again = run(*command)
+    assert again.stdout == first.stdout
+    assert "complete already" in again.stderr
+    assert output.read_bytes() == before
+
+
+def test_other_settings_or_input_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
+    command = ("batch", source, "-o", output, "--bundle", tiny_bundle)
+    run(*command)
+    assert "seed: 0 → 1" in error_of(run(*command, "--seed", 1), "data", 8)
+    assert "variant" in error_of(run(*command, "--precision", "int4"), "data", 8)
+    write_rows(source, 9)
+    assert "input_sha256" in error_of(run(*command), "data", 8)
+
+
+def test_a_file_of_something_else_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
+    output.write_text("precious")
+    error_of(run("batch", source, "-o", output, "--bundle", tiny_bundle), "target_exists", 9)
+    assert output.read_text() == "precious"
+    missing = run("batch", tmp_path / "none", "-o", tmp_path / "b", "--bundle", tiny_bundle)
+    error_of(missing, "data", 8)
+
+
+def test_two_writers_are_one_too_many(tmp_path: Path) -> None:
+    record = {"settings": [1, 2]}
+    with Journal(tmp_path / "out", record, 4) as journal:
+        journal.append("{}")
+        with pytest.raises(DataError, match="another process"):
+            Journal(tmp_path / "out", record, 4)
+        journal.finish()
+    assert (tmp_path / "out").read_bytes() == b"{}\n"
+    shutil.move(tmp_path / "out.run.json", tmp_path / "elsewhere")
+    with pytest.raises(TargetExists):
+        Journal(tmp_path / "out", record, 4)
+
+
+def test_ctrl_c_stops_with_130_and_the_run_can_go_on(tiny_bundle: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 600), tmp_path / "out.jsonl"
+    command = [*EDGE_SLM, "batch", str(source), "-o", str(output), "--bundle", str(tiny_bundle)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    part = output.with_name("out.jsonl.part")
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert stderr.split("\n")[-2].startswith("error[interrupted]: ")
+    assert part.exists()

@@ -1,0 +1,190 @@
+"""Each subcommand on a tiny model, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_slm.cli import main
+from edge_slm_runtime import read_manifest, tolerance
+
+REPOSITORY = Path(__file__).parents[2]
+EDGE_SLM = [sys.executable, "-c", "from edge_slm.cli import main; main(prog_name='edge-slm')"]
+
+
+def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+def error_of(result: Result, code: str, exit_code: int) -> str:
+    """The one line of a failure."""
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"error[{code}]: ")
+    assert result.exit_code == exit_code
+    assert result.stdout == ""
+    return result.stderr
+
+
+# -- generate -----------------------------------------------------------------
+
+
+def test_generate_streams_text_to_stdout_and_statistics_to_stderr(tiny_bundle: Path) -> None:
+    asked = ("generate", "a cosy cabin", "--bundle", tiny_bundle, "--words", 2, "--task", "image")
+    streamed = run(*asked)
+    whole = json.loads(run(*asked, "--json").stdout)
+    assert streamed.exit_code == 0
+    assert streamed.stdout == whole["text"] + "\n"
+    assert f"{whole['words']} words of 2 asked" in streamed.stderr
+    assert "TTFT" in streamed.stderr
+
+
+def test_generate_reads_the_request_from_stdin(tiny_bundle: Path) -> None:
+    settings = ("--bundle", tiny_bundle, "--max-new-tokens", 8, "--json")
+    piped = json.loads(run("generate", "-", *settings, stdin="ein Café\n").stdout)
+    given = json.loads(run("generate", "ein Café", *settings).stdout)
+    assert piped["token_ids"] == given["token_ids"]
+
+
+def test_generate_passes_every_setting_on(tiny_bundle: Path) -> None:
+    result = run(
+        *("generate", "a fox", "--bundle", tiny_bundle, "--json", "--seed", 5, "--threads", 1),
+        *("--engine", "onnxruntime", "--precision", "int4", "--relevance", 9, "--words", 60),
+        *("--temperature", 0.9, "--top-k", 40, "--top-p", 0.9, "--repetition-penalty", 1.1),
+        *("--stop", "###", "--stop", "+++", "--max-new-tokens", 4, "--no-keep-length"),
+    )
+    answer = json.loads(result.stdout)
+    assert answer["seed"] == 5
+    assert answer["asked"] == {"task": None, "words": 60, "relevance": 9}
+    assert answer["stats"]["precision"] == "int4"
+    assert answer["stats"]["threads"] == 1
+    assert answer["stats"]["new_tokens"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "exit_code"),
+    [
+        (("a", "--task", "poem"), "unknown_task", 3),
+        (("a", "--words", "5000"), "words_out_of_range", 3),
+        (("a", "--temperature", "-1"), "bad_setting", 3),
+        (("  ",), "empty_request", 3),
+        (("<|end|>",), "control_token_in_request", 3),
+        (("a", "--precision", "int9"), "usage", 2),
+        (("a", "--no-such-option"), "usage", 2),
+    ],
+)
+def test_a_failure_is_one_line_and_its_exit_code(
+    arguments: tuple[str, ...], code: str, exit_code: int, tiny_bundle: Path
+) -> None:
+    error_of(run("generate", "--bundle", tiny_bundle, *arguments), code, exit_code)
+
+
+def test_stdin_that_is_not_utf8_is_refused(tiny_bundle: Path) -> None:
+    result = run("generate", "-", "--bundle", tiny_bundle, stdin=b"caf\xe9")
+    assert "at byte 3" in error_of(result, "request_not_text", 3)
+
+
+def test_unknown_subcommand_and_missing_bundle(tmp_path: Path) -> None:
+    error_of(run("destil"), "usage", 2)
+    error_of(run("info", tmp_path / "nothing"), "bundle_not_found", 4)
+
+
+def test_a_closed_pipe_is_quiet(tiny_bundle: Path) -> None:
+    process = subprocess.Popen(
+        [*EDGE_SLM, "batch", "-", "--bundle", str(tiny_bundle)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    line = json.dumps({"id": 1, "request": "a fox", "task": "image", "max_new_tokens": 2})
+    _, stderr = process.communicate((line + "\n").encode() * 20)
+    assert stderr == b""
+    assert process.returncode == 1
+
+
+# -- bundles --------------------------------------------------------------------
+
+
+def test_info(tiny_bundle: Path) -> None:
+    data = json.loads(run("info", tiny_bundle, "--json").stdout)
+    assert data == read_manifest(tiny_bundle).to_json()
+    text = run("info", tiny_bundle).stdout
+    for variant in data["variants"]:
+        assert variant["name"] in text
+    assert "image, video, title" in text
+
+
+def test_verify_files_and_goldens(tiny_bundle: Path) -> None:
+    data = json.loads(run("verify", tiny_bundle, "--goldens", "--json").stdout)
+    manifest = read_manifest(tiny_bundle)
+    assert data["digest"] == manifest.digest
+    assert data["goldens"] == {v.name: len(manifest.goldens) for v in manifest.variants}
+    assert "goldens match" not in run("verify", tiny_bundle).stdout
+
+
+def test_convert_then_refuse_to_overwrite(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    arguments = ("convert", tiny_checkpoint, out, "--variants", "onnx-int8", "--name", "small")
+    assert "top-1" in error_of(run(*arguments), "gate_refused", 7)
+    assert not out.exists()
+    data = json.loads(run(*arguments, "--accept", "--json").stdout)
+    assert data["name"] == "small"
+    assert [v["name"] for v in data["variants"]] == ["onnx-int8"]
+    assert run("verify", out, "--goldens").exit_code == 0
+    error_of(run(*arguments, "--accept"), "target_exists", 9)
+    error_of(run("convert", tmp_path / "none", tmp_path / "b"), "checkpoint", 6)
+
+
+# -- measuring ------------------------------------------------------------------
+
+
+def test_profile(tiny_bundle: Path) -> None:
+    arguments = ("profile", tiny_bundle, "--variants", "onnx-int8", "--threads", 1)
+    data = json.loads(run(*arguments, "--json").stdout)
+    (cell,) = data["cells"]
+    assert cell["variant"] == "onnx-int8"
+    assert cell["medians"]["ttft_ms"].keys() == {"16", "64"}  # 256 do not fit
+    assert data["machine"]["packages"]["onnxruntime"]
+    assert "onnx-int8" in run(*arguments).stdout
+    error_of(run("profile", tiny_bundle, "--variants", "onnx-int2"), "variant_not_found", 5)
+
+
+def test_demo_converts_and_measures_every_variant(tiny_checkpoint: Path) -> None:
+    result = run("demo", "--checkpoint", tiny_checkpoint, "--threads", 1, "--json")
+    cells = json.loads(result.stdout)["cells"]
+    assert {cell["engine"] for cell in cells} == {"onnxruntime", "ctranslate2"}
+    assert {cell["precision"] for cell in cells} == {"fp32", "int8", "int4"}
+    for cell in cells:
+        assert len({answer["asked"]["task"] for answer in cell["generations"]}) > 1
+        assert len({answer["asked"]["words"] for answer in cell["generations"]}) > 2
+
+
+def test_demo_prints_texts_and_a_table(tiny_checkpoint: Path) -> None:
+    result = run("demo", "--checkpoint", tiny_checkpoint, "--threads", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "a cosy cabin in the snow" in result.stdout
+    for heading in ("words asked→got", "TTFT ms", "ms/token", "tokens/s", "peak RSS MB", "disk MB"):
+        assert heading in result.stdout
+    assert "ctranslate2-int8" in result.stdout
+
+
+# -- help -----------------------------------------------------------------------
+
+
+def test_the_help_texts_in_the_docs_are_current() -> None:
+    rendered: dict[str, Any] = runpy.run_path(str(REPOSITORY / "docs/render_cli.py"))
+    written = (REPOSITORY / "docs/cli.md").read_text("utf-8")
+    assert rendered["render"]() == written, "run `make docs`"
+
+
+def test_the_tolerance_that_the_help_promises() -> None:
+    assert tolerance(10) == (8, 12)
+    assert tolerance(50) == (45, 55)
