@@ -10,8 +10,9 @@ os.environ["ORT_TELEMETRY_DISABLED"] = "1"
 from edge_slm_runtime.bundle import read_manifest, verify
 from edge_slm_runtime.command import Command, CommandSchema
 from edge_slm_runtime.errors import EdgeSlmError
-from edge_slm_runtime.generate import SLM, Generation, Request, Stats, Stream, load
+from edge_slm_runtime.generate import SLM, Stream, load
 from edge_slm_runtime.length import tolerance
+from edge_slm_runtime.records import Generation, Request, Stats
 
 __all__ = [
     "SLM",

@@ -93,12 +93,13 @@ class Draft:
 
     def accept(self, token: int) -> Step:
         """Takes one token; after a `done` step no more may come."""
-        self.last = perf_counter()
+        now = perf_counter()
+        if not self.ids:
+            self.first = now
         if token == END_ID:
             self.finish = "stop"
         else:
-            if not self.ids:
-                self.first = self.last
+            self.last = now
             self.ids.append(token)
             piece = self._detokenizer.push(token)
             self._grow(piece if self.text else piece.lstrip())

@@ -5,109 +5,26 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
 from edge_slm_runtime.bundle import verify as verify_bundle
-from edge_slm_runtime.command import Command, CommandSchema, count_words
-from edge_slm_runtime.draft import Draft, FinishReason, Plan, Step
+from edge_slm_runtime.command import CommandSchema, count_words
+from edge_slm_runtime.draft import Draft, Plan, Step
 from edge_slm_runtime.engines import open_engine, pick_variant
 from edge_slm_runtime.engines.base import Engine
 from edge_slm_runtime.errors import BadSetting, RequestTooLong
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import default_threads, peak_rss_mb
+from edge_slm_runtime.records import Generation, Request, Stats
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
 
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked, and how it is to be written.
-
-    request: the text to expand. task, words, relevance: the command; None
-    leaves it to the model. temperature … seed: see `Sampling`. stop: the text
-    ends before the first of these. max_new_tokens: None is what the context
-    holds. keep_length: keep the length promise (see `length`).
-    """
-
-    request: str
-    task: str | None = None
-    words: int | None = None
-    relevance: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] | list[str] | str = ()
-    max_new_tokens: int | None = None
-    keep_length: bool = True
-
-    @property
-    def command(self) -> Command:
-        return Command(self.task, self.words, self.relevance)
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Timings in milliseconds, memory in MiB.
-
-    ttft_ms: submission → first token, tokenising included. tpot_ms: mean time
-    of each later token, (last − first) / (new_tokens − 1); None below 2 tokens.
-    new_tokens: without end-of-text. peak_rss_mb: of this process so far.
-    """
-
-    engine: str
-    precision: str
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
-    ttft_ms: float
-    tpot_ms: float | None
-    tokens_per_second: float
-    total_ms: float
-    peak_rss_mb: float
-    load_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """An answer, and the truth about it.
-
-    asked is what the caller wanted, commanded what the model was told.
-    finish_reason: `stop` the model ended; `length` cut at the maximum of the
-    length promise; `stop_sequence`; `max_tokens`; `context` the context is full.
-    in_tolerance: words against the *asked* words, None when none were asked.
-    seed: reproduces a sampled answer; None when it was greedy, or when the
-    engine has no seed. token_ids: all that the model generated, without
-    end-of-text; a cut text has fewer.
-    """
-
-    text: str
-    words: int
-    request: str
-    asked: Command
-    commanded: Command
-    finish_reason: FinishReason
-    in_tolerance: bool | None
-    seed: int | None
-    token_ids: tuple[int, ...]
-    warnings: tuple[str, ...]
-    stats: Stats
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        data = asdict(self)
-        data["token_ids"] = list(self.token_ids)
-        data["warnings"] = list(self.warnings)
-        return data
 
 
 class Stream(Iterator[str]):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from edge_slm_runtime.errors import (
     ControlTokenInRequest,
     EmptyRequest,
     EngineError,
+    EngineNotInstalled,
     NotSupportedByEngine,
     RequestTooLong,
     UnknownTask,
@@ -207,6 +210,28 @@ def test_choice_of_variant(tiny_bundle: Path) -> None:
     for settings in ({"engine": "llama"}, {"precision": "int3"}, {"threads": 0}):
         with pytest.raises(BadSetting):
             load(tiny_bundle, **settings)  # type: ignore[arg-type]
+
+
+def test_an_engine_that_is_not_installed(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with load(tiny_bundle, threads=1) as slm:
+        assert slm.variant.engine == "ctranslate2"
+    with pytest.raises(EngineNotInstalled, match="pip install edge-slm"):
+        load(tiny_bundle, "onnxruntime")
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    with pytest.raises(EngineNotInstalled):
+        load(tiny_bundle)
+
+
+def test_threads_share_a_model(slm: SLM) -> None:
+    def answer(request: Request) -> tuple[int, ...]:
+        return slm.generate(request.request, max_new_tokens=20).token_ids
+
+    alone = [answer(request) for request in REQUESTS]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, REQUESTS)) == alone
 
 
 def test_closed_model_refuses(slm: SLM, tiny_bundle: Path) -> None:
