@@ -167,8 +167,8 @@ class GPT2Graph:
 def _check(checkpoint: Checkpoint, precision: Precision, graph: GraphWriter) -> None:
     """Every matrix was written in its precision, and none was stored twice."""
     config = checkpoint.config
-    matrices = 4 * config.layers + 1
-    if (count := graph.operators[precision.multiplication]) != matrices:
-        raise AssertionError(f"{count} {precision.multiplication} nodes, not {matrices}")
+    expected = precision.multiplications(config.layers)
+    if (found := {op: graph.operators[op] for op in expected}) != expected:
+        raise AssertionError(f"the graph multiplies with {found}, not {expected}")
     if graph.weight_bytes > (most := stored_bytes(config, precision.name)):
         raise AssertionError(f"{DATA_FILE} has {graph.weight_bytes} bytes of weights, not {most}")

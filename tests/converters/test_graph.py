@@ -123,19 +123,20 @@ def test_a_tied_embedding_costs_nothing_on_disk(original: Maker, tmp_path: Path)
             folder.mkdir()
             write_graph(source, precision, folder)
             sizes.append((folder / DATA_FILE).stat().st_size)
-        table = PRECISIONS[precision].matrix_bytes(64, 8192)
+        table = PRECISIONS[precision].head_bytes(64, 8192)
         assert sizes[1] - sizes[0] == pytest.approx(table, abs=4 * 4096)
 
 
 def test_step_bytes_by_hand(original: Maker) -> None:
     config = read_checkpoint(original(n_embd=64, n_inner=72, vocab_size=417).path).config
     d, inner, vocabulary = 64, 72, 417
-    columns = 2 * (3 * d + d + inner + d) + vocabulary
-    weights = 2 * (3 * d * d + d * d + 2 * d * inner) + d * vocabulary
-    assert step_bytes(config, "fp32") == 4 * weights
-    assert step_bytes(config, "int8") == weights + 4 * columns
-    padded = weights + 2 * d * (96 - 72)  # c_proj's 72 inputs fill three blocks of 32
-    assert step_bytes(config, "int4") == padded // 2 + 4 * padded // 32
+    columns = 2 * (3 * d + d + inner + d)
+    layers = 2 * (3 * d * d + d * d + 2 * d * inner)
+    head = d * vocabulary
+    assert step_bytes(config, "fp32") == 4 * (layers + head)
+    assert step_bytes(config, "int8") == layers + 4 * columns + head + 4 * vocabulary
+    padded = layers + 2 * d * (96 - 72)  # c_proj's 72 inputs fill three blocks of 32
+    assert step_bytes(config, "int4") == padded // 2 + 4 * padded // 32 + head + 4 * vocabulary
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
