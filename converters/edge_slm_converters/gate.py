@@ -72,16 +72,19 @@ def measure(
     candidate: LogitsOf, reference: LogitsOf, sequences: Sequence[Scored], tokenizer_size: int
 ) -> Fidelity:
     """Fidelity over the response positions of all sequences, the padding of the
-    vocabulary left out. Raises CheckpointError when there is too little to score."""
+    vocabulary left out. Raises CheckpointError when there is too little to score
+    or a logit is not finite."""
     meter = FidelityMeter()
-    for sequence in sequences:
-        scored = slice(sequence.prompt - 1, len(sequence.ids) - 1)
-        rows = [of(sequence.ids)[scored, :tokenizer_size] for of in (reference, candidate)]
-        meter.add(rows[0], rows[1], np.array(sequence.ids[sequence.prompt :], np.int64))
     try:
+        for sequence in sequences:
+            rows = slice(sequence.prompt - 1, len(sequence.ids) - 1)
+            expected, found = (
+                of(sequence.ids)[rows, :tokenizer_size] for of in (reference, candidate)
+            )
+            meter.add(expected, found, np.array(sequence.ids[sequence.prompt :], np.int64))
         return meter.result()
     except ValueError as error:
-        raise CheckpointError(f"the evaluation set cannot be scored: {error}") from None
+        raise CheckpointError(f"fidelity cannot be measured: {error}") from None
 
 
 def refusals(variants: Sequence[Variant]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_slm_converters.checkpoint import parse_config
 from edge_slm_converters.files import written_aside
-from edge_slm_runtime.errors import DependencyMissing
+from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 
 
 def random_checkpoint(
@@ -42,6 +42,9 @@ def random_checkpoint(
         raise DependencyMissing(
             "writing a checkpoint needs safetensors", "pip install 'edge-slm[convert]'"
         ) from None
+    copied = [Path(like) / name for name in ("tokenizer.json", "command.json")]
+    if missing := [str(file) for file in copied if not file.is_file()]:
+        raise CheckpointError(f"{missing[0]} is missing", "give a checkpoint folder as `like`")
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -67,6 +70,6 @@ def random_checkpoint(
     with written_aside(Path(path)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        for name in ("tokenizer.json", "command.json"):
-            shutil.copyfile(Path(like) / name, folder / name)
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
     return Path(path)

@@ -197,7 +197,7 @@ def test_random_checkpoint_is_reproducible_and_overwrites_nothing(
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     with pytest.raises(TargetExists):
         random_checkpoint(one, **shape, like=tiny_text_side)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CheckpointError, match="`like`"):
         random_checkpoint(tmp_path / "three", **shape, like=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 

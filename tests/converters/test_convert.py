@@ -104,7 +104,7 @@ def test_own_evaluation_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert fidelity is not None
     assert fidelity["positions"] % 3 == 0
     assert fidelity["positions"] > 30
-    with pytest.raises(CheckpointError, match="evaluation set"):
+    with pytest.raises(CheckpointError, match="at least 2 positions"):
         convert(tiny_checkpoint, tmp_path / "c", ("onnx-int8",), evaluation=[])
 
 
