@@ -78,12 +78,16 @@ class Draft:
         return self._keeper is None or self._keeper.may_end(self.text)
 
     def banned(self, vocab_size: int) -> list[int]:
-        """Ids that are never an answer: control tokens and the padding of the embedding."""
+        """Ids that are never an answer: control tokens and the padding of the embedding.
+
+        For an engine that samples by itself; `choose` masks the same two ranges.
+        """
         return [*range(END_ID + 1, self._codec.controls), *range(self._codec.size, vocab_size)]
 
     def choose(self, logits: Logits) -> int:
         """The next token from `logits` [V], which it changes."""
-        logits[self.banned(logits.size)] = -np.inf
+        logits[END_ID + 1 : self._codec.controls] = -np.inf
+        logits[self._codec.size :] = -np.inf
         if self._keeper:
             if self.may_end():
                 self._keeper.note(self.text, log_probability(logits, END_ID))

@@ -178,9 +178,11 @@ class SLM:
             request.seed,
         )
         self._engine.check(sampling)
-        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = (request.stop,) if isinstance(request.stop, str) else request.stop
+        if not isinstance(stop, tuple | list) or not all(isinstance(s, str) and s for s in stop):
             raise BadSetting(f"stop is {request.stop!r}", "allowed: texts that are not empty")
+        if not isinstance(request.keep_length, bool):
+            raise BadSetting(f"keep_length is {request.keep_length!r}", "allowed: True or False")
         prompt = self.schema.encode(request.request, command.commanded, self._codec.encode)
         words = command.commanded.words if request.keep_length else None
         budget, limit = self._budget(len(prompt), request.max_new_tokens, command.commanded.words)
@@ -193,7 +195,7 @@ class SLM:
             budget=budget,
             limit=limit,
             words=words,
-            stop=stop,
+            stop=tuple(stop),
             sampling=sampling,
         )
 

@@ -183,6 +183,8 @@ def test_control_tokens_never_come_out(onnx_slm: SLM) -> None:
         ({"max_new_tokens": True}, BadSetting),
         ({"stop": [""]}, BadSetting),
         ({"stop": [3]}, BadSetting),
+        ({"stop": 5}, BadSetting),
+        ({"keep_length": "no"}, BadSetting),
     ],
 )
 def test_bad_settings(onnx_slm: SLM, settings: dict[str, object], error: type[Exception]) -> None:
