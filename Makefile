@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench docs format clean
+.PHONY: demo test bench speed plain-install docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/edge-slm demo
@@ -17,6 +17,17 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest bench/benchmarks --benchmark-columns=median,iqr,rounds
+
+# The README's speed table: the reference model beside a random 98M one, in one interleaved run.
+speed: $(VENV)/.installed-demo
+	rm -rf runs/speed && mkdir -p runs/speed
+	$(VENV)/bin/python -m edge_slm_converters.synthetic runs/speed/random-98m --like models/reference
+	$(VENV)/bin/edge-slm convert models/reference runs/speed/reference-11m --accept
+	$(VENV)/bin/edge-slm convert runs/speed/random-98m runs/speed/random-98m-bundle --accept
+	$(VENV)/bin/python -m edge_slm_bench.speed runs/speed/reference-11m runs/speed/random-98m-bundle
+
+plain-install:
+	$(PYTHON) bench/plain_install.py
 
 docs: $(VENV)/.installed-dev
 	$(VENV)/bin/python docs/render_cli.py

@@ -274,6 +274,14 @@ def _checked_tensors(path: Path, config: GPT2Config) -> dict[str, Float32]:
     return found
 
 
+def read_schema(path: Path) -> CommandSchema:
+    """The command schema of the checkpoint folder `path`. Raises CheckpointError."""
+    try:
+        return CommandSchema.from_json(_read_json(path / "command.json"))
+    except ManifestInvalid as error:
+        raise CheckpointError(f"{path / 'command.json'}: {error.problem}") from None
+
+
 def _read_text_side(
     path: Path, config: GPT2Config
 ) -> tuple[CommandSchema, TextCodec, tuple[str, ...]]:
@@ -281,10 +289,7 @@ def _read_text_side(
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json"
-    try:
-        schema = CommandSchema.from_json(_read_json(path / "command.json"))
-    except ManifestInvalid as error:
-        raise CheckpointError(f"{path / 'command.json'}: {error.problem}") from None
+    schema = read_schema(path)
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     try:

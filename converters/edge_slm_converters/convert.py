@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -126,8 +127,10 @@ def _measured(
 
 
 def _provenance(source: Checkpoint, accepted: Sequence[str]) -> dict[str, Any]:
+    recipe = source.path / "recipe.json"  # training leaves it there; other checkpoints have none
     return {
         "checkpoint": source.digests(),
+        "recipe": json.loads(recipe.read_text("utf-8")) if recipe.is_file() else None,
         "packages": {package: _version(package) for package in PACKAGES},
         "gate": {
             "budgets": {precision: asdict(b) for precision, b in gate.BUDGETS.items()},

@@ -1,7 +1,8 @@
 """Random-initialised GPT-2 checkpoints of any shape, written without torch.
 
 For measuring: speed and memory depend on the shape of a model, not on what it
-has learnt.
+has learnt. `python -m edge_slm_converters.synthetic OUT --like models/reference`
+writes the 98M shape (12 layers × 768, vocabulary 16384).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 
 from edge_slm_converters.checkpoint import parse_config
 from edge_slm_converters.files import written_aside
-from edge_slm_runtime.errors import CheckpointError, DependencyMissing
+from edge_slm_runtime.errors import CheckpointError, DependencyMissing, EdgeSlmError
 
 
 def random_checkpoint(
@@ -73,3 +76,24 @@ def random_checkpoint(
         for file in copied:
             shutil.copyfile(file, folder / file.name)
     return Path(path)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--like", type=click.Path(path_type=Path), required=True, help="A checkpoint folder.")
+@click.option("--layers", type=int, default=12, show_default=True)
+@click.option("--width", type=int, default=768, show_default=True)
+@click.option("--heads", type=int, default=12, show_default=True)
+@click.option("--vocab-size", type=int, default=16384, show_default=True)
+@click.option("--positions", type=int, default=512, show_default=True)
+def main(out: Path, **shape: Any) -> None:
+    """Write a random-initialised checkpoint with the tokenizer and commands of --like."""
+    try:
+        click.echo(random_checkpoint(out, **shape))
+    except EdgeSlmError as error:
+        click.echo(f"error[{error.code}]: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

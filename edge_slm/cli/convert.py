@@ -10,9 +10,11 @@ import click
 
 from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar
 from edge_slm.cli.options import folder
+from edge_slm_runtime.command import Command
 
 if TYPE_CHECKING:
-    from edge_slm_runtime.bundle import Manifest
+    from edge_slm_converters.gate import Example
+    from edge_slm_runtime.bundle import Manifest, Variant
 
 
 @click.command(short_help="Convert a checkpoint to a bundle.")
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
     "ctranslate2-float32.  [default: all but the last]",
 )
 @click.option("--name", help="Name of the bundle.  [default: that of the folder]")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Samples as in training: fidelity is measured on their held-out pairs.  "
+    "[default: the fp32 model's own answers to built-in requests]",
+)
 @click.option("--accept", is_flag=True, help="Ship variants outside their fidelity budget too.")
 @json_option
 def convert(
@@ -33,6 +42,7 @@ def convert(
     out: Path,
     variants: str | None,
     name: str | None,
+    data: tuple[Path, ...],
     accept: bool,
     as_json: bool,
 ) -> None:
@@ -42,12 +52,15 @@ def convert(
     is refused (exit 7) unless --accept. OUT appears whole or not at all.
     """
     names = variants.split(",") if variants else None
-    manifest = convert_with_bar(checkpoint, out, names, name=name, accept=accept)
+    evaluation = held_out_examples(checkpoint, data) if data else None
+    manifest = convert_with_bar(
+        checkpoint, out, names, name=name, evaluation=evaluation, accept=accept
+    )
     if as_json:
         emit_json(manifest.to_json())
         return
     for variant in manifest.variants:
-        click.echo(f"{variant.name}: {human_bytes(variant.bytes)}")
+        click.echo(f"{variant.name}: {human_bytes(variant.bytes)}{_fidelity(variant)}")
     click.echo(f"{out}: {manifest.digest}")
 
 
@@ -57,6 +70,7 @@ def convert_with_bar(
     variants: Sequence[str] | None,
     *,
     name: str | None = None,
+    evaluation: Sequence[Example] | None = None,
     accept: bool = False,
 ) -> Manifest:
     """`edge_slm_converters.convert`, its steps shown on stderr."""
@@ -72,4 +86,34 @@ def convert_with_bar(
             progress.update(task, description=line)
             progress.advance(task)
 
-        return run(checkpoint, out, chosen, name=name, accept=accept, progress=step)
+        return run(
+            checkpoint,
+            out,
+            chosen,
+            name=name,
+            evaluation=evaluation,
+            accept=accept,
+            progress=step,
+        )
+
+
+def held_out_examples(checkpoint: Path, data: Sequence[Path]) -> list[Example]:
+    """Up to 30 held-out pairs per task, under the task and length that they have."""
+    from edge_slm.distill.samples import HOLDOUT_PERCENT, held_out_samples
+    from edge_slm_converters.checkpoint import read_schema
+    from edge_slm_converters.gate import Example
+
+    tasks = read_schema(checkpoint).tasks
+    return [
+        Example(s.request, Command(s.task, s.words), s.response)
+        for s in held_out_samples(data, tasks, 30 * len(tasks), HOLDOUT_PERCENT, at_most=True)
+    ]
+
+
+def _fidelity(variant: Variant) -> str:
+    if variant.fidelity is None:
+        return ""
+    return (
+        ", top-1 {top1:.2%}, perplexity ratio {perplexity_ratio:.4f}, mean KL {kl_mean:.5f} "
+        "over {positions} positions".format(**variant.fidelity)
+    )

@@ -10,6 +10,7 @@ import click
 import edge_slm
 from edge_slm.cli.console import emit_json, json_option, reporter, stdout_console
 from edge_slm.cli.options import model_options
+from edge_slm.distill.samples import HOLDOUT_PERCENT
 
 
 @click.command(short_help="Measure command adherence on held-out requests.")
@@ -26,7 +27,7 @@ from edge_slm.cli.options import model_options
 @click.option(
     "--holdout-percent",
     type=click.IntRange(1, 50),
-    default=4,
+    default=HOLDOUT_PERCENT,
     show_default=True,
     help="As in the recipe.",
 )
@@ -48,7 +49,7 @@ def evaluate(
     Needs the [train] extra, for the relevance scorer.
     """
     from edge_slm.distill.evaluate import evaluate as run
-    from edge_slm.distill.evaluate import held_out_samples
+    from edge_slm.distill.samples import held_out_samples
 
     samples = held_out_samples(data, tasks, requests, holdout_percent)
     with (

@@ -8,48 +8,22 @@ the training reward's encoder in fp32.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_slm.distill.prepare import Report, silent
 from edge_slm.distill.rewards import Relevance
-from edge_slm.distill.samples import Sample, held_out, read_samples
+from edge_slm.distill.samples import Sample
 from edge_slm_bench.quality import copied_words, distinct, length_adherence, spearman
 from edge_slm_runtime.command import RELEVANCE_LEVELS
-from edge_slm_runtime.errors import DataError
 
 if TYPE_CHECKING:
     from edge_slm_runtime import SLM, Generation
 
 LENGTHS = (16, 24, 32, 48, 64)
-
-
-def held_out_samples(
-    data: Sequence[str | Path], tasks: Sequence[str], count: int, percent: int, seed: int = 0
-) -> list[Sample]:
-    """`count` held-out samples, shared evenly among `tasks`, one per request.
-
-    Raises DataError when a task has too few.
-    """
-    found: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
-    for sample in read_samples(data, tasks):
-        if sample.request and held_out(sample.request, percent):
-            found[sample.task].setdefault(sample.request, sample)
-    chosen: list[Sample] = []
-    for i, (task, samples) in enumerate(found.items()):
-        wanted = count // len(tasks) + (i < count % len(tasks))
-        if len(samples) < wanted:
-            raise DataError(
-                f"task {task!r} has {len(samples)} held-out requests, {wanted} are needed",
-                "give more data or a smaller --requests",
-            )
-        chosen += random.Random(f"{seed}/{task}").sample(list(samples.values()), wanted)
-    return chosen
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edge_slm.distill.samples import HOLDOUT_PERCENT
 from edge_slm_runtime.errors import DataError
 
 if sys.version_info >= (3, 11):
@@ -31,7 +32,7 @@ class DataRecipe(_Section):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     max_rows: dict[str, int] = {}  # per task; none = all
-    holdout_percent: int = Field(default=4, ge=0, le=50)
+    holdout_percent: int = Field(default=HOLDOUT_PERCENT, ge=0, le=50)
     max_request_words: int = Field(default=40, ge=1)
 
 

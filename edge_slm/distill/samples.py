@@ -19,10 +19,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edge_slm.distill.recipe import DataRecipe, HindsightRecipe
 from edge_slm_runtime.command import WORD_EDGES, clean_request, count_words
 from edge_slm_runtime.errors import DataError, RequestError
+
+if TYPE_CHECKING:
+    from edge_slm.distill.recipe import DataRecipe, HindsightRecipe
+
+HOLDOUT_PERCENT = 4  # a recipe may say otherwise
 
 Kind = str  # "pair", "cut", "fragment", "mismatch"
 
@@ -141,6 +146,35 @@ def load_samples(
 
 def _opening(text: str) -> str:
     return " ".join(text.lower().split()[:8])
+
+
+def held_out_samples(
+    data: Sequence[str | Path],
+    tasks: Sequence[str],
+    count: int,
+    percent: int,
+    *,
+    at_most: bool = False,
+) -> list[Sample]:
+    """`count` held-out samples, shared evenly among `tasks`, one per request.
+
+    Raises DataError when a task has too few; `at_most` takes what there is.
+    """
+    found: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
+    for sample in read_samples(data, tasks):
+        if sample.request and held_out(sample.request, percent):
+            found[sample.task].setdefault(sample.request, sample)
+    chosen: list[Sample] = []
+    for i, (task, samples) in enumerate(found.items()):
+        wanted = count // len(tasks) + (i < count % len(tasks))
+        if len(samples) < wanted and not at_most:
+            raise DataError(
+                f"task {task!r} has {len(samples)} held-out requests, {wanted} are needed",
+                "give more data or a smaller --requests",
+            )
+        wanted = min(wanted, len(samples))
+        chosen += random.Random(task).sample(list(samples.values()), wanted)
+    return chosen
 
 
 def clause_cuts(text: str) -> list[str]:

@@ -84,9 +84,15 @@ class Generation:
     warnings: tuple[str, ...]
     stats: Stats
 
+    @property
+    def achieved(self) -> Command:
+        """The command that the text obeyed: the task and the words counted. Relevance is
+        None: its scorer is not on the device (`edge-slm evaluate` measures it)."""
+        return Command(self.commanded.task, self.words)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        data = asdict(self)
+        data = asdict(self) | {"achieved": asdict(self.achieved)}
         data["token_ids"] = list(self.token_ids)
         data["warnings"] = list(self.warnings)
         return data
