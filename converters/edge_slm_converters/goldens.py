@@ -97,14 +97,4 @@ def _answers(
     with edge_slm_runtime.load(
         bundle, engine=variant.engine, precision=variant.precision, verify=False
     ) as slm:
-        return [
-            slm.generate(
-                one.request,
-                task=one.command.task,
-                words=one.command.words,
-                relevance=one.command.relevance,
-                max_new_tokens=tokens,
-                keep_length=False,
-            ).token_ids
-            for one in asked
-        ]
+        return [slm.greedy_ids(one.request, one.command, tokens) for one in asked]

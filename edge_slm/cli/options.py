@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 folder = click.Path(path_type=Path)  # whether it is a bundle is for its reader to say
@@ -58,6 +60,13 @@ sampling_options = _together(
         "--top-p", type=float, default=1.0, show_default=True, help="Keep this probability mass."
     ),
     click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    click.option(
+        "--no-repeat-ngram-size",
+        type=int,
+        default=NO_REPEAT_NGRAM_SIZE,
+        show_default=True,
+        help="No run of this many tokens comes twice; 0 allows it.",
+    ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; repeatable."),
     click.option("--max-new-tokens", type=int, help="Upper bound, in tokens."),
     click.option(

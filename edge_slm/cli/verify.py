@@ -57,15 +57,8 @@ def _run_goldens(bundle: Path, manifest: Manifest, name: str) -> int | None:
         return None
     with slm:
         for golden in goldens:
-            got = slm.generate(
-                golden.request,
-                task=golden.command.task,
-                words=golden.command.words,
-                relevance=golden.command.relevance,
-                max_new_tokens=golden.max_new_tokens,
-                keep_length=False,
-            )
-            if got.token_ids != golden.ids[name]:
+            got = slm.greedy_ids(golden.request, golden.command, golden.max_new_tokens)
+            if got != golden.ids[name]:
                 raise BundleError(
                     f"{name} no longer gives its golden tokens for {golden.request!r}",
                     "the files are unaltered: look at the engine's version and the CPU",

@@ -12,7 +12,7 @@ from typing import Literal
 
 from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
 from edge_slm_runtime.bundle import verify as verify_bundle
-from edge_slm_runtime.command import CommandSchema, count_words
+from edge_slm_runtime.command import Command, CommandSchema, count_words
 from edge_slm_runtime.draft import Draft, Plan, Step
 from edge_slm_runtime.engines import open_engine, pick_variant
 from edge_slm_runtime.engines.base import Engine
@@ -20,7 +20,7 @@ from edge_slm_runtime.errors import BadSetting, RequestTooLong
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import default_threads, peak_rss_mb
 from edge_slm_runtime.records import Generation, Request, Stats
-from edge_slm_runtime.sampling import Sampling
+from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
 from edge_slm_runtime.text import TextCodec
 
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
@@ -89,6 +89,7 @@ class SLM:
         top_k: int = 0,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE,
         seed: int | None = None,
         stop: tuple[str, ...] | list[str] | str = (),
         max_new_tokens: int | None = None,
@@ -110,6 +111,7 @@ class SLM:
             top_k,
             top_p,
             repetition_penalty,
+            no_repeat_ngram_size,
             seed,
             stop,
             max_new_tokens,
@@ -128,6 +130,7 @@ class SLM:
         top_k: int = 0,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE,
         seed: int | None = None,
         stop: tuple[str, ...] | list[str] | str = (),
         max_new_tokens: int | None = None,
@@ -144,6 +147,7 @@ class SLM:
             top_k,
             top_p,
             repetition_penalty,
+            no_repeat_ngram_size,
             seed,
             stop,
             max_new_tokens,
@@ -175,6 +179,7 @@ class SLM:
             request.top_k,
             request.top_p,
             request.repetition_penalty,
+            request.no_repeat_ngram_size,
             request.seed,
         )
         self._engine.check(sampling)
@@ -198,6 +203,19 @@ class SLM:
             stop=tuple(stop),
             sampling=sampling,
         )
+
+    def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
+        """What the bare model says: greedy, nothing held back. Goldens are made of it."""
+        asked = Request(
+            request,
+            command.task,
+            command.words,
+            command.relevance,
+            no_repeat_ngram_size=0,
+            max_new_tokens=max_new_tokens,
+            keep_length=False,
+        )
+        return next(self.generate_batch([asked], batch_size=1)).token_ids
 
     def close(self) -> None:
         """Frees the model; a later call raises EngineError."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.draft import FinishReason
+from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE
     seed: int | None = None
     stop: tuple[str, ...] | list[str] | str = ()
     max_new_tokens: int | None = None

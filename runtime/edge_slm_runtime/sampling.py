@@ -1,7 +1,8 @@
 """Choosing the next token from logits, in numpy.
 
 Order and meaning follow transformers' LogitsProcessors: repetition penalty,
-temperature, top-k, top-p, then one draw.
+n-gram block, temperature, top-k, top-p, then one draw. One difference: the n-gram
+block looks at the answer alone, so that the words of a request may always come.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from edge_slm_runtime.errors import BadSetting
 
 Logits = NDArray[np.float32]
 
+# Small models fall into loops when they are greedy; a repeat of this many tokens
+# (three to four words) is hardly ever meant in a text of at most 160 words.
+NO_REPEAT_NGRAM_SIZE = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -27,14 +32,16 @@ class Sampling:
     most likely (0: all). top_p: keep the smallest set of at least this
     probability (nucleus sampling, arXiv 1904.09751). repetition_penalty: logits
     of tokens already in prompt or answer are divided (positive) or multiplied
-    (negative) by it (CTRL, arXiv 1909.05858). seed: the same seed gives the
-    same answer; None draws a fresh one.
+    (negative) by it (CTRL, arXiv 1909.05858). no_repeat_ngram_size: no run of
+    this many tokens comes twice in an answer (0: off). seed: the same seed gives
+    the same answer; None draws a fresh one.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -43,6 +50,8 @@ class Sampling:
         _in_range("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0, at most 1")
         penalty = _number(self.repetition_penalty)
         _in_range("repetition_penalty", self.repetition_penalty, 0 < penalty <= 100, "0 … 100")
+        ngram = self.no_repeat_ngram_size
+        _in_range("no_repeat_ngram_size", ngram, _is_count(ngram), "0 or more, whole")
         seed_ok = self.seed is None or (_is_count(self.seed) and self.seed < 1 << 64)
         _in_range("seed", self.seed, seed_ok, "0 … 2**64 - 1, whole")
 
@@ -61,17 +70,26 @@ class Sampler:
             self.seed = secrets.randbits(53)  # survives a trip through JSON numbers
         self._random = np.random.Generator(np.random.PCG64(self.seed or 0))
         self._seen = set(prompt)
+        self._answer: list[int] = []
+        self._after: dict[tuple[int, ...], list[int]] = {}  # n - 1 tokens → what followed them
 
     def pick(self, logits: Logits) -> int:
         """The next token of `logits` [V]; masked entries are -inf. Changes `logits`."""
         if self._sampling.repetition_penalty != 1:
             penalise(logits, self._seen, self._sampling.repetition_penalty)
+        size = self._sampling.no_repeat_ngram_size
+        last = tuple(self._answer[len(self._answer) - size + 1 :]) if size else ()
+        if size:
+            logits[self._after.get(last, [])] = -np.inf
         if self._sampling.greedy:
             token = int(logits.argmax())
         else:
             steps = np.cumsum(probabilities(logits, self._sampling))
             token = int(np.searchsorted(steps, self._random.random() * steps[-1], side="right"))
         self._seen.add(token)
+        self._answer.append(token)
+        if size and len(last) == size - 1:
+            self._after.setdefault(last, []).append(token)
         return token
 
 

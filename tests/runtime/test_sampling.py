@@ -49,7 +49,7 @@ def test_same_distribution_as_transformers(
 
 def test_draws_follow_the_probabilities() -> None:
     logits = make_logits(1, 8)
-    sampling = Sampling(temperature=1.5, top_k=6, top_p=0.95, seed=1)
+    sampling = Sampling(temperature=1.5, top_k=6, top_p=0.95, no_repeat_ngram_size=0, seed=1)
     sampler = Sampler(sampling, [])
     counts = np.zeros(8)
     for _ in range(20_000):
@@ -68,6 +68,20 @@ def test_penalty_moves_greedy_off_a_repeat() -> None:
     logits = np.array([0, 2.0, 1.9, -1], np.float32)
     sampler = Sampler(Sampling(repetition_penalty=1.5), [])
     assert [sampler.pick(logits.copy()) for _ in range(2)] == [1, 2]
+
+
+@given(st.integers(1, 6), st.integers(0, 2**32), st.booleans())
+def test_no_ngram_comes_twice(size: int, seed: int, greedy: bool) -> None:
+    sampling = Sampling(temperature=0.0 if greedy else 0.3, no_repeat_ngram_size=size, seed=seed)
+    sampler = Sampler(sampling, [])
+    answer = [sampler.pick(make_logits(i % 3, 60)) for i in range(50)]  # begs for a loop
+    grams = [tuple(answer[i : i + size]) for i in range(len(answer) - size + 1)]
+    assert len(set(grams)) == len(grams)
+
+
+def test_a_loop_is_allowed_when_asked_for() -> None:
+    sampler = Sampler(Sampling(no_repeat_ngram_size=0), [])
+    assert len({sampler.pick(make_logits(1)) for _ in range(20)}) == 1
 
 
 @given(st.integers(0, 2**64 - 1))

@@ -7,6 +7,7 @@ seeded once per thread), so sampling with a seed is refused. What falls back:
   prompt + answer with end-of-text suppressed for one token (costs a prefill);
 - the probability of end-of-text is not reported, so a cut at the maximum goes
   by punctuation and nearness alone;
+- after such a start `no_repeat_ngram_size` knows only what came since;
 - a batch runs one request after the other: its ragged batches leak prompt tokens.
 """
 
@@ -128,7 +129,10 @@ def _settle(run: Any) -> None:
 
 
 def _sampling_options(sampling: Sampling) -> dict[str, float]:
-    options: dict[str, float] = {"repetition_penalty": sampling.repetition_penalty}
+    options: dict[str, float] = {
+        "repetition_penalty": sampling.repetition_penalty,
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
+    }
     if sampling.greedy:
         return {**options, "sampling_topk": 1}
     return {

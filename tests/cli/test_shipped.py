@@ -1,0 +1,87 @@
+"""The bundle that comes with the package, and the checkpoint that it was made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import edge_slm
+from edge_slm.cli.demo import REFERENCE
+from edge_slm_runtime import verify
+
+SIZE_LIMIT = 30_000_000  # bytes, of the checkpoint in the repository
+
+
+@pytest.fixture(scope="module")
+def slm() -> edge_slm.SLM:
+    return edge_slm.load(threads=1)
+
+
+def test_it_is_int8_and_small() -> None:
+    manifest = verify(edge_slm.shipped_bundle())
+    assert [v.name for v in manifest.variants] == ["onnx-int8"]
+    assert sum(entry.size for entry in manifest.files.values()) < 16_000_000
+    assert manifest.variants[0].fidelity is not None
+    assert manifest.provenance["gate"]["accepted"] == []
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="only in a checkout")
+def test_it_was_made_of_the_committed_checkpoint() -> None:
+    manifest = verify(edge_slm.shipped_bundle())
+    recipe = json.loads((REFERENCE / "recipe.json").read_text("utf-8"))
+    assert manifest.provenance["recipe"]["digest"] == recipe["digest"]
+    assert sum(f.stat().st_size for f in REFERENCE.iterdir()) < SIZE_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("task", "request_text", "words"),
+    [
+        ("image", "a cosy cabin in the snow", 12),
+        ("image", "a cosy cabin in the snow", 48),
+        ("video", "a fox crossing a frozen river", 80),
+        ("scene", "dog, ball, park", 10),
+        ("tags", "Lighthouse at Dusk (oil paint on canvas)", 6),
+    ],
+)
+def test_it_keeps_the_length_and_is_about_the_request(
+    slm: edge_slm.SLM, task: str, request_text: str, words: int
+) -> None:
+    out = slm.generate(request_text, task=task, words=words, relevance=9)
+    assert out.in_tolerance
+    assert out.achieved.words == out.words == len(out.text.split())
+    if task in ("image", "video", "scene"):
+        assert set(request_text.replace(",", "").split()) & set(out.text.lower().split())
+
+
+def test_the_task_shapes_the_text(slm: edge_slm.SLM) -> None:
+    subject = "Lighthouse at Dusk (oil paint on canvas)"
+    tags = slm.generate(subject, task="tags", words=6).text
+    prompt = slm.generate(subject, task="video", words=40).text
+    assert tags.count(",") >= 2
+    assert prompt.count(",") + prompt.count(".") < len(prompt.split()) / 3
+
+
+def test_goldens_of_the_same_package_versions_match(slm: edge_slm.SLM) -> None:
+    """Greedy token ids, exactly; int8 may differ on another onnxruntime or CPU family,
+    so there most of the text must agree."""
+    goldens = slm.manifest.goldens
+    assert goldens
+    agree = total = 0
+    for golden in goldens:
+        got = slm.greedy_ids(golden.request, golden.command, golden.max_new_tokens)
+        want = golden.ids[slm.variant.name]
+        agree += sum(a == b for a, b in zip(got, want, strict=False))
+        total += len(want)
+    assert agree / total > 0.6
+
+
+def test_the_card_names_its_data() -> None:
+    if not REFERENCE.is_dir():
+        pytest.skip("only in a checkout")
+    card = (REFERENCE / "README.md").read_text("utf-8")
+    notice = (Path(edge_slm.__file__).parents[1] / "NOTICE").read_text("utf-8")
+    for source in ("UniGenBench", "imageinwords", "VBench", "CommonGen", "tategallery"):
+        assert source in card
+        assert source in notice
