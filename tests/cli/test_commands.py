@@ -32,6 +32,30 @@ def error_of(result: Result, code: str, exit_code: int) -> str:
     return result.stderr
 
 
+# -- train, evaluate ----------------------------------------------------------
+
+
+def test_a_recipe_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\ntokens = 1\n", "utf-8")
+    arguments = ("train", recipe, "--data", tmp_path, "--out", tmp_path / "run")
+    assert "data: Field required" in error_of(run(*arguments), "data", 8)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_gate_measures_on_held_out_pairs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "samples.jsonl"
+    rows = [
+        {"request": f"a cabin number {i}", "response": f"a cabin number {i}, snow", "task": "image"}
+        for i in range(100)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    arguments = ("convert", tiny_checkpoint, tmp_path / "b", "--variants", "onnx-int8", "--accept")
+    manifest = json.loads(run(*arguments, "--data", data, "--json").stdout)
+    scored = manifest["variants"][0]["fidelity"]["positions"]
+    assert 20 < scored < 500  # about four pairs of the hundred, a dozen tokens or more each
+
+
 # -- generate -----------------------------------------------------------------
 
 

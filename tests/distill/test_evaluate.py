@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import edge_slm
+from edge_slm.distill.evaluate import evaluate
+from edge_slm.distill.samples import held_out, held_out_samples
+from edge_slm_runtime.errors import DataError
+
+
+def test_held_out_samples_are_held_out_and_shared_among_tasks(data_file: Path) -> None:
+    samples = held_out_samples([data_file], ["image", "tags"], 4, percent=30)
+    assert [s.task for s in samples] == ["image", "image", "tags", "tags"]
+    assert all(held_out(s.request, 30) for s in samples)
+    with pytest.raises(DataError, match=r"has \d+ held-out requests, 200 are needed"):
+        held_out_samples([data_file], ["image"], 200, percent=30)
+    assert len(held_out_samples([data_file], ["image"], 200, percent=30, at_most=True)) < 200
+
+
+def test_the_promise_beats_an_untrained_model(tiny_bundle: Path, data_file: Path) -> None:
+    samples = held_out_samples([data_file], ["image"], 3, percent=30)
+    with edge_slm.load(tiny_bundle, precision="fp32", threads=1) as slm:
+        result = evaluate(slm, samples, lengths=(4, 8))
+    json.dumps(result)
+    alone, kept = result["length"]["model alone"], result["length"]["with the promise"]
+    assert kept["in_tolerance"] > alone["in_tolerance"]
+    assert kept["n"] == 6
+    assert set(kept["by_length"]) == {4, 8}
+    assert [row["level"] for row in result["relevance"]] == [*range(10), None]
+    # Random text is less relevant than what was written for the request.
+    assert 0 < result["teacher"]["relevance"] <= 1
+    assert result["ratio"] < 1
+    assert math.isfinite(result["relevance"][0]["standard_error"])
