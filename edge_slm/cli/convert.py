@@ -99,7 +99,8 @@ def convert_with_bar(
 
 def held_out_examples(checkpoint: Path, data: Sequence[Path]) -> list[Example]:
     """Up to 30 held-out pairs per task, under the task and length that they have."""
-    from edge_slm.distill.samples import HOLDOUT_PERCENT, held_out_samples
+    from edge_slm.distill.samples import held_out_samples
+    from edge_slm.distill.split import HOLDOUT_PERCENT
     from edge_slm_converters.checkpoint import read_schema
     from edge_slm_converters.gate import Example
 

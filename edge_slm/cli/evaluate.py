@@ -10,7 +10,7 @@ import click
 import edge_slm
 from edge_slm.cli.console import emit_json, json_option, reporter, stdout_console
 from edge_slm.cli.options import model_options
-from edge_slm.distill.samples import HOLDOUT_PERCENT
+from edge_slm.distill.split import HOLDOUT_PERCENT
 
 
 @click.command(short_help="Measure command adherence on held-out requests.")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edge_slm.distill.samples import HOLDOUT_PERCENT
+from edge_slm.distill.split import HOLDOUT_PERCENT
 from edge_slm_runtime.errors import DataError
 
 if sys.version_info >= (3, 11):

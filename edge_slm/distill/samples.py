@@ -11,7 +11,6 @@ without new text, each with an outcome that it really has:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -21,13 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_slm.distill.split import held_out
 from edge_slm_runtime.command import WORD_EDGES, clean_request, count_words
 from edge_slm_runtime.errors import DataError, RequestError
 
 if TYPE_CHECKING:
     from edge_slm.distill.recipe import DataRecipe, HindsightRecipe
-
-HOLDOUT_PERCENT = 4  # a recipe may say otherwise
 
 Kind = str  # "pair", "cut", "fragment", "mismatch"
 
@@ -50,12 +48,6 @@ class Sample:
     @property
     def words(self) -> int:
         return count_words(self.response)
-
-
-def held_out(request: str, percent: int) -> bool:
-    """The split: a hash of the folded request, so that it never depends on the data."""
-    folded = " ".join(request.lower().split())
-    return int.from_bytes(hashlib.sha256(folded.encode()).digest()[:4], "big") % 100 < percent
 
 
 def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, str]]:

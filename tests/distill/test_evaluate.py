@@ -8,7 +8,8 @@ import pytest
 
 import edge_slm
 from edge_slm.distill.evaluate import evaluate
-from edge_slm.distill.samples import held_out, held_out_samples
+from edge_slm.distill.samples import held_out_samples
+from edge_slm.distill.split import held_out
 from edge_slm_runtime.errors import DataError
 
 

@@ -10,11 +10,11 @@ from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.samples import (
     clause_cuts,
     fragment_request,
-    held_out,
     load_samples,
     read_jsonl,
     vary,
 )
+from edge_slm.distill.split import held_out
 from edge_slm_runtime.errors import DataError
 
 
