@@ -25,13 +25,15 @@ _TELLING_FLAGS = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """cpu: its name, or the implementer/part codes that ARM gives instead. memory in MB."""
+    """cpu: its name, or the implementer/part codes that ARM gives instead. memory in MB.
+    load: runnable processes, mean of the last minute. Both None without psutil."""
 
     cpu: str
     isa: tuple[str, ...]
     cores: int
     usable_cores: int
     memory_mb: int | None
+    load: float | None
     system: str
     python: str
     packages: dict[str, str]
@@ -44,18 +46,27 @@ def machine() -> Machine:
     info = _fields(Path("/proc/cpuinfo"))
     flags = (info.get("flags") or info.get("Features") or "").split()
     arm = f"{info.get('CPU implementer', '')} {info.get('CPU part', '')}".strip()
-    memory = _fields(Path("/proc/meminfo")).get("MemTotal", "").split()
+    memory, load = _memory_and_load()
     cores = os.cpu_count() or 1
     return Machine(
         cpu=info.get("model name") or arm or platform.processor() or platform.machine(),
         isa=tuple(flag for flag in _TELLING_FLAGS if flag in flags),
         cores=cores,
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
-        memory_mb=int(memory[0]) // 1024 if memory else None,
+        memory_mb=memory,
+        load=load,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         packages=dict(_versions()),
     )
+
+
+def _memory_and_load() -> tuple[int | None, float | None]:
+    try:
+        import psutil
+    except ImportError:  # not in the plain install
+        return None, None
+    return psutil.virtual_memory().total // 1_000_000, psutil.getloadavg()[0]
 
 
 def _fields(path: Path) -> dict[str, str]:

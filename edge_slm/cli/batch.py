@@ -20,7 +20,7 @@ import edge_slm
 from edge_slm.cli.console import emit_json, json_option, note, progress_bar
 from edge_slm.cli.journal import Journal
 from edge_slm.cli.options import model_options, sampling_options
-from edge_slm_runtime.errors import DataError, EdgeSlmError
+from edge_slm_runtime.errors import DataError, EdgeSlmError, NotSupportedByEngine
 
 _KEYS = ["id", *(field.name for field in fields(edge_slm.Request))]
 _NEEDED = ("id", "request", "task")
@@ -132,6 +132,11 @@ def batch(
         edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
         _opened(source, twice=output is not None) as stream,
     ):
+        if defaults["temperature"] and slm.variant.engine == "ctranslate2":
+            raise NotSupportedByEngine(
+                "ctranslate2 has no seeds, so a sampled batch could not be continued",
+                "use --engine onnxruntime, or temperature 0",
+            )
         run = Run(slm, defaults, seed, batch_size)
         if output is None:
             lines, bad = _to_stdout(run, stream)

@@ -54,6 +54,9 @@ class Commands(click.Group):
             sys.stdout.flush()
         except EdgeSlmError as error:
             fail(error.code, str(error), error.exit_code)
+        except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # click ≥ 8.2
+            click.echo(error.ctx.get_help())
+            sys.exit(2)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else "edge-slm"
             problem = error.format_message().rstrip(".")

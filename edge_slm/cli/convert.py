@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ import click
 from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar
 from edge_slm.cli.options import folder
 from edge_slm_runtime.command import Command
+from edge_slm_runtime.errors import DataError
 
 if TYPE_CHECKING:
     from edge_slm_converters.gate import Example
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     "--variants",
     metavar="NAMES",
     help="Comma-separated, of onnx-fp32, onnx-int8, onnx-int4, ctranslate2-int8, "
-    "ctranslate2-float32.  [default: all but the last]",
+    "ctranslate2-float32.  [default: all but the last, of the engines installed]",
 )
 @click.option("--name", help="Name of the bundle.  [default: that of the folder]")
 @click.option(
@@ -74,10 +77,10 @@ def convert_with_bar(
     accept: bool = False,
 ) -> Manifest:
     """`edge_slm_converters.convert`, its steps shown on stderr."""
-    from edge_slm_converters.convert import DEFAULT_VARIANTS, REFERENCE
+    from edge_slm_converters.convert import DEFAULT_VARIANTS, REFERENCE, VARIANTS
     from edge_slm_converters.convert import convert as run
 
-    chosen = variants or DEFAULT_VARIANTS
+    chosen = variants or [name for name in DEFAULT_VARIANTS if find_spec(VARIANTS[name].engine)]
     with progress_bar() as progress:
         # Around the variants: reading, measuring, recording goldens.
         task = progress.add_task("converting", total=len({REFERENCE, *chosen}) + 3)
@@ -98,16 +101,25 @@ def convert_with_bar(
 
 
 def held_out_examples(checkpoint: Path, data: Sequence[Path]) -> list[Example]:
-    """Up to 30 held-out pairs per task, under the task and length that they have."""
+    """About 30 held-out pairs per task, under the task and length that they have.
+
+    Held out means what the checkpoint's own recipe says. Raises DataError without one.
+    """
     from edge_slm.distill.samples import held_out_samples
-    from edge_slm.distill.split import HOLDOUT_PERCENT
     from edge_slm_converters.checkpoint import read_schema
     from edge_slm_converters.gate import Example
 
     tasks = read_schema(checkpoint).tasks
+    try:
+        recipe = json.loads((checkpoint / "recipe.json").read_text("utf-8"))
+        percent = recipe["recipe"]["data"]["holdout_percent"]
+    except (OSError, ValueError, KeyError):
+        raise DataError(
+            f"{checkpoint} has no recipe.json that says what was held out", "leave --data out"
+        ) from None
     return [
         Example(s.request, Command(s.task, s.words), s.response)
-        for s in held_out_samples(data, tasks, 30 * len(tasks), HOLDOUT_PERCENT, at_most=True)
+        for s in held_out_samples(data, tasks, 30 * len(tasks), percent)
     ]
 
 

@@ -10,7 +10,7 @@ import click
 import edge_slm
 from edge_slm.cli.console import emit_json, json_option, reporter, stdout_console
 from edge_slm.cli.options import model_options
-from edge_slm.distill.split import HOLDOUT_PERCENT
+from edge_slm_runtime.errors import DataError
 
 
 @click.command(short_help="Measure command adherence on held-out requests.")
@@ -24,13 +24,6 @@ from edge_slm.distill.split import HOLDOUT_PERCENT
 )
 @click.option("--task", "tasks", multiple=True, default=("image", "video"), show_default=True)
 @click.option("--requests", type=click.IntRange(min=2), default=200, show_default=True)
-@click.option(
-    "--holdout-percent",
-    type=click.IntRange(1, 50),
-    default=HOLDOUT_PERCENT,
-    show_default=True,
-    help="As in the recipe.",
-)
 @json_option
 def evaluate(
     *,
@@ -41,7 +34,6 @@ def evaluate(
     data: tuple[Path, ...],
     tasks: tuple[str, ...],
     requests: int,
-    holdout_percent: int,
     as_json: bool,
 ) -> None:
     """Command lengths and relevance levels on held-out requests; compare with the references.
@@ -51,12 +43,15 @@ def evaluate(
     from edge_slm.distill.evaluate import evaluate as run
     from edge_slm.distill.samples import held_out_samples
 
-    samples = held_out_samples(data, tasks, requests, holdout_percent)
     with (
         edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
         reporter() as report,
     ):
-        result = run(slm, samples, report=report)
+        recipe = slm.manifest.provenance.get("recipe")
+        if not recipe:
+            raise DataError("the bundle does not say what was held out", "convert a trained model")
+        percent = recipe["recipe"]["data"]["holdout_percent"]
+        result = run(slm, held_out_samples(data, tasks, requests, percent), report=report)
     if as_json:
         emit_json(result)
     else:

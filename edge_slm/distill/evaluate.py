@@ -19,6 +19,7 @@ from edge_slm.distill.rewards import Relevance
 from edge_slm.distill.samples import Sample
 from edge_slm_bench.quality import copied_words, distinct, length_adherence, spearman
 from edge_slm_runtime.command import RELEVANCE_LEVELS
+from edge_slm_runtime.errors import DataError, RequestTooLong
 
 if TYPE_CHECKING:
     from edge_slm_runtime import SLM, Generation
@@ -33,10 +34,28 @@ def evaluate(
     lengths: Sequence[int] = LENGTHS,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """The report as JSON-ready data: `length`, `relevance`, `teacher`, `ratio`, `texts`."""
+    """The report as JSON-ready data: `length`, `relevance`, `teacher`, `ratio`, `texts`.
+
+    Samples that the context has no room for at one of the lengths are left out and
+    counted as `too_long`. Raises DataError when fewer than two are left.
+    """
     from edge_slm_runtime import Request
 
     top = RELEVANCE_LEVELS - 1
+    reward = Relevance()
+    reward.embed(["a scorer that is missing is told before the work, not after"])
+
+    def fits(sample: Sample) -> bool:
+        try:
+            for words in (*lengths, sample.words):
+                slm.check(Request(sample.request, task=sample.task, words=words))
+        except RequestTooLong:
+            return False
+        return True
+
+    given, samples = len(samples), [sample for sample in samples if fits(sample)]
+    if len(samples) < 2:
+        raise DataError(f"{len(samples)} held-out requests are too few", "give more data")
 
     def run(stage: str, requests: list[Request]) -> list[Generation]:
         done = []
@@ -75,7 +94,6 @@ def evaluate(
             },
         }
 
-    reward = Relevance()
     levels: list[dict[str, Any]] = []
     kept: list[list[Generation]] = []
     for level in (*range(RELEVANCE_LEVELS), None):
@@ -108,6 +126,7 @@ def evaluate(
     numbered = [row for row in levels if row["level"] is not None]
     return {
         "requests": len(samples),
+        "too_long": given - len(samples),
         "tasks": sorted({s.task for s in samples}),
         "variant": slm.variant.name,
         "length": length,

@@ -80,10 +80,11 @@ class Packer:
         self._records, self._schema = records, schema
         self._rows, self._length, self._dropout, self._seed = rows, length, dropout, seed
 
-    def epoch(self, number: int) -> list[list[list[int]]]:
+    def epoch(self, number: int, *, partial: bool = False) -> list[list[list[int]]]:
         """The plan of an epoch: batches of rows of record indices.
 
         First-fit over a small window of open rows: about 97% of the positions are used.
+        partial: the last batch may have fewer rows, so that no record is left out.
         """
         order = list(range(len(self._records)))
         random.Random(f"{self._seed}/{number}").shuffle(order)
@@ -105,7 +106,8 @@ class Packer:
                     full.append(open_rows.pop(tightest)[1])
         full += [row for _, row in open_rows]
         random.Random(f"{self._seed}/{number}/rows").shuffle(full)
-        return [full[i : i + self._rows] for i in range(0, len(full) - self._rows + 1, self._rows)]
+        end = len(full) if partial else len(full) - self._rows + 1
+        return [full[i : i + self._rows] for i in range(0, end, self._rows)]
 
     def batch(self, epoch: int, number: int, rows: list[list[int]]) -> Batch:
         """Arrays of one batch of the plan; command dropout is drawn from its number."""

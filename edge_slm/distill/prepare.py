@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def prepare(
     """Raises DataError (unusable data, by file and line) and DependencyMissing."""
     report("read", 0, 1, "")
     pairs, held, lone = load_samples(data, recipe.data, recipe.seed)
-    samples = vary(pairs, lone, recipe.hindsight, recipe.seed)
+    samples = vary(pairs, lone, recipe.hindsight, recipe.data.holdout_percent, recipe.seed)
     report("read", 1, 1, f"{len(pairs)} pairs → {len(samples)} samples")
 
     reward = Relevance(cache, bf16=recipe.train.precision == "bf16")
@@ -62,6 +63,7 @@ def prepare(
     train_encoded, too_long = encode_records(records, tokenizer, schema, positions)
     valid_encoded, _ = encode_records(valid, tokenizer, schema, positions)
     facts = {
+        "digest": hashlib.sha256(repr((pairs, lone)).encode()).hexdigest(),
         "pairs": len(pairs),
         "held_out": len(held),
         "samples": len(samples),

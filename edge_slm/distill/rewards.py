@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.samples import Sample
-from edge_slm_runtime.errors import DependencyMissing
+from edge_slm_runtime.errors import DataError, DependencyMissing
 
 Array = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # (done, total) texts
@@ -97,11 +97,14 @@ class Relevance:
                 .cpu()
                 .numpy()
             )
-            self._known.update((k, v) for (k, _), v in zip(chunk, vectors, strict=True))
+            halves = vectors.astype(np.float16)  # as they will be read back
+            self._known.update(
+                (k, v.astype(np.float32)) for (k, _), v in zip(chunk, halves, strict=True)
+            )
             if self._file is not None:
                 with self._file.open("ab") as file:
-                    for (key, _), vector in zip(chunk, vectors, strict=True):
-                        file.write(key + vector.astype(np.float16).tobytes())
+                    for (key, _), vector in zip(chunk, halves, strict=True):
+                        file.write(key + vector.tobytes())
             if progress:
                 progress(start + len(chunk), len(pending))
         return np.stack([self._known[key] for key in keys])
@@ -113,4 +116,8 @@ class Relevance:
         both = self.embed(requests + responses, progress)
         left, right = both[: len(samples)], both[len(samples) :]
         norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-        return np.asarray((left * right).sum(1) / norms, np.float32)
+        scores = np.asarray((left * right).sum(1) / norms, np.float32)
+        if not np.isfinite(scores).all():
+            bad = samples[int(np.argmin(np.isfinite(scores)))]
+            raise DataError(f"the reward of {bad.request!r} is not a number", "look at its text")
+        return scores

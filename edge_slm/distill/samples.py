@@ -61,20 +61,29 @@ def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, s
             raise DataError(f"no .jsonl file in {given}", "give JSONL files or a folder of them")
         for file in files:
             try:
-                lines = file.read_text("utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"cannot read {file}: {error}") from None
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    yield row.get("request"), row["response"], row["task"]
-                except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                    raise DataError(
-                        f"{file}:{number}: not a sample: {error!r}",
-                        'expected {"request": …, "response": …, "task": …}',
-                    ) from None
+                with file.open("rb") as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip():
+                            yield _parse(line, f"{file}:{number}")
+            except OSError as error:
+                raise DataError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _parse(line: bytes, where: str) -> tuple[str | None, str, str]:
+    hint = 'expected {"request": text or null, "response": text, "task": name}'
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        request, response, task = row["request"], row["response"], row["task"]
+    except (ValueError, RecursionError, TypeError) as error:
+        raise DataError(f"{where}: not a JSON object: {error}", hint) from None
+    except KeyError as error:
+        raise DataError(f"{where}: {error} is missing", hint) from None
+    for name, value in (("request", request or ""), ("response", response), ("task", task)):
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {name} is {value!r}", hint)
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise DataError(f"{where}: {name} holds half a character", "write valid UTF-8")
+    return request, response, task
 
 
 def read_samples(paths: Iterable[str | Path], tasks: Sequence[str]) -> Iterator[Sample]:
@@ -104,13 +113,30 @@ def read_samples(paths: Iterable[str | Path], tasks: Sequence[str]) -> Iterator[
             yield Sample(folded, text, task)
 
 
+def divide(pairs: Sequence[Sample], percent: int) -> tuple[list[Sample], list[Sample]]:
+    """(training side, held-out side) of de-duplicated pairs, by the hash of the request.
+
+    The same text often answers several requests. A held-out pair whose response
+    begins like one of the training side is on neither side.
+    """
+    unique = list(dict.fromkeys(pairs))
+    train = [pair for pair in unique if not held_out(pair.request, percent)]
+    seen = {_opening(pair.response) for pair in train}
+    held = [
+        pair
+        for pair in unique
+        if held_out(pair.request, percent) and _opening(pair.response) not in seen
+    ]
+    return train, held
+
+
 def load_samples(
     paths: Sequence[str | Path], recipe: DataRecipe, seed: int
 ) -> tuple[list[Sample], list[Sample], list[Sample]]:
     """(training pairs, held-out pairs, lone responses) of the recipe's tasks.
 
     Lone responses that begin like one of a pair are dropped, so that nothing held
-    out comes back. Raises DataError when a task has no usable pair.
+    out comes back. Raises DataError when a task has no pair to train on.
     """
     pairs: dict[str, list[Sample]] = {task: [] for task in recipe.tasks}
     lone: dict[str, Sample] = {}
@@ -119,20 +145,17 @@ def load_samples(
             lone[sample.response] = sample
         elif count_words(sample.request) <= recipe.max_request_words:
             pairs[sample.task].append(sample)
-    if missing := [task for task, rows in pairs.items() if not rows]:
-        raise DataError(
-            f"no usable sample for task {', '.join(missing)}", "check the data or the recipe"
-        )
     rng = random.Random(seed)
     train: list[Sample] = []
     held: list[Sample] = []
     for task, rows in pairs.items():
-        unique = list(dict.fromkeys(rows))
-        held += [row for row in unique if held_out(row.request, recipe.holdout_percent)]
-        kept = [row for row in unique if not held_out(row.request, recipe.holdout_percent)]
+        kept, out = divide(rows, recipe.holdout_percent)
+        if not kept:
+            raise DataError(f"no usable sample for task {task}", "check the data or the recipe")
         rng.shuffle(kept)
         train += kept[: recipe.max_rows.get(task, len(kept))]
-    taken = {_opening(sample.response) for sample in (*train, *held)}
+        held += out
+    taken = {_opening(sample.response) for rows in pairs.values() for sample in rows}
     return train, held, [s for s in lone.values() if _opening(s.response) not in taken]
 
 
@@ -141,31 +164,21 @@ def _opening(text: str) -> str:
 
 
 def held_out_samples(
-    data: Sequence[str | Path],
-    tasks: Sequence[str],
-    count: int,
-    percent: int,
-    *,
-    at_most: bool = False,
+    data: Sequence[str | Path], tasks: Sequence[str], count: int, percent: int
 ) -> list[Sample]:
-    """`count` held-out samples, shared evenly among `tasks`, one per request.
-
-    Raises DataError when a task has too few; `at_most` takes what there is.
-    """
-    found: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
-    for sample in read_samples(data, tasks):
-        if sample.request and held_out(sample.request, percent):
-            found[sample.task].setdefault(sample.request, sample)
+    """Up to `count` held-out samples, one per request, shared among `tasks` as evenly
+    as the data allows."""
+    pairs = [sample for sample in read_samples(data, tasks) if sample.request]
+    _, held = divide(pairs, percent)
+    by_task: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
+    for sample in held:
+        by_task[sample.task].setdefault(sample.request, sample)
     chosen: list[Sample] = []
-    for i, (task, samples) in enumerate(found.items()):
-        wanted = count // len(tasks) + (i < count % len(tasks))
-        if len(samples) < wanted and not at_most:
-            raise DataError(
-                f"task {task!r} has {len(samples)} held-out requests, {wanted} are needed",
-                "give more data or a smaller --requests",
-            )
-        wanted = min(wanted, len(samples))
-        chosen += random.Random(task).sample(list(samples.values()), wanted)
+    # The task with the fewest goes first; what it lacks falls to the others.
+    for left, task in enumerate(sorted(tasks, key=lambda task: len(by_task[task]))):
+        samples = list(by_task[task].values())
+        share = (count - len(chosen)) // (len(tasks) - left)
+        chosen += random.Random(task).sample(samples, min(share, len(samples)))
     return chosen
 
 
@@ -201,9 +214,13 @@ def vary(
     pairs: Sequence[Sample],
     lone: Sequence[Sample],
     recipe: HindsightRecipe,
+    holdout_percent: int,
     seed: int,
 ) -> list[Sample]:
-    """The pairs and their variants, de-duplicated, in a fixed order for a seed."""
+    """The pairs and their variants, de-duplicated, in a fixed order for a seed.
+
+    A request that a fragment makes is never a held-out one either.
+    """
     rng = random.Random(seed + 1)
     pool: list[Sample] = list(pairs)
     for sample in lone:
@@ -215,11 +232,13 @@ def vary(
         for _ in range(recipe.fragments.get(sample.task, 0)):
             if request := fragment_request(sample.response, rng):
                 pool.append(replace(sample, request=request, kind="fragment"))
+    pool = [sample for sample in pool if not held_out(sample.request, holdout_percent)]
     for sample in list(pool):
         cuts = [cut for cut in clause_cuts(sample.response) if count_words(cut) >= 3]
         for cut in rng.sample(cuts, min(len(cuts), recipe.cuts.get(sample.task, 0))):
             if cut.lower() != sample.request.lower():
                 pool.append(replace(sample, response=cut, kind="cut"))
+    matched = {(sample.request, sample.response) for sample in pool}
     by_task: dict[str, list[Sample]] = defaultdict(list)
     for sample in pool:
         by_task[sample.task].append(sample)
@@ -227,6 +246,6 @@ def vary(
         wanted = int(len(rows) * recipe.mismatch_share / (1 - recipe.mismatch_share))
         for _ in range(wanted):
             one, other = rng.choice(rows), rng.choice(rows)
-            if one.request != other.request:
+            if (one.request, other.response) not in matched:
                 pool.append(Sample(one.request, other.response, task, "mismatch"))
     return list(dict.fromkeys(pool))

@@ -11,6 +11,8 @@ import contextlib
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from edge_slm.distill.checkpoint import save_checkpoint
 from edge_slm.distill.packing import IGNORED, Batch, Packer
 from edge_slm.distill.prepare import Prepared, Report, prepare, silent
 from edge_slm.distill.recipe import Recipe, TrainRecipe
-from edge_slm_runtime.errors import DataError, DependencyMissing
+from edge_slm_runtime.errors import DataError, DependencyMissing, TargetExists
 
 
 def train(
@@ -37,7 +39,8 @@ def train(
     data: JSONL files or folders. out: the run's folder; a run found there is
     continued. cache: folder of the reward's embeddings (default: `out`/cache).
     Writes `out`/metrics.jsonl, `out`/state.pt and, at the end, `out`/checkpoint
-    in the Hugging Face layout. Raises DataError, DependencyMissing.
+    in the Hugging Face layout. Ctrl-C saves after the step under way. Raises DataError
+    (what cannot be used, by name), TargetExists, DependencyMissing.
     """
     try:
         import torch
@@ -48,17 +51,16 @@ def train(
         ) from None
     out = Path(out)
     if (out / "checkpoint").exists():
-        raise DataError(f"{out} holds a finished run", "give another --out")
+        raise TargetExists(f"{out} holds a finished run", "give another --out")
     out.mkdir(parents=True, exist_ok=True)
     prepared = prepare(recipe, data, Path(cache) if cache else out / "cache", report)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = _Run(recipe, prepared, out, device)
     run.resume()
-    try:
-        run.loop(report, max_steps)
-    except KeyboardInterrupt:
-        run.save()
-        raise
+    with _interrupts_deferred() as interrupted:
+        run.loop(report, max_steps, interrupted)
+    if interrupted:
+        raise KeyboardInterrupt
     if run.step < run.total_steps:
         return out / "state.pt"
     return save_checkpoint(
@@ -95,6 +97,28 @@ def new_model(recipe: Recipe, seed: int) -> Any:
         attn_implementation="sdpa",
     )
     return GPT2LMHeadModel(config)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[list[int]]:
+    """Ctrl-C fills the list instead of tearing a step apart; a second one does as ever.
+
+    Signals reach the main thread only; elsewhere the list stays empty.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Run:
@@ -173,7 +197,7 @@ class _Run:
             logits = self.model.lm_head(hidden[bearing])
         return torch.nn.functional.cross_entropy(logits.float(), labels[bearing])
 
-    def loop(self, report: Report, max_steps: int | None) -> None:
+    def loop(self, report: Report, max_steps: int | None, interrupted: list[int]) -> None:
         import torch
 
         t = self.recipe.train
@@ -185,6 +209,11 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, self.total_steps, t)
             loss = self.loss(next(batches))
+            if not math.isfinite(loss.item()):
+                raise DataError(
+                    f"the loss is {loss.item()} at step {self.step + 1}",
+                    "lower train.learning_rate; the last saved state is sound",
+                )
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
             self.optimizer.step()
@@ -193,21 +222,28 @@ class _Run:
             speed = (self.step - first) * self.tokens_per_step / (time.perf_counter() - started)
             self.last |= {"train_loss": round(loss.item(), 4), "tokens_per_second": round(speed)}
             if self.step % t.evaluate_every == 0 or self.step == self.total_steps:
-                self.last["valid_loss"] = round(self.evaluate(), 4)
+                self.last |= self.evaluate()
             self.log({"epoch": self.epoch, "gradient_norm": round(float(norm), 3)})
+            report("train", self.step, self.total_steps, self.remark())
+            if interrupted:
+                stop = self.step
             if self.step % t.save_every == 0 or self.step == stop:
                 self.save()
-            report("train", self.step, self.total_steps, self.remark())
 
-    def evaluate(self) -> float:
-        """Mean loss on the held-out samples (commands as achieved), nats per token."""
+    def evaluate(self) -> dict[str, float]:
+        """`valid_loss`: nats per response token of the held-out samples, under the
+        commands that they achieved. Empty when nothing is held out."""
         import torch
 
         self.model.eval()
-        plan = self.valid.epoch(0)
+        total, count = 0.0, 0
         with torch.no_grad():
-            losses = [self.loss(self.valid.batch(0, i, rows)) for i, rows in enumerate(plan)]
-        return float(torch.stack(losses).mean()) if losses else math.nan
+            for i, rows in enumerate(self.valid.epoch(0, partial=True)):
+                batch = self.valid.batch(0, i, rows)
+                bearing = int((batch.labels != IGNORED).sum())
+                total += self.loss(batch).item() * bearing
+                count += bearing
+        return {"valid_loss": round(total / count, 4)} if count else {}
 
     def remark(self) -> str:
         valid = f", held-out {self.last['valid_loss']}" if "valid_loss" in self.last else ""
@@ -225,6 +261,7 @@ class _Run:
 
         state = {
             "recipe": self.recipe.digest(),
+            "data": self.prepared.facts["digest"],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "at": [self.step, self.epoch, self.batch_number],

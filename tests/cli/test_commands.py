@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,14 +47,25 @@ def test_a_recipe_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
 def test_the_gate_measures_on_held_out_pairs(tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = tmp_path / "samples.jsonl"
     rows = [
-        {"request": f"a cabin number {i}", "response": f"a cabin number {i}, snow", "task": "image"}
+        {"request": f"a cabin number {i}", "response": f"{i} cabins, snow", "task": "image"}
         for i in range(100)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    arguments = ("convert", tiny_checkpoint, tmp_path / "b", "--variants", "onnx-int8", "--accept")
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    arguments = ("convert", source, tmp_path / "b", "--variants", "onnx-int8", "--accept")
+    error = error_of(run(*arguments, "--data", data), "data", 8)
+    assert "no recipe.json" in error
+    (source / "recipe.json").write_text('{"recipe": {"data": {"holdout_percent": 5}}}', "utf-8")
     manifest = json.loads(run(*arguments, "--data", data, "--json").stdout)
     scored = manifest["variants"][0]["fidelity"]["positions"]
-    assert 20 < scored < 500  # about four pairs of the hundred, a dozen tokens or more each
+    assert 20 < scored < 500  # about five pairs of the hundred, a dozen tokens or more each
+
+
+def test_no_command_is_answered_with_the_help() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "Exit codes:" in result.stdout
+    assert "error" not in result.stderr
 
 
 # -- generate -----------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from edge_slm.distill.recipe import Recipe
 from edge_slm_runtime.errors import DataError
 
-SMALL = '[data]\ntasks = ["image"]\n[train]\ntokens = 1000\n'
+SMALL = '[data]\ntasks = ["image"]\n[train]\ntokens = 10_000\n'
 
 
 def test_the_committed_recipe_is_valid() -> None:
@@ -30,7 +30,15 @@ def test_the_digest_is_of_the_settings_not_of_the_file(tmp_path: Path) -> None:
         ("tasks = [", "not TOML"),
         ('[data]\ntasks = ["image"]\n', "train: Field required"),
         (SMALL + "speed = 3\n", r"train\.speed: Extra inputs are not permitted"),
-        (SMALL.replace("1000", "-1"), r"train\.tokens: Input should be greater than 0"),
+        (SMALL.replace("10_000", "4096") + "learning_rate = inf\n", r"learning_rate: .* finite"),
+        (SMALL.replace('"image"', '"image", "image"'), "must be different names"),
+        (SMALL.replace('"image"', '"any"'), "none of them 'any'"),
+        (SMALL.replace('"image"', '"im age"'), r"data\.tasks\.0: String should match"),
+        (SMALL.replace("[train]", "max_rows = { tags = 3 }\n[train]"), "settings for 'tags'"),
+        (SMALL.replace("[train]", "max_rows = { image = 0 }\n[train]"), "max_rows"),
+        (SMALL + "[model]\nheads = 5\n", "multiple of model.heads"),
+        (SMALL.replace("10_000", "100"), "train.tokens"),
+        (SMALL.replace("10_000", "-1"), r"train\.tokens: Input should be greater than 0"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, text: str, message: str) -> None:

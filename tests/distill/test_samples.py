@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.samples import (
+    Sample,
     clause_cuts,
+    divide,
     fragment_request,
     load_samples,
     read_jsonl,
@@ -30,23 +33,34 @@ def test_the_split_depends_on_the_request_alone(data_file: Path, recipe: Recipe)
 
 def test_variants_are_what_they_say(data_file: Path, recipe: Recipe) -> None:
     train, _, lone = load_samples([data_file], recipe.data, seed=1)
-    pool = vary(train, lone, recipe.hindsight, seed=1)
-    assert pool == vary(train, lone, recipe.hindsight, seed=1)
+    pool = vary(train, lone, recipe.hindsight, 10, seed=1)
+    assert pool == vary(train, lone, recipe.hindsight, 10, seed=1)
     originals = {s.response for s in train} | {s.response for s in lone}
     pairs = {(s.request, s.response) for s in train}
     kinds = {s.kind for s in pool}
     assert kinds == {"pair", "cut", "fragment", "mismatch"}
     for sample in pool:
+        assert not held_out(sample.request, 10)
         if sample.kind == "cut":
             assert any(text.startswith(sample.response) for text in originals)
-            assert sample.response not in originals or sample.words >= 3
+            assert sample.words >= 3
         if sample.kind == "fragment":
             words = sample.request.lower().replace(",", "").split()
             assert all(word in sample.response.lower() for word in words)
         if sample.kind == "mismatch":
-            assert (sample.request, sample.response) not in pairs or sample.response in originals
+            assert (sample.request, sample.response) not in pairs
     share = sum(s.kind == "mismatch" for s in pool) / len(pool)
     assert 0.03 < share <= recipe.hindsight.mismatch_share + 0.01
+
+
+def test_a_held_out_response_is_not_trained_on_under_another_request() -> None:
+    requests = [f"request {i}" for i in range(100)]
+    pairs = [Sample(request, f"a text of its own, {request}", "image") for request in requests]
+    pairs += [Sample(request, "one text for all of them", "image") for request in requests]
+    train, held = divide(pairs, 20)
+    assert held
+    assert not {s.response for s in train} & {s.response for s in held}
+    assert len(train) + 2 * len(held) == len(pairs)
 
 
 def test_cuts_end_at_clause_ends() -> None:
@@ -66,11 +80,36 @@ def test_a_fragment_is_part_of_its_text(text: str, rng: object) -> None:
             )
 
 
-def test_a_bad_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"request": 1', "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
+        (b"[1, 2]", "not a JSON object"),
+        (b"\xff\xfe", "not a JSON object"),
+        (b'{"request": "a", "task": "image"}', "'response' is missing"),
+        (b'{"requst": "a", "response": "b", "task": "image"}', "'request' is missing"),
+        (b'{"request": "a", "response": 5, "task": "image"}', "response is 5"),
+        (b'{"request": 5, "response": "b", "task": "image"}', "request is 5"),
+        (b'{"request": "a", "response": "b", "task": ["image"]}', "task is"),
+        (
+            b'{"request": "a", "response": "\\ud800", "task": "image"}',
+            "response holds half a character",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     file = tmp_path / "bad.jsonl"
-    file.write_text('{"request": "a", "response": "b", "task": "image"}\n{"request": 1\n', "utf-8")
-    with pytest.raises(DataError, match=r"bad\.jsonl:2: not a sample"):
+    file.write_bytes(b'{"request": "a", "response": "b", "task": "image"}\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"bad\.jsonl:3: {message}"):
         list(read_jsonl([file]))
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    row = {"request": "a\u2028b", "response": "c\x85d", "task": "image"}
+    file = tmp_path / "good.jsonl"
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8-sig")
+    assert list(read_jsonl([file])) == [("a\u2028b", "c\x85d", "image")]
     with pytest.raises(DataError, match="cannot read"):
         list(read_jsonl([tmp_path / "none.jsonl"]))
 

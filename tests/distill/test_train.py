@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.train import learning_rate, train
 from edge_slm_runtime.command import CommandSchema
-from edge_slm_runtime.errors import DataError
+from edge_slm_runtime.errors import DataError, TargetExists
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -63,19 +67,80 @@ def test_a_stopped_run_continues_to_the_same_weights(
     assert losses[0] == losses[1]
 
 
-def test_a_run_of_another_recipe_is_not_continued(
+def test_a_run_of_another_recipe_or_data_is_not_continued(
     recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
 ) -> None:
-    train(recipe, [data_file], tmp_path, cache=cache, max_steps=1)
+    train(recipe, [data_file], tmp_path / "run", cache=cache, max_steps=1)
     other = recipe.model_copy(update={"seed": 4})
     with pytest.raises(DataError, match="another recipe"):
-        train(other, [data_file], tmp_path, cache=cache)
+        train(other, [data_file], tmp_path / "run", cache=cache)
+    more = tmp_path / "more.jsonl"
+    row = {"request": "a new thing", "response": "a new thing, soft light", "task": "image"}
+    more.write_text(json.dumps(row), "utf-8")
+    with pytest.raises(DataError, match="another data"):
+        train(recipe, [data_file, more], tmp_path / "run", cache=cache)
+
+
+def test_ctrl_c_saves_between_steps(
+    recipe: Recipe, data_file: Path, cache: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    def press(stage: str, done: int, total: int, remark: str = "") -> None:
+        if stage == "train" and done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, [data_file], tmp_path, cache=cache, report=press)
+    assert len(metrics(tmp_path)) == 2  # the step under way was finished and saved
+    checkpoint = train(recipe, [data_file], tmp_path, cache=cache)
+    one, two = ((c / "model.safetensors").read_bytes() for c in (undisturbed, checkpoint))
+    assert one == two
+
+
+def test_a_killed_run_continues_to_the_same_weights(
+    recipe: Recipe, data_file: Path, cache: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import os, signal, sys; from edge_slm.distill.recipe import Recipe;"
+        "from edge_slm.distill.train import train;"
+        "kill = lambda stage, done, *_: stage == 'train' and done == 5"
+        " and os.kill(os.getpid(), signal.SIGKILL);"
+        "train(Recipe.model_validate_json(sys.argv[1]), [sys.argv[2]], sys.argv[3],"
+        " cache=sys.argv[4], report=kill)"
+    )
+    arguments = [recipe.model_dump_json(), data_file, tmp_path, cache]
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "state.pt").exists()
+    checkpoint = train(recipe, [data_file], tmp_path, cache=cache)
+    one, two = ((c / "model.safetensors").read_bytes() for c in (undisturbed, checkpoint))
+    assert one == two
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    wild = recipe.train.model_copy(update={"learning_rate": 1e30, "clip": 1e30})
+    with pytest.raises(DataError, match="the loss is"):
+        train(recipe.model_copy(update={"train": wild}), [data_file], tmp_path, cache=cache)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_nothing_held_out_is_no_held_out_loss(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    whole = recipe.data.model_copy(update={"holdout_percent": 0})
+    train(
+        recipe.model_copy(update={"data": whole}), [data_file], tmp_path, cache=cache, max_steps=4
+    )
+    assert "valid_loss" not in metrics(tmp_path)[-1]
 
 
 def test_a_finished_run_is_not_overwritten(
     recipe: Recipe, data_file: Path, undisturbed: Path
 ) -> None:
-    with pytest.raises(DataError, match="finished run"):
+    with pytest.raises(TargetExists, match="finished run"):
         train(recipe, [data_file], undisturbed.parent)
 
 
