@@ -285,11 +285,13 @@ class _Run:
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["recipe"] != self.recipe.digest():
-            raise DataError(
-                f"{path} belongs to another recipe",
-                "give another --out or the recipe it began with",
-            )
+        now = {"recipe": self.recipe.digest(), "data": self.prepared.facts["digest"]}
+        for what, digest in now.items():
+            if state[what] != digest:
+                raise DataError(
+                    f"{path} belongs to another {what}",
+                    f"give another --out or the {what} it began with",
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch, self.batch_number = state["at"]

@@ -75,7 +75,7 @@ def test_a_run_of_another_recipe_or_data_is_not_continued(
     with pytest.raises(DataError, match="another recipe"):
         train(other, [data_file], tmp_path / "run", cache=cache)
     more = tmp_path / "more.jsonl"
-    row = {"request": "a new thing", "response": "a new thing, soft light", "task": "image"}
+    row = {"request": "a copper kettle", "response": "a copper kettle, soft light", "task": "image"}
     more.write_text(json.dumps(row), "utf-8")
     with pytest.raises(DataError, match="another data"):
         train(recipe, [data_file, more], tmp_path / "run", cache=cache)
