@@ -86,14 +86,17 @@ def _parse(line: bytes, where: str) -> tuple[str | None, str, str]:
     return request, response, task
 
 
-def read_samples(paths: Iterable[str | Path], tasks: Sequence[str]) -> Iterator[Sample]:
-    """The usable samples of `tasks`, white space folded; a lone response has request "".
+def read_samples(
+    paths: Iterable[str | Path], tasks: Sequence[str] | None = None
+) -> Iterator[Sample]:
+    """The usable samples of `tasks` (None: of all), white space folded.
 
+    A lone response has request "".
     Usable: a whole request, and a response that adds to it and is not longer than
     a command can ask. Raises DataError with file and line.
     """
     for request, response, task in read_jsonl(paths):
-        if task not in tasks:
+        if tasks is not None and task not in tasks:
             continue
         text = " ".join(response.split())
         if text.count('"') % 2:  # cut just before or after a closing quotation mark
@@ -138,24 +141,23 @@ def load_samples(
     Lone responses that begin like one of a pair are dropped, so that nothing held
     out comes back. Raises DataError when a task has no pair to train on.
     """
-    pairs: dict[str, list[Sample]] = {task: [] for task in recipe.tasks}
+    pairs: list[Sample] = []
     lone: dict[str, Sample] = {}
     for sample in read_samples(paths, recipe.tasks):
         if not sample.request:
             lone[sample.response] = sample
         elif count_words(sample.request) <= recipe.max_request_words:
-            pairs[sample.task].append(sample)
+            pairs.append(sample)
+    side, held = divide(pairs, recipe.holdout_percent)
     rng = random.Random(seed)
     train: list[Sample] = []
-    held: list[Sample] = []
-    for task, rows in pairs.items():
-        kept, out = divide(rows, recipe.holdout_percent)
+    for task in recipe.tasks:
+        kept = [pair for pair in side if pair.task == task]
         if not kept:
             raise DataError(f"no usable sample for task {task}", "check the data or the recipe")
         rng.shuffle(kept)
         train += kept[: recipe.max_rows.get(task, len(kept))]
-        held += out
-    taken = {_opening(sample.response) for rows in pairs.values() for sample in rows}
+    taken = {_opening(pair.response) for pair in pairs}
     return train, held, [s for s in lone.values() if _opening(s.response) not in taken]
 
 
@@ -168,11 +170,12 @@ def held_out_samples(
 ) -> list[Sample]:
     """Up to `count` held-out samples, one per request, shared among `tasks` as evenly
     as the data allows."""
-    pairs = [sample for sample in read_samples(data, tasks) if sample.request]
-    _, held = divide(pairs, percent)
+    # Of all tasks: a text may be of one task in training and of another here.
+    _, held = divide([sample for sample in read_samples(data) if sample.request], percent)
     by_task: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
     for sample in held:
-        by_task[sample.task].setdefault(sample.request, sample)
+        if sample.task in by_task:
+            by_task[sample.task].setdefault(sample.request, sample)
     chosen: list[Sample] = []
     # The task with the fewest goes first; what it lacks falls to the others.
     for left, task in enumerate(sorted(tasks, key=lambda task: len(by_task[task]))):
