@@ -59,14 +59,15 @@ class FidelityMeter:
     def add(self, reference: Logits, candidate: Logits, targets: npt.NDArray[np.int64]) -> None:
         """Adds N positions: logits [N,V] of both, and the tokens [N] that follow.
 
-        Raises ValueError when the shapes differ or a candidate logit is not finite.
+        Raises ValueError when the shapes differ or a logit is not finite.
         """
         if reference.shape != candidate.shape or reference.shape[:1] != targets.shape:
             raise ValueError(
                 f"logits {reference.shape} and {candidate.shape} for targets {targets.shape}"
             )
-        if not np.isfinite(candidate).all():
-            raise ValueError("the candidate's logits are not finite")
+        for whose, logits in (("reference", reference), ("candidate", candidate)):
+            if not np.isfinite(logits).all():
+                raise ValueError(f"the {whose}'s logits are not finite")
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             p, q = log_softmax(reference[part]), log_softmax(candidate[part])

@@ -146,7 +146,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint folder")
-    config = parse_config(_read_json(path / "config.json"))
+    config = parse_config(read_json(path / "config.json"))
     tensors = _checked_tensors(path, config)
     return Checkpoint(path, config, tensors, *_read_text_side(path, config))
 
@@ -203,7 +203,7 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises CheckpointError when there are none."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index.name} has no weight_map")
         names = {str(name) for name in weight_map.values()}
@@ -232,6 +232,8 @@ def _stored_tensors(file: Path) -> Iterator[tuple[str, Float32]]:
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a safetensors file: {error}") from None
     for name, entry in entries:
+        if name.endswith(MASK_BUFFERS):
+            continue
         yield name, _as_float32(f"{file.name}: {name}", entry)
 
 
@@ -241,8 +243,6 @@ def _as_float32(where: str, entry: Mapping[str, Any]) -> Float32:
         values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     elif dtype in ("F16", "F32", "F64"):
         values = np.frombuffer(raw, f"<f{int(dtype[1:]) // 8}").astype(np.float32)
-    elif dtype in ("BOOL", "U8"):  # mask buffers, which are dropped by name
-        values = np.frombuffer(raw, np.uint8).astype(np.float32)
     else:
         raise CheckpointError(f"{where} is stored as {dtype}", "convert it to fp16, bf16 or fp32")
     return np.asarray(values.reshape(entry["shape"]), np.float32)
@@ -252,8 +252,7 @@ def _checked_tensors(path: Path, config: GPT2Config) -> dict[str, Float32]:
     found: dict[str, Float32] = {}
     for file in weight_files(path):
         for name, tensor in _stored_tensors(file):
-            if not name.endswith(MASK_BUFFERS):
-                found[name.removeprefix("transformer.")] = tensor
+            found[name.removeprefix("transformer.")] = tensor
     if config.tied and (head := found.pop("lm_head.weight", None)) is not None:
         embedding = found.get("wte.weight")
         if embedding is not None and not np.array_equal(head, embedding):
@@ -277,7 +276,7 @@ def _checked_tensors(path: Path, config: GPT2Config) -> dict[str, Float32]:
 def read_schema(path: Path) -> CommandSchema:
     """The command schema of the checkpoint folder `path`. Raises CheckpointError."""
     try:
-        return CommandSchema.from_json(_read_json(path / "command.json"))
+        return CommandSchema.from_json(read_json(path / "command.json"))
     except ManifestInvalid as error:
         raise CheckpointError(f"{path / 'command.json'}: {error.problem}") from None
 
@@ -309,12 +308,13 @@ def _read_text_side(
     return schema, codec, tokens
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises CheckpointError."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")

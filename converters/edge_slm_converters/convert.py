@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from edge_slm_converters import gate
 from edge_slm_converters.bundle_writer import BundleWriter
-from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
 from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.files import written_aside
 from edge_slm_converters.gate import Example
@@ -71,6 +70,7 @@ def convert(
     with written_aside(out) as folder:
         say("reading the checkpoint")
         source = read_checkpoint(checkpoint)
+        recipe = _recipe(source)
         writer = BundleWriter(folder, source, name or out.name)
         # The reference is always written, measured against, and dropped if not asked for.
         written = []
@@ -95,7 +95,7 @@ def convert(
         say("recording goldens")
         writer.write_manifest(written)
         found = goldens(folder, written, source)
-        return writer.write_manifest(written, found, _provenance(source, lines))
+        return writer.write_manifest(written, found, _provenance(source, recipe, lines))
 
 
 def _write(name: str, source: Checkpoint, folder: Path) -> Variant:
@@ -126,11 +126,18 @@ def _measured(
     return measured
 
 
-def _provenance(source: Checkpoint, accepted: Sequence[str]) -> dict[str, Any]:
-    recipe = source.path / "recipe.json"  # training leaves it there; other checkpoints have none
+def _recipe(source: Checkpoint) -> dict[str, Any] | None:
+    """Training leaves it there; other checkpoints have none. Raises CheckpointError."""
+    file = source.path / "recipe.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _provenance(
+    source: Checkpoint, recipe: Mapping[str, Any] | None, accepted: Sequence[str]
+) -> dict[str, Any]:
     return {
         "checkpoint": source.digests(),
-        "recipe": json.loads(recipe.read_text("utf-8")) if recipe.is_file() else None,
+        "recipe": recipe,
         "packages": {package: _version(package) for package in PACKAGES},
         "gate": {
             "budgets": {precision: asdict(b) for precision, b in gate.BUDGETS.items()},

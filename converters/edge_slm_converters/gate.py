@@ -95,7 +95,7 @@ def refusals(variants: Sequence[Variant]) -> list[str]:
         if figures is None:
             continue
         top1, ratio = figures["top1"], figures["perplexity_ratio"]
-        if top1 < budget.top1 or ratio > budget.perplexity_ratio:
+        if not (top1 >= budget.top1 and ratio <= budget.perplexity_ratio):  # NaN is refused
             lines.append(
                 f"{variant.name}: top-1 agreement {top1:.4f} (at least {budget.top1}), "
                 f"perplexity ratio {ratio:.4f} (at most {budget.perplexity_ratio}) "

@@ -138,9 +138,17 @@ def test_tied_in_name_only_is_refused(copy: Path) -> None:
 
 
 def test_integer_weights_are_refused(copy: Path) -> None:
-    edit_tensors(copy, lambda t: t.update({"transformer.ln_f.bias": np.zeros(64, np.int32)}))
-    with pytest.raises(CheckpointError, match=r"ln_f\.bias is stored as I32"):
-        read_checkpoint(copy)
+    for dtype, name in ((np.int32, "I32"), (np.uint8, "U8"), (np.bool_, "BOOL")):
+        zeros = {"transformer.ln_f.bias": np.zeros(64, dtype)}
+        edit_tensors(copy, lambda t, zeros=zeros: t.update(zeros))
+        with pytest.raises(CheckpointError, match=rf"ln_f\.bias is stored as {name}"):
+            read_checkpoint(copy)
+
+
+def test_a_mask_of_any_type_is_skipped(copy: Path) -> None:
+    mask = {"transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.int64)}
+    edit_tensors(copy, lambda t: t.update(mask))
+    assert "h.0.attn.bias" not in read_checkpoint(copy).tensors
 
 
 def test_pickles_are_never_opened(copy: Path) -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edge_slm_runtime
-from edge_slm_converters import DEFAULT_VARIANTS, VARIANTS, Example, convert, random_checkpoint
+from edge_slm_bench.fidelity import fidelity
+from edge_slm_converters import (
+    DEFAULT_VARIANTS,
+    VARIANTS,
+    Example,
+    convert,
+    gate,
+    random_checkpoint,
+)
 from edge_slm_converters.files import written_aside
+from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError, GateRefused, TargetExists
 
@@ -85,6 +97,23 @@ def test_gate_refuses_with_figures_and_records_acceptance(
     accepted = manifest.provenance["gate"]["accepted"]
     assert len(accepted) == 1
     assert accepted[0].startswith("onnx-int4")
+
+
+def test_gate_refuses_figures_that_are_no_numbers() -> None:
+    figures = {"positions": 9, "top1": 1.0, "perplexity_ratio": math.nan}
+    variant = Variant("onnx-int8", "onnxruntime", "int8", "onnx-int8", 1, 1, figures)
+    assert len(gate.refusals([variant])) == 1
+    with pytest.raises(ValueError, match="reference's logits are not finite"):
+        fidelity(np.full((3, 5), np.nan), np.zeros((3, 5)), np.zeros(3, np.int64))
+
+
+def test_broken_recipe_is_found_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    (copy / "recipe.json").write_text("{oops")
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match=r"recipe\.json"):
+        convert(copy, tmp_path / "b", progress=lines.append)
+    assert lines == ["reading the checkpoint"]
 
 
 def test_own_evaluation_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
