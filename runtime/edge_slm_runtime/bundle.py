@@ -16,12 +16,15 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
+from types import UnionType
 from typing import Any
 
 from edge_slm_runtime.command import Command, CommandSchema
 from edge_slm_runtime.errors import (
+    BundleError,
     BundleNotFound,
     FileAltered,
     FileMissing,
@@ -30,8 +33,10 @@ from edge_slm_runtime.errors import (
     ManifestAltered,
     ManifestInvalid,
     PathEscape,
+    RequestError,
     SchemaVersionUnsupported,
     SymlinkRefused,
+    shown,
 )
 from edge_slm_runtime.onnx_paths import external_locations
 
@@ -158,6 +163,10 @@ class Manifest:
                 provenance=_typed(data["provenance"], dict),
                 files={p: _record(FileEntry, e) for p, e in data["files"].items()},
             )
+            for golden in manifest.goldens:
+                manifest.command.command_tokens(golden.command)
+        except RequestError as error:
+            raise ManifestInvalid(f"{MANIFEST} has a golden with {error.problem}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ManifestInvalid(f"{MANIFEST} is malformed: {error!r}") from None
         _check_paths(manifest)
@@ -189,20 +198,25 @@ def file_entry(path: Path) -> FileEntry:
 def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """Reads and checks manifest.json alone; looks at no other file.
 
-    Raises BundleNotFound, SymlinkRefused and what `Manifest.from_json` raises.
+    Raises BundleNotFound, SymlinkRefused, what `Manifest.from_json` raises, and
+    BundleError when it cannot be read.
     """
     root = Path(bundle)
     path = root / MANIFEST
-    if not root.is_dir():
-        raise BundleNotFound(f"no bundle folder at {root}", "give the folder with manifest.json")
-    if path.is_symlink():
-        raise SymlinkRefused(f"{MANIFEST} is a symlink")
-    if not path.is_file():
-        raise BundleNotFound(f"{root} has no {MANIFEST}", "give the folder with manifest.json")
-    if path.stat().st_size > _MANIFEST_LIMIT:
-        raise ManifestInvalid(f"{MANIFEST} is larger than {_MANIFEST_LIMIT >> 20} MiB")
+    with _reading(path):
+        if not root.is_dir():
+            raise BundleNotFound(
+                f"no bundle folder at {root}", "give the folder with manifest.json"
+            )
+        if path.is_symlink():
+            raise SymlinkRefused(f"{MANIFEST} is a symlink")
+        if not path.is_file():
+            raise BundleNotFound(f"{root} has no {MANIFEST}", "give the folder with manifest.json")
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            raise ManifestInvalid(f"{MANIFEST} is larger than {_MANIFEST_LIMIT >> 20} MiB")
+        content = path.read_bytes()
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"{MANIFEST} is not JSON: {error}") from None
     return Manifest.from_json(data)
@@ -215,10 +229,27 @@ def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
     where ONNX weights point), which is quick and finds accidents, not attacks.
 
     Raises what `read_manifest` raises, SymlinkRefused, FileUnlisted,
-    FileMissing, FileTruncated, FileAltered, PathEscape.
+    FileMissing, FileTruncated, FileAltered, PathEscape, and BundleError when a
+    file cannot be read.
     """
     root = Path(bundle)
     manifest = read_manifest(root)
+    with _reading(root):
+        _check_files(root, manifest, hashes)
+    return manifest
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """No permission, a disk error, removed meanwhile: a BundleError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or path, error.strerror or error
+        raise BundleError(f"{where} cannot be read: {why}") from None
+
+
+def _check_files(root: Path, manifest: Manifest, hashes: bool) -> None:
     sizes = dict(_regular_files(root))
     for path in sizes:
         if path != MANIFEST and path not in manifest.files:
@@ -235,7 +266,6 @@ def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
     for path in manifest.files:
         if path.endswith(".onnx"):
             _check_external_data(root, path, manifest)
-    return manifest
 
 
 def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
@@ -302,9 +332,9 @@ def _plain_path(path: str, what: str) -> None:
         raise PathEscape(f"{what} {path!r}", "only plain paths inside the bundle are allowed")
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _typed(value: Any, kind: type | UnionType) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+        raise TypeError(f"expected {getattr(kind, '__name__', kind)}, got {shown(value)}")
     return value
 
 
@@ -315,6 +345,12 @@ def _record(cls: type, data: Any) -> Any:
     """A flat dataclass from a JSON object with exactly its fields."""
     record = cls(**_typed(data, dict))
     for item in fields(cls):
+        value = getattr(record, item.name)
         if kind := _KINDS.get(str(item.type)):
-            _typed(getattr(record, item.name), kind)
+            _typed(value, kind)
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"{item.name} is negative")
+        if item.name == "fidelity" and value is not None:
+            for figure in _typed(value, dict).values():
+                _typed(figure, float | int)
     return record

@@ -33,6 +33,7 @@ from edge_slm_runtime.errors import (
     RequestNotText,
     UnknownTask,
     WordsOutOfRange,
+    shown,
 )
 
 REQUEST, RESPONSE, END = "<|request|>", "<|response|>", "<|end|>"
@@ -49,11 +50,18 @@ WORD_EDGES: tuple[int, ...] = (
 RELEVANCE_LEVELS = 10
 
 _CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
+_VALUE = re.compile(r"[A-Za-z0-9_-]+")  # what may stand behind the colon
+_KINDS = [("task", "category"), ("words", "bucket"), ("relevance", "level")]
 
 
 def count_words(text: str) -> int:
     """Words are what white space separates; this is the only definition."""
     return len(text.split())
+
+
+def is_count(value: object) -> bool:
+    """True for 0, 1, 2 …; Python counts True as a number, we do not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +110,23 @@ class Axis:
         if self.kind == "category":
             if not isinstance(asked, str) or asked not in self.values:
                 raise UnknownTask(
-                    f"unknown {self.name} {asked!r}", f"known: {', '.join(self.values)}"
+                    f"unknown {self.name} {shown(asked)}", f"known: {', '.join(self.values)}"
                 )
             return asked
         if isinstance(asked, bool) or not isinstance(asked, int):
-            raise BadSetting(f"{self.name} must be a whole number, got {asked!r}")
+            raise BadSetting(f"{self.name} must be a whole number, got {shown(asked)}")
         if self.kind == "level":
             if not 0 <= asked < len(self.values):
                 raise RelevanceOutOfRange(
-                    f"{self.name} {asked} is out of range", f"give 0 … {len(self.values) - 1}"
+                    f"{self.name} {shown(asked)} is out of range",
+                    f"give 0 … {len(self.values) - 1}",
                 )
             return self.values[asked]
         low, high = self.edges[0], self.edges[-1] - 1
         if not low <= asked <= high:
-            raise WordsOutOfRange(f"{self.name} {asked} is out of range", f"give {low} … {high}")
+            raise WordsOutOfRange(
+                f"{self.name} {shown(asked)} is out of range", f"give {low} … {high}"
+            )
         return self.values[bisect_right(self.edges, asked) - 1]
 
     def bounds(self, value: str) -> tuple[int, int]:
@@ -266,15 +277,36 @@ class CommandSchema:
                 Axis(a["name"], a["kind"], tuple(a["values"]), tuple(a.get("edges", ())))
                 for a in data["axes"]
             )
-            schema = cls(axes, data.get("support", {}), int(data.get("min_support", 20)))
-        except (KeyError, TypeError, ValueError) as error:
+            schema = cls(axes, data.get("support", {}), data.get("min_support", 20))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestInvalid(f"command schema is malformed: {error!r}") from None
-        if [axis.name for axis in axes] != ["task", "words", "relevance"]:
-            raise ManifestInvalid("command schema must have the axes task, words, relevance")
+        if [(axis.name, axis.kind) for axis in axes] != _KINDS:
+            wanted = ", ".join(f"{name} ({kind})" for name, kind in _KINDS)
+            raise ManifestInvalid(f"command schema must have the axes {wanted}")
         for axis in axes:
-            if axis.kind == "bucket" and len(axis.edges) != len(axis.values) + 1:
-                raise ManifestInvalid(f"axis {axis.name}: edges do not fit the values")
+            _check_axis(axis)
+        if not is_count(schema.min_support) or not _holds_counts(schema.support, depth=3):
+            raise ManifestInvalid("command schema: support must be task → axis → value → count")
         return schema
+
+
+def _check_axis(axis: Axis) -> None:
+    names = (ANY, *axis.values)
+    if len(names) < 2 or not all(isinstance(v, str) and _VALUE.fullmatch(v) for v in names):
+        raise ManifestInvalid(f"axis {axis.name}: values must be names of {_VALUE.pattern}")
+    if len(set(names)) != len(names):
+        raise ManifestInvalid(f"axis {axis.name}: a value comes twice")
+    if len(axis.edges) != (len(axis.values) + 1 if axis.kind == "bucket" else 0):
+        raise ManifestInvalid(f"axis {axis.name}: edges do not fit the values")
+    if not all(map(is_count, axis.edges)) or any(lo >= hi for lo, hi in pairwise(axis.edges)):
+        raise ManifestInvalid(f"axis {axis.name}: edges must be rising whole numbers")
+
+
+def _holds_counts(data: object, depth: int) -> bool:
+    """True when `data` is `depth` mappings deep and counts lie at its bottom."""
+    if not depth:
+        return is_count(data)
+    return isinstance(data, Mapping) and all(_holds_counts(v, depth - 1) for v in data.values())
 
 
 def clean_request(request: str) -> str:

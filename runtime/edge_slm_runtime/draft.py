@@ -58,7 +58,10 @@ class Draft:
         self.ids: list[int] = []
         self.text = ""
         self.finish: FinishReason | None = None
-        self.started = self.first = self.last = started
+        # perf_counter() of submission, first and last token, and end; less `away`,
+        # the seconds in which the reader kept the engine waiting.
+        self.started = self.first = self.last = self.ended = started
+        self.away = 0.0
         self._codec = codec
         self._detokenizer = Detokenizer(codec)
         self._stops = StopMatcher(plan.stop)
@@ -97,7 +100,7 @@ class Draft:
 
     def accept(self, token: int) -> Step:
         """Takes one token; after a `done` step no more may come."""
-        now = perf_counter()
+        now = perf_counter() - self.away
         if not self.ids:
             self.first = now
         if token == END_ID:
@@ -108,6 +111,7 @@ class Draft:
             piece = self._detokenizer.push(token)
             self._grow(piece if self.text else piece.lstrip())
         if self.finish:
+            self.ended = now
             self.text = self.text.rstrip()
         end = len(self.text) if self.finish else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)
@@ -118,6 +122,8 @@ class Draft:
         stop = self._stops.find(self.text, len(piece))
         if stop is not None:
             self.text, self.finish = self.text[:stop], "stop_sequence"
+            if self._keeper and self.words > self._keeper.max:
+                self.text, self.finish = self._keeper.cut(self.text), "length"
         elif self._keeper and self._keeper.is_full(self.text):
             self.text, self.finish = self._keeper.cut(self.text), "length"
         elif len(self.ids) >= self.plan.budget:

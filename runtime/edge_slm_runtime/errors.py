@@ -72,6 +72,15 @@ class EdgeSlmError(Exception):
         super().__init__(f"{problem} ({hint})" if hint else problem)
 
 
+def shown(value: object) -> str:
+    """`repr` for an error's line: of bounded length, whatever the caller gave."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python spells out no integer of more than 4300 digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 class RequestError(EdgeSlmError):
     """The request or its command cannot be honoured."""
 

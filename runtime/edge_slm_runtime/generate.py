@@ -12,17 +12,18 @@ from typing import Literal
 
 from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
 from edge_slm_runtime.bundle import verify as verify_bundle
-from edge_slm_runtime.command import Command, CommandSchema, count_words
+from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
 from edge_slm_runtime.draft import Draft, Plan, Step
 from edge_slm_runtime.engines import open_engine, pick_variant
 from edge_slm_runtime.engines.base import Engine
-from edge_slm_runtime.errors import BadSetting, RequestTooLong
+from edge_slm_runtime.errors import BadSetting, ManifestInvalid, RequestTooLong, shown
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import default_threads, peak_rss_mb
 from edge_slm_runtime.records import Generation, Request, Stats
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
 from edge_slm_runtime.text import TextCodec
 
+_THREADS_MAX = 1024
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
@@ -164,8 +165,8 @@ class SLM:
         A bad request raises when it is drawn and ends the batch: where that
         must not happen, `check` each one first.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise BadSetting(f"batch_size is {batch_size!r}", "allowed: 1 or more, whole")
+        if not is_count(batch_size) or batch_size < 1:
+            raise BadSetting(f"batch_size is {shown(batch_size)}", "allowed: 1 or more, whole")
         return self._batch(requests, batch_size)
 
     def check(self, request: Request) -> Plan:
@@ -185,9 +186,11 @@ class SLM:
         self._engine.check(sampling)
         stop = (request.stop,) if isinstance(request.stop, str) else request.stop
         if not isinstance(stop, tuple | list) or not all(isinstance(s, str) and s for s in stop):
-            raise BadSetting(f"stop is {request.stop!r}", "allowed: texts that are not empty")
+            raise BadSetting(f"stop is {shown(request.stop)}", "allowed: texts that are not empty")
         if not isinstance(request.keep_length, bool):
-            raise BadSetting(f"keep_length is {request.keep_length!r}", "allowed: True or False")
+            raise BadSetting(
+                f"keep_length is {shown(request.keep_length)}", "allowed: True or False"
+            )
         prompt = self.schema.encode(request.request, command.commanded, self._codec.encode)
         words = command.commanded.words if request.keep_length else None
         budget, limit = self._budget(len(prompt), request.max_new_tokens, command.commanded.words)
@@ -257,10 +260,10 @@ class SLM:
         if asked is None:
             need = _LEAST_ROOM if words is None else round(tolerance(words)[1] * _TOKENS_PER_WORD)
             what = f"about {need} for the answer"
-        elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
-            need, what = asked, f"max_new_tokens {asked}"
+        elif is_count(asked) and asked >= 1:
+            need, what = asked, f"max_new_tokens {shown(asked)}"
         else:
-            raise BadSetting(f"max_new_tokens is {asked!r}", "allowed: 1 or more, whole")
+            raise BadSetting(f"max_new_tokens is {shown(asked)}", "allowed: 1 or more, whole")
         if need > room:
             raise RequestTooLong(
                 f"the prompt has {prompt} tokens; with {what} "
@@ -270,11 +273,11 @@ class SLM:
         return (room, "context") if asked is None else (asked, "max_tokens")
 
     def _result_of(self, draft: Draft) -> Generation:
-        total = perf_counter() - draft.started
+        total = draft.ended - draft.started
         plan, count = draft.plan, len(draft.ids)
         words = count_words(draft.text)
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
-        seed = draft.seed if self.variant.engine == "onnxruntime" else plan.sampling.seed
+        seed = draft.seed if self.variant.engine == "onnxruntime" else None
         stats = Stats(
             engine=self.variant.engine,
             precision=self.variant.precision,
@@ -322,11 +325,15 @@ def load(
     EngineNotInstalled, EngineError, BadSetting.
     """
     started = perf_counter()
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise BadSetting(f"threads is {threads!r}", "allowed: 1 or more, whole")
+    if threads is not None and not (is_count(threads) and 1 <= threads <= _THREADS_MAX):
+        raise BadSetting(f"threads is {shown(threads)}", f"allowed: 1 … {_THREADS_MAX}, whole")
     root = Path(path)
     manifest = verify_bundle(root, hashes=verify)
     variant = pick_variant(manifest, engine, precision)
     codec = TextCodec(root / TOKENIZER, manifest.command)
+    if codec.size > manifest.model.vocab_size:
+        raise ManifestInvalid(
+            f"{TOKENIZER} has {codec.size} tokens, the model {manifest.model.vocab_size}"
+        )
     loaded = open_engine(root / variant.path, manifest, variant, threads or default_threads())
     return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3)

@@ -60,6 +60,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at)
+        if tag >> 32 or not tag >> 3:  # C++ parsers drop the upper bits and see another field
+            raise ValueError(f"tag {tag:#x}")
         kind = tag & 7
         if kind == 0:
             _, at = _varint(data, at)
@@ -77,10 +79,13 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """(value, where it ends). No writer pads with zero bytes, and parsers differ on them."""
     value = shift = 0
     while at < len(data) and shift < 70:
         byte = data[at]
         at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
         if byte < 128:
+            if value >> 64 or (byte == 0 and shift > 7):
+                raise ValueError("a number longer than it need be")
             return value, at
     raise ValueError("cut short")

@@ -45,7 +45,9 @@ class Stats:
 
     ttft_ms: submission → first token, tokenising included. tpot_ms: mean time
     of each later token, (last − first) / (new_tokens − 1); None below 2 tokens.
-    new_tokens: without end-of-text. peak_rss_mb: of this process so far.
+    total_ms: submission → end of the answer; with new_tokens it gives
+    tokens_per_second. In a stream, the time that the reader takes between pieces
+    is left out. new_tokens: without end-of-text. peak_rss_mb: of this process so far.
     """
 
     engine: str

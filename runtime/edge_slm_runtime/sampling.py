@@ -15,26 +15,28 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_slm_runtime.errors import BadSetting
+from edge_slm_runtime.command import is_count
+from edge_slm_runtime.errors import BadSetting, shown
 
 Logits = NDArray[np.float32]
 
 # Small models fall into loops when they are greedy; a repeat of this many tokens
 # (three to four words) is hardly ever meant in a text of at most 160 words.
 NO_REPEAT_NGRAM_SIZE = 5
+_INT_MAX = 2**31 - 1  # what the engines count with
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen. Raises BadSetting for a value out of range.
 
-    temperature: 0 is greedy; else logits are divided by it. top_k: keep the k
-    most likely (0: all). top_p: keep the smallest set of at least this
-    probability (nucleus sampling, arXiv 1904.09751). repetition_penalty: logits
-    of tokens already in prompt or answer are divided (positive) or multiplied
-    (negative) by it (CTRL, arXiv 1909.05858). no_repeat_ngram_size: no run of
-    this many tokens comes twice in an answer (0: off). seed: the same seed gives
-    the same answer; None draws a fresh one.
+    temperature: 0 is greedy; else logits are divided by it (numbers overflow far
+    below 0.01). top_k: keep the k most likely (0: all). top_p: keep the smallest
+    set of at least this probability (nucleus sampling, arXiv 1904.09751).
+    repetition_penalty: logits of tokens already in prompt or answer are divided
+    (positive) or multiplied (negative) by it (CTRL, arXiv 1909.05858).
+    no_repeat_ngram_size: no run of this many tokens comes twice in an answer (0:
+    off). seed: the same seed gives the same answer; None draws a fresh one.
     """
 
     temperature: float = 0.0
@@ -45,14 +47,19 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0 <= _number(self.temperature) <= 100, "0 … 100")
-        _in_range("top_k", self.top_k, _is_count(self.top_k), "0 or more, whole")
-        _in_range("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0, at most 1")
+        heat = _number(self.temperature)
+        _in_range(
+            "temperature", self.temperature, heat == 0 or 0.01 <= heat <= 100, "0, 0.01 … 100"
+        )
+        _in_range("top_p", self.top_p, 1e-6 <= _number(self.top_p) <= 1, "1e-6 … 1")
         penalty = _number(self.repetition_penalty)
-        _in_range("repetition_penalty", self.repetition_penalty, 0 < penalty <= 100, "0 … 100")
-        ngram = self.no_repeat_ngram_size
-        _in_range("no_repeat_ngram_size", ngram, _is_count(ngram), "0 or more, whole")
-        seed_ok = self.seed is None or (_is_count(self.seed) and self.seed < 1 << 64)
+        _in_range(
+            "repetition_penalty", self.repetition_penalty, 0.01 <= penalty <= 100, "0.01 … 100"
+        )
+        for name in ("top_k", "no_repeat_ngram_size"):
+            count = getattr(self, name)
+            _in_range(name, count, is_count(count) and count <= _INT_MAX, "0 … 2**31 - 1, whole")
+        seed_ok = self.seed is None or (is_count(self.seed) and self.seed < 1 << 64)
         _in_range("seed", self.seed, seed_ok, "0 … 2**64 - 1, whole")
 
     @property
@@ -65,7 +72,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
-        self.seed = sampling.seed
+        self.seed = None if sampling.greedy else sampling.seed
         if self.seed is None and not sampling.greedy:
             self.seed = secrets.randbits(53)  # survives a trip through JSON numbers
         self._random = np.random.Generator(np.random.PCG64(self.seed or 0))
@@ -94,8 +101,8 @@ class Sampler:
 
 
 def penalise(logits: Logits, seen: set[int], penalty: float) -> None:
-    """The CTRL repetition penalty, in place."""
-    ids = [token for token in seen if token < logits.size]
+    """The CTRL repetition penalty, in place. What is masked stays masked."""
+    ids = [token for token in seen if token < logits.size and logits[token] > -np.inf]
     scores = logits[ids]
     logits[ids] = np.where(scores > 0, scores / penalty, scores * penalty)
 
@@ -124,13 +131,14 @@ def log_probability(logits: Logits, token: int) -> float:
 
 def _number(value: object) -> float:
     """`value` as float; NaN (outside every range) when it is no number."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def _in_range(name: str, value: object, good: bool, allowed: str) -> None:
     if not good:
-        raise BadSetting(f"{name} is {value!r}", f"allowed: {allowed}")
+        raise BadSetting(f"{name} is {shown(value)}", f"allowed: {allowed}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from edge_slm_runtime.command import CommandSchema
-from edge_slm_runtime.errors import ManifestInvalid
+from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -34,14 +34,24 @@ class TextCodec:
         """Raises ManifestInvalid when the tokenizer and the schema do not fit."""
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+        except BaseException as error:  # tokenizers raises bare Exception, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ManifestInvalid(f"{path.name} cannot be read: {error}") from None
+        if self._tokenizer.normalizer is not None:
+            raise ManifestInvalid(f"{path.name} has a normalizer; it would change requests")
+        if getattr(self._tokenizer.model, "dropout", None):
+            raise ManifestInvalid(f"{path.name} has dropout; it would split requests at random")
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.size: int = self._tokenizer.get_vocab_size()
-        control = schema.special_tokens()
+        control, added = schema.special_tokens(), self._tokenizer.get_added_tokens_decoder()
         for i, token in enumerate(control):
             if self._tokenizer.token_to_id(token) != i:
                 raise ManifestInvalid(f"{path.name}: control token {token} must have id {i}")
+            if i in added and not added[i].special:
+                raise ManifestInvalid(f"{path.name}: control token {token} must be special")
         self.controls = len(control)
         alphabet = _byte_of_char()
         self._bytes = [b""] * self.controls
@@ -52,8 +62,13 @@ class TextCodec:
             self._bytes.append(bytes(alphabet[char] for char in token))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as plain text; control tokens in it are only characters."""
+        """Ids of `text` as plain text; control tokens in it are only characters.
+
+        Raises ControlTokenInRequest when the tokenizer finds one all the same.
+        """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if min(ids, default=self.controls) < self.controls:
+            raise ControlTokenInRequest("the tokenizer reads a control token in the request")
         return ids
 
     def bytes_of(self, token: int) -> bytes:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from edge_slm_runtime import load, read_manifest, verify
-from edge_slm_runtime.bundle import MANIFEST, Manifest, file_entry, manifest_digest
+from edge_slm_runtime.bundle import MANIFEST, FileEntry, Manifest, file_entry, manifest_digest
 from edge_slm_runtime.errors import (
+    BundleError,
     BundleNotFound,
     FileAltered,
     FileMissing,
@@ -174,6 +175,53 @@ def test_manifest_with_a_duplicate_variant(bundle: Path) -> None:
         load(bundle)
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("variants", {"fidelity": "x"}),
+        ("variants", {"fidelity": {"top1": "high"}}),
+        ("variants", {"bytes": -1}),
+        ("goldens", {"command": {"task": "poem"}}),
+        ("goldens", {"command": {"words": "3"}}),
+    ],
+)
+def test_manifest_with_a_wrong_value(bundle: Path, part: str, change: dict[str, Any]) -> None:
+    rewrite(bundle, lambda data: data[part][0].update(change))
+    with pytest.raises(ManifestInvalid):
+        load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("engine", "change"),
+    [
+        ("onnxruntime", {"layers": 3}),
+        ("onnxruntime", {"heads": 2}),
+        ("onnxruntime", {"vocab_size": 418}),
+        ("ctranslate2", {"vocab_size": 418}),
+        ("onnxruntime", {"vocab_size": 300}),
+    ],
+)
+def test_another_model_than_the_manifest_says(
+    bundle: Path, engine: str, change: dict[str, Any]
+) -> None:
+    rewrite(bundle, lambda data: data["model"].update(change))
+    with pytest.raises(ManifestInvalid, match=r"the manifest says|the model"):
+        load(bundle, engine)
+
+
+def test_a_file_that_cannot_be_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BundleError, match="cannot be read"):
+        read_manifest("x" * 5000)
+
+    def removed_meanwhile(path: Path) -> FileEntry:
+        path.unlink()
+        return file_entry(path)
+
+    monkeypatch.setattr("edge_slm_runtime.bundle.file_entry", removed_meanwhile)
+    with pytest.raises(BundleError, match=r"bundle/.* cannot be read: No such file"):
+        verify(bundle)
+
+
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleNotFound):
         read_manifest(tmp_path / "nowhere")
@@ -216,6 +264,20 @@ def test_weights_outside_the_bundle(bundle: Path, location: str, error: type[Exc
         load(bundle)
     with pytest.raises(error, match="keeps weights at"):
         load(bundle, verify=False)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        b"\xba\x80\x80\x80\x10\x00",  # tag of field 7 with bit 32 set: C++ reads it as field 7
+        b"\x00\x00",  # field 0
+        b"\x3a\x80\x00",  # a size of two bytes where one does
+        b"\x08" + b"\xff" * 9 + b"\x7f",  # more than 64 bits
+    ],
+)
+def test_numbers_that_parsers_read_differently(model: bytes) -> None:
+    with pytest.raises(ValueError, match=r"tag|longer"):
+        external_locations(model)
 
 
 def test_model_that_is_no_protobuf(bundle: Path) -> None:

@@ -70,6 +70,8 @@ def test_bad_values_are_named() -> None:
         SCHEMA.check(Command(task="poem"))
     with pytest.raises(RelevanceOutOfRange, match="give 0 … 9"):
         SCHEMA.check(Command(relevance=10))
+    with pytest.raises(WordsOutOfRange, match="a huge int"):
+        SCHEMA.check(Command(words=10**5000))
     for words in (True, 3.0, "3"):
         with pytest.raises(BadSetting):
             SCHEMA.check(Command(words=words))  # type: ignore[arg-type]
@@ -116,6 +118,42 @@ def test_json_round_trip() -> None:
 def test_malformed_schema_is_refused(data: object) -> None:
     with pytest.raises(ManifestInvalid):
         CommandSchema.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("axis", "change"),
+    [
+        (0, {"values": [1, 2]}),
+        (0, {"values": []}),
+        (0, {"values": ["image", "image"]}),
+        (0, {"values": ["any"]}),
+        (0, {"values": ["ima|>ge"]}),
+        (0, {"edges": [1, 2, 3]}),
+        (0, {"kind": "bucket", "edges": [1, 2, 3]}),
+        (1, {"kind": "category", "edges": []}),
+        (1, {"values": ["1", "2"], "edges": ["a", "b", "c"]}),
+        (1, {"values": ["1", "2"], "edges": [1, 3, 2]}),
+        (1, {"values": ["1", "2"], "edges": [1, True, 2]}),
+        (2, {"kind": "x"}),
+    ],
+)
+def test_an_axis_of_another_shape_is_refused(axis: int, change: dict[str, object]) -> None:
+    data = SCHEMA.to_json()
+    data["axes"][axis].update(change)
+    with pytest.raises(ManifestInvalid, match=r"axis|axes"):
+        CommandSchema.from_json(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"support": [1]}, {"support": {"image": {"words": 7}}}, {"support": {"image": 1}}),
+        *({"support": {"image": {"words": {"1": -1}}}}, {"min_support": "20"}),
+    ],
+)
+def test_a_support_of_another_shape_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ManifestInvalid, match="support"):
+        CommandSchema.from_json({**SCHEMA.to_json(), **change})
 
 
 @given(st.text())

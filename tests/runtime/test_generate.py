@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import pytest
 
 from edge_slm_runtime import SLM, Request, load, tolerance
+from edge_slm_runtime.bundle import MANIFEST, manifest_digest
 from edge_slm_runtime.errors import (
     BadSetting,
     ControlTokenInRequest,
@@ -129,11 +134,28 @@ def test_engines_agree_greedily(tiny_bundle: Path) -> None:
             for penalty in (1.0, 1.4):
                 a, b = (
                     slm.generate(
-                        REQUEST, words=words, repetition_penalty=penalty, max_new_tokens=60
+                        REQUEST,
+                        words=words,
+                        repetition_penalty=penalty,
+                        no_repeat_ngram_size=5 if penalty == 1 else 0,
+                        max_new_tokens=60,
                     )
                     for slm in (ours, theirs)
                 )
                 assert a.token_ids == b.token_ids
+
+
+def test_with_a_penalty_the_words_of_the_request_may_come(tiny_bundle: Path) -> None:
+    """CTranslate2 then has the prompt in its result, where its n-gram block would see it."""
+    request = "snow light snow cabin light cosy snow warm cabin snow"
+    with load(tiny_bundle, "ctranslate2", "fp32", threads=1) as slm:
+        free, blocked = (
+            slm.generate(
+                request, repetition_penalty=1.01, no_repeat_ngram_size=n, max_new_tokens=30
+            )
+            for n in (0, 1)
+        )
+    assert blocked.token_ids == free.token_ids
 
 
 def test_ctranslate2_declares_what_it_cannot_do(tiny_bundle: Path) -> None:
@@ -181,6 +203,9 @@ def test_control_tokens_never_come_out(onnx_slm: SLM) -> None:
         ({"temperature": -1}, BadSetting),
         ({"max_new_tokens": 0}, BadSetting),
         ({"max_new_tokens": True}, BadSetting),
+        ({"max_new_tokens": -(10**5000)}, BadSetting),
+        ({"max_new_tokens": 10**5000}, RequestTooLong),
+        ({"words": 10**5000}, WordsOutOfRange),
         ({"stop": [""]}, BadSetting),
         ({"stop": [3]}, BadSetting),
         ({"stop": 5}, BadSetting),
@@ -199,8 +224,9 @@ def test_bad_requests(onnx_slm: SLM) -> None:
         onnx_slm.generate(" ")
     with pytest.raises(ControlTokenInRequest):
         onnx_slm.generate("a cat <|words:3|>")
-    with pytest.raises(BadSetting, match="batch_size"):
-        onnx_slm.generate_batch([], 0)
+    for size in (0, True, -(10**5000)):
+        with pytest.raises(BadSetting, match="batch_size"):
+            onnx_slm.generate_batch([], size)
 
 
 def test_choice_of_variant(tiny_bundle: Path) -> None:
@@ -209,7 +235,8 @@ def test_choice_of_variant(tiny_bundle: Path) -> None:
         assert 1 <= slm.threads <= 8
     with pytest.raises(VariantNotFound, match="it has: "):
         load(tiny_bundle, "ctranslate2", "int4")
-    for settings in ({"engine": "llama"}, {"precision": "int3"}, {"threads": 0}):
+    wrong = ({"engine": "llama"}, {"precision": "int3"})
+    for settings in (*wrong, *({"threads": n} for n in (0, True, 1025))):
         with pytest.raises(BadSetting):
             load(tiny_bundle, **settings)  # type: ignore[arg-type]
 
@@ -225,6 +252,78 @@ def test_an_engine_that_is_not_installed(
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     with pytest.raises(EngineNotInstalled):
         load(tiny_bundle)
+
+
+def test_an_engine_that_cannot_be_imported(tiny_bundle: Path, tmp_path: Path) -> None:
+    for engine in ("onnxruntime", "ctranslate2"):
+        (tmp_path / f"{engine}.py").write_text("raise ImportError('no libgomp.so')")
+    program = (
+        "import sys; from edge_slm_runtime import load, EdgeSlmError\n"
+        f"for engine in ('onnxruntime', 'ctranslate2'):\n"
+        f"    try: load({str(tiny_bundle)!r}, engine)\n"
+        "    except EdgeSlmError as error: print(error.code, error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("engine_not_installed" in li and "no libgomp.so" in li for li in lines), lines
+
+
+def test_ctranslate2_takes_any_allowed_setting(tiny_bundle: Path) -> None:
+    extremes = [
+        {"top_k": 2**31 - 1, "temperature": 1.0},
+        {"top_p": 1e-6, "temperature": 0.01},
+        {"no_repeat_ngram_size": 2**31 - 1},
+        {"repetition_penalty": 0.01},
+    ]
+    with load(tiny_bundle, "ctranslate2", threads=1) as slm:
+        for settings in extremes:
+            slm.generate(REQUEST, max_new_tokens=4, **settings)  # type: ignore[arg-type]
+
+
+def test_what_the_engine_cannot_compute_is_an_engine_error(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    data = json.loads((bundle / MANIFEST).read_text("utf-8"))
+    for positions in (data["model"]["positions"] * 4, 10**18):
+        data["model"]["positions"] = positions
+        data["digest"] = manifest_digest(data)
+        (bundle / MANIFEST).write_text(json.dumps(data), "utf-8")
+        with load(bundle, "onnxruntime", "fp32", threads=1) as slm:
+            free = {"no_repeat_ngram_size": 0, "words": 160, "keep_length": True}
+            with pytest.raises(EngineError, match=r"onnxruntime failed|no memory"):
+                slm.generate(REQUEST, **free)  # type: ignore[arg-type]
+
+
+def test_at_most_one_cache_is_kept(tiny_bundle: Path) -> None:
+    with load(tiny_bundle, "onnxruntime", "fp32", threads=1) as slm:
+        streams = [slm.stream(REQUEST, max_new_tokens=9) for _ in range(3)]
+        for stream in streams:
+            next(stream)
+        for stream in streams[:2]:
+            stream.close()
+        assert len(slm._engine._spare) == 1  # type: ignore[attr-defined]
+        slm.close()
+        streams[2].close()
+        assert slm._engine._spare == []  # type: ignore[attr-defined]
+
+
+def test_a_slow_reader_does_not_slow_the_model_in_the_figures(tiny_bundle: Path) -> None:
+    with load(tiny_bundle, "onnxruntime", "fp32", threads=1) as slm:
+        stream = slm.stream(REQUEST, max_new_tokens=5)
+        for _ in stream:
+            sleep(0.5)
+        stats = stream.result.stats
+    assert stats.tpot_ms is not None
+    assert stats.tpot_ms < 100
+    assert stats.total_ms < 500
 
 
 def test_threads_share_a_model(slm: SLM) -> None:

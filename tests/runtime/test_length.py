@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from time import perf_counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,6 +76,7 @@ def test_streamed_pieces_are_the_text(
     draft = Draft(plan(words, len(wishes), tuple(stop)), codec, 0.0)
     assert write(draft, codec, wishes) == draft.text
     assert not any(text in draft.text for text in stop)
+    assert words is None or draft.words <= tolerance(words)[1]
 
 
 def run(codec: TextCodec, text: str, words: int) -> Draft:
@@ -116,6 +119,24 @@ def test_torn_last_word_is_left_out_when_the_budget_ends() -> None:
     keeper = LengthKeeper(5)
     assert keeper.cut("aa bb cc dd e", finished=False) == "aa bb cc dd"
     assert keeper.cut("aa bb c", finished=False) == "aa bb c", "rather torn than too short"
+
+
+def test_a_stop_sequence_behind_the_maximum(codec: TextCodec) -> None:
+    last = next(i for i in range(codec.size) if len(codec.bytes_of(i).lstrip()) > 3)
+    text = codec.bytes_of(last).decode()
+    draft = Draft(plan(3, stop=(text[-2:],)), codec, 0.0)
+    write(draft, codec, [*codec.encode("aa bb cc dd ee" + " " * (text[0] != " ")), last])
+    assert draft.words <= 5
+
+
+def test_timings_end_with_the_answer_and_leave_the_reader_out(codec: TextCodec) -> None:
+    draft = Draft(plan(None, budget=2), codec, perf_counter())
+    token = codec.size - 1
+    draft.accept(token)
+    draft.away = 100.0
+    draft.accept(token)
+    assert draft.last == draft.ended
+    assert -100 < draft.ended - draft.started < -99
 
 
 def test_an_early_end_is_held_back(codec: TextCodec) -> None:

@@ -98,6 +98,7 @@ def test_no_seed_draws_one_and_tells() -> None:
     assert first.seed is not None
     assert first.seed != second.seed
     assert Sampler(Sampling(), []).seed is None
+    assert Sampler(Sampling(seed=7), []).seed is None, "a greedy answer needs none"
 
 
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.5, 3.0]))
@@ -106,6 +107,14 @@ def test_masked_tokens_are_never_drawn(seed: int, temperature: float) -> None:
     logits[10:] = -np.inf
     sampler = Sampler(Sampling(temperature, top_k=30, repetition_penalty=1.1, seed=seed), [1, 40])
     assert all(sampler.pick(logits.copy()) < 10 for _ in range(5))
+
+
+def test_a_penalty_lifts_no_mask() -> None:
+    logits = np.array([-np.inf, 2, -1], np.float32)
+    with np.errstate(all="ignore"):
+        penalise(logits, {0, 1, 2}, 1e-50)  # a float32 zero: -inf × 0 would be NaN
+    assert logits[0] == -np.inf
+    assert not np.isnan(logits).any()
 
 
 def test_log_probability_is_that_of_softmax() -> None:
@@ -120,6 +129,9 @@ def test_log_probability_is_that_of_softmax() -> None:
     [
         *({"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": "hot"}),
         *({"top_k": -1}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 0.0}, {"top_p": 1.1}),
+        *({"temperature": 1e-310}, {"temperature": 10**400}, {"temperature": True}),
+        *({"repetition_penalty": 1e-50}, {"top_p": 1e-60}, {"top_p": True}),
+        *({"top_k": 1 << 31}, {"no_repeat_ngram_size": 10**30}, {"top_k": -(10**5000)}),
         *({"repetition_penalty": 0.0}, {"seed": -1}, {"seed": 1.0}, {"seed": 1 << 64}),
     ],
 )

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_slm_runtime import CommandSchema
-from edge_slm_runtime.errors import ManifestInvalid
+from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
@@ -65,6 +67,56 @@ def test_tokenizer_that_does_not_fit_the_schema(tiny_bundle: Path, tmp_path: Pat
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ManifestInvalid, match="cannot be read"):
         TextCodec(tmp_path / "tokenizer.json", schema)
+
+
+@pytest.fixture
+def tampered(
+    tiny_bundle: Path, schema: CommandSchema, tmp_path: Path
+) -> Callable[[Callable[[dict[str, Any]], object]], TextCodec]:
+    def load(change: Callable[[dict[str, Any]], object]) -> TextCodec:
+        data = json.loads((tiny_bundle / "tokenizer.json").read_text("utf-8"))
+        change(data)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data), "utf-8")
+        return TextCodec(tmp_path / "tokenizer.json", schema)
+
+    return load
+
+
+Tampered = Callable[[Callable[[dict[str, Any]], object]], TextCodec]
+
+
+def test_a_tokenizer_neither_cuts_nor_pads_a_request(codec: TextCodec, tampered: Tampered) -> None:
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|end|>"}
+    text = "a b zzz c d e f g"
+    assert tampered(lambda d: d.update(truncation=cut)).encode(text) == codec.encode(text)
+    assert tampered(lambda d: d.update(padding=pad)).encode(text) == codec.encode(text)
+
+
+def test_a_tokenizer_that_would_change_requests_is_refused(tampered: Tampered) -> None:
+    with pytest.raises(ManifestInvalid, match="normalizer"):
+        tampered(lambda d: d.update(normalizer={"type": "NFKC"}))
+    with pytest.raises(ManifestInvalid, match="must be special"):
+        tampered(lambda d: d["added_tokens"][0].update(special=False))
+    with pytest.raises(ManifestInvalid, match="at random"):
+        tampered(lambda d: d["model"].update(dropout=0.5))
+    with pytest.raises(ManifestInvalid, match="cannot be read"):  # tokenizers panics
+        tampered(lambda d: d["model"].update(continuing_subword_prefix="not of byte-level BPE"))
+
+
+def test_merges_that_spell_a_control_token(tampered: Tampered) -> None:
+    def spell(data: dict[str, Any]) -> None:
+        merges, spelt = [], "<"
+        for char in "|end|>":
+            merges.append([spelt, char])
+            spelt += char
+            data["model"]["vocab"].setdefault(spelt, len(data["model"]["vocab"]))
+        data["model"]["merges"] = merges
+        data["pre_tokenizer"].update(use_regex=False)
+
+    with pytest.raises(ControlTokenInRequest):
+        tampered(spell).encode("<|end|>")
 
 
 @given(

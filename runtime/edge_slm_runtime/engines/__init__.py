@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from edge_slm_runtime.bundle import Manifest, Variant
-from edge_slm_runtime.engines.base import Engine
+from edge_slm_runtime.engines.base import Engine, first_line
 from edge_slm_runtime.errors import BadSetting, EngineNotInstalled, VariantNotFound
 
 ENGINES = ("onnxruntime", "ctranslate2")
@@ -43,14 +43,23 @@ def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
 
 
 def open_engine(folder: Path, manifest: Manifest, variant: Variant, threads: int) -> Engine:
-    """Loads a variant from its folder. Raises EngineError when the engine refuses it."""
-    if variant.engine == "onnxruntime":
-        from edge_slm_runtime.engines.onnx import OnnxEngine
+    """Loads a variant from its folder.
 
-        return OnnxEngine(folder, manifest.model.positions, threads)
-    from edge_slm_runtime.engines.ct2 import CTranslate2Engine
+    Raises EngineError when the engine refuses it, ManifestInvalid when it is not
+    the model of the manifest, EngineNotInstalled when the package is broken.
+    """
+    try:
+        if variant.engine == "onnxruntime":
+            from edge_slm_runtime.engines.onnx import OnnxEngine
 
-    return CTranslate2Engine(folder, variant.precision, threads)
+            return OnnxEngine(folder, manifest.model, threads)
+        from edge_slm_runtime.engines.ct2 import CTranslate2Engine
+
+        return CTranslate2Engine(folder, manifest.model, variant.precision, threads)
+    except ImportError as error:  # found, but a library of its own is missing
+        raise EngineNotInstalled(
+            f"{variant.engine} cannot be imported: {first_line(error)}", _INSTALL[variant.engine]
+        ) from None
 
 
 def _choices(what: str, asked: str, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -52,6 +52,10 @@ class Native:
     def forked(self) -> bool:
         return os.getpid() != self._pid
 
+    @property
+    def closed(self) -> bool:
+        return self._model is None
+
     def get(self) -> Any:
         """Raises UsedAfterFork, or EngineError after `close`."""
         if self.forked:

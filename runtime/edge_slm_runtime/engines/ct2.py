@@ -7,7 +7,9 @@ seeded once per thread), so sampling with a seed is refused. What falls back:
   prompt + answer with end-of-text suppressed for one token (costs a prefill);
 - the probability of end-of-text is not reported, so a cut at the maximum goes
   by punctuation and nearness alone;
-- after such a start `no_repeat_ngram_size` knows only what came since;
+- after such a start `no_repeat_ngram_size` knows only what came since, and with a
+  repetition penalty it is off: the prompt is then part of the result (see `_run`),
+  whose words may always come again;
 - a batch runs one request after the other: its ragged batches leak prompt tokens.
 """
 
@@ -20,9 +22,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from edge_slm_runtime.bundle import ModelFacts
 from edge_slm_runtime.draft import END_ID, Draft, Step
 from edge_slm_runtime.engines.base import Native, first_line
-from edge_slm_runtime.errors import EngineError, NotSupportedByEngine
+from edge_slm_runtime.errors import EngineError, ManifestInvalid, NotSupportedByEngine
 from edge_slm_runtime.sampling import Sampling
 
 _COMPUTE_TYPE = {"int8": "int8", "fp32": "float32"}
@@ -34,8 +37,9 @@ class CTranslate2Engine:
 
     name = "ctranslate2"
 
-    def __init__(self, folder: Path, precision: str, threads: int) -> None:
-        """Raises EngineError when ctranslate2 refuses the model."""
+    def __init__(self, folder: Path, facts: ModelFacts, precision: str, threads: int) -> None:
+        """Raises EngineError when ctranslate2 refuses the model, ManifestInvalid when
+        its vocabulary is not that of `facts`."""
         import ctranslate2
 
         try:
@@ -51,7 +55,9 @@ class CTranslate2Engine:
             raise EngineError(
                 f"ctranslate2 cannot load {folder.name}: {first_line(error)}"
             ) from None
-        if len(set(self._tokens)) != len(self._tokens):
+        if not isinstance(self._tokens, list) or len(self._tokens) != facts.vocab_size:
+            raise ManifestInvalid(f"{folder.name}/vocabulary.json has not the model's tokens")
+        if len(set(map(str, self._tokens))) != len(self._tokens):
             # It looks tokens up by name and would silently take another id.
             raise EngineError(f"{folder.name}/vocabulary.json names a token twice")
         self.threads = threads
@@ -94,16 +100,20 @@ class CTranslate2Engine:
             steps.put(step)
             return step.done
 
-        (run,) = self._native.get().generate_batch(
-            [[self._tokens[i] for i in fed]],
-            asynchronous=True,
-            callback=on_token,
-            max_length=replayed + draft.plan.budget - len(draft.ids),
-            min_length=replayed + 1 if not draft.may_end() else 0,
-            include_prompt_in_result=replayed > 0,
-            suppress_sequences=[[self._tokens[i]] for i in draft.banned(len(self._tokens))],
-            **_sampling_options(draft.plan.sampling),
-        )
+        generator = self._native.get()
+        try:
+            (run,) = generator.generate_batch(
+                [[self._tokens[i] for i in fed]],
+                asynchronous=True,
+                callback=on_token,
+                max_length=replayed + draft.plan.budget - len(draft.ids),
+                min_length=replayed + 1 if not draft.may_end() else 0,
+                include_prompt_in_result=replayed > 0,
+                suppress_sequences=[[self._tokens[i]] for i in draft.banned(len(self._tokens))],
+                **_sampling_options(draft.plan.sampling, len(self._tokens)),
+            )
+        except Exception as error:
+            raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
         try:
             while not run.done() or not steps.empty():
                 self._native.get()
@@ -128,16 +138,17 @@ def _settle(run: Any) -> None:
         raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
 
 
-def _sampling_options(sampling: Sampling) -> dict[str, float]:
+def _sampling_options(sampling: Sampling, vocab_size: int) -> dict[str, float]:
+    penalty = sampling.repetition_penalty
     options: dict[str, float] = {
-        "repetition_penalty": sampling.repetition_penalty,
-        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
+        "repetition_penalty": penalty,
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size if penalty == 1 else 0,
     }
     if sampling.greedy:
         return {**options, "sampling_topk": 1}
     return {
         **options,
-        "sampling_topk": sampling.top_k,
+        "sampling_topk": min(sampling.top_k, vocab_size),
         "sampling_topp": sampling.top_p,
         "sampling_temperature": sampling.temperature,
     }

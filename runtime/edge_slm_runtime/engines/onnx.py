@@ -9,15 +9,18 @@ rows decode together, so a row gets the same numbers as it would alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_slm_runtime.bundle import ModelFacts
 from edge_slm_runtime.draft import Draft, Step
 from edge_slm_runtime.engines.base import Native, first_line
-from edge_slm_runtime.errors import EngineError
+from edge_slm_runtime.errors import EngineError, ManifestInvalid
 from edge_slm_runtime.sampling import Logits, Sampling
 
 Cache = NDArray[np.float32]  # [2 × layers, rows, heads, positions, head size]
@@ -28,8 +31,9 @@ class OnnxEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, positions: int, threads: int) -> None:
-        """Raises EngineError when onnxruntime refuses the graph."""
+    def __init__(self, folder: Path, facts: ModelFacts, threads: int) -> None:
+        """Raises EngineError when onnxruntime refuses the graph, ManifestInvalid when it
+        is not the model of `facts`."""
         import onnxruntime as ort
 
         if hasattr(ort, "disable_telemetry_events"):
@@ -47,14 +51,21 @@ class OnnxEngine:
             _, heads, _, head_size = inputs["past_key_values.0.key"].shape
             outputs = {item.name: item for item in session.get_outputs()}
             self.vocab_size = int(outputs["logits"].shape[-1])
-            self._row_shape = (int(heads), positions, int(head_size))
+            self._row_shape = (int(heads), facts.positions, int(head_size))
         except Exception as error:  # onnxruntime has one exception class per status code
             raise EngineError(
                 f"onnxruntime cannot load {folder.name}: {first_line(error)}"
             ) from None
+        found = (self.layers, int(heads), int(heads) * int(head_size), self.vocab_size)
+        told = (facts.layers, facts.heads, facts.width, facts.vocab_size)
+        if found != told:
+            raise ManifestInvalid(
+                f"{folder.name} has layers, heads, width, vocabulary {found}, "
+                f"the manifest says {told}"
+            )
         self.threads = threads
         self.native = Native(session)
-        self._spare: list[Cache] = []
+        self._spare: list[Cache] = []  # at most one, for the next single answer
 
     def check(self, sampling: Sampling) -> None:
         self.native.get()
@@ -70,7 +81,7 @@ class OnnxEngine:
                     step = draft.accept(draft.choose(self._prefill(cache, len(rows), draft)))
                     if not step.done:
                         rows.append(draft)
-                    yield step
+                    yield from _handed_over(step, rows)
                 if not rows:
                     return
                 size = len(rows)
@@ -81,15 +92,15 @@ class OnnxEngine:
                     [len(draft.plan.prompt) + len(draft.ids) - 1 for draft in rows],
                 )
                 for draft, scores in zip(list(rows), logits, strict=True):
-                    yield draft.accept(draft.choose(scores))
+                    yield from _handed_over(draft.accept(draft.choose(scores)), rows)
                 _close_gaps(rows, cache)
         finally:
-            if batch_size == 1:
-                self._spare.append(cache)
+            if batch_size == 1 and not self.native.closed:
+                self._spare = [cache]
 
     def close(self) -> None:
         self.native.close()
-        self._spare.clear()
+        self._spare = []
 
     def _prefill(self, cache: Cache, slot: int, draft: Draft) -> Logits:
         prompt = draft.plan.prompt
@@ -99,10 +110,18 @@ class OnnxEngine:
 
     def _lend(self, rows: int) -> Cache:
         """A cache for `rows` answers. Untouched pages of a new one cost no memory."""
-        if rows == 1 and self._spare:
-            return self._spare.pop()
+        if rows == 1:
+            with suppress(IndexError):  # another thread may have it
+                return self._spare.pop()
         heads, positions, head_size = self._row_shape
-        return np.empty((2 * self.layers, rows, heads, positions, head_size), np.float32)
+        shape = (2 * self.layers, rows, heads, positions, head_size)
+        try:
+            return np.empty(shape, np.float32)
+        except (MemoryError, ValueError):  # ValueError: more than there are addresses
+            raise EngineError(
+                f"no memory for the cache of {rows} answers of {positions} positions",
+                "choose a smaller batch_size",
+            ) from None
 
 
 class _Pass:
@@ -136,12 +155,25 @@ class _Pass:
         self._positions[:] = np.asarray(starts)[:, None] + np.arange(width)
         self._seqlens_k[:] = np.asarray(starts) + width - 1
         self._total[()] = self._seqlens_k.max() + 1
-        self._native.get().run_with_iobinding(self._binding)
+        session = self._native.get()
+        try:
+            session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise EngineError(f"onnxruntime failed: {first_line(error)}") from error
         return self._logits[:, 0]
 
     def _bind(self, way: str, name: str, array: NDArray[Any]) -> None:
         bind = self._binding.bind_input if way == "input" else self._binding.bind_output
         bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _handed_over(step: Step, rows: Sequence[Draft]) -> Iterator[Step]:
+    """Yields `step`; what the reader does with it is not the rows' time."""
+    left = perf_counter()
+    yield step
+    away = perf_counter() - left
+    for draft in rows:
+        draft.away += away
 
 
 def _close_gaps(rows: list[Draft], cache: Cache) -> None:
