@@ -122,11 +122,13 @@ def test_torn_last_word_is_left_out_when_the_budget_ends() -> None:
 
 
 def test_a_stop_sequence_behind_the_maximum(codec: TextCodec) -> None:
-    last = next(i for i in range(codec.size) if len(codec.bytes_of(i).lstrip()) > 3)
-    text = codec.bytes_of(last).decode()
-    draft = Draft(plan(3, stop=(text[-2:],)), codec, 0.0)
-    write(draft, codec, [*codec.encode("aa bb cc dd ee" + " " * (text[0] != " ")), last])
-    assert draft.words <= 5
+    tokens = [codec.bytes_of(i) for i in range(codec.size)]
+    last = next(i for i, t in enumerate(tokens) if t[:1] == b" " and t[1:].isalpha() and t[3:])
+    stop = tokens[last].decode()[2:]  # the sixth word begins in the token that completes it
+    draft = Draft(plan(3, stop=(stop,)), codec, 0.0)
+    shown = write(draft, codec, [*codec.encode("aa bb cc dd ee"), last])
+    assert shown == draft.text
+    assert 1 <= draft.words <= 5
 
 
 def test_timings_end_with_the_answer_and_leave_the_reader_out(codec: TextCodec) -> None:
