@@ -126,7 +126,8 @@ class GPT2Graph:
     def feed_forward(self, i: int, x: str) -> str:
         x = self.linear(x, f"h.{i}.mlp.c_fc")
         x = self.activation(x, self.weight(f"h.{i}.mlp.c_fc.bias"), f"h.{i}.mlp.act")
-        return self.linear(x, f"h.{i}.mlp.c_proj")
+        one_sided = self.config.activation != "tanh"
+        return self.linear(x, f"h.{i}.mlp.c_proj", one_sided)
 
     def activation(self, x: str, bias: str, name: str) -> str:
         """The config's activation of x + bias."""
@@ -157,8 +158,9 @@ class GPT2Graph:
         )
         return out, total
 
-    def linear(self, x: str, name: str) -> str:
-        return self.precision.linear(self.graph, x, name, self.tensors[f"{name}.weight"])
+    def linear(self, x: str, name: str, one_sided: bool = False) -> str:
+        weight = self.tensors[f"{name}.weight"]
+        return self.precision.linear(self.graph, x, name, weight, one_sided)
 
     def weight(self, name: str) -> str:
         return self.graph.constant(name, self.tensors[name])

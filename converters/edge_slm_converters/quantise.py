@@ -28,8 +28,10 @@ UInt8 = npt.NDArray[np.uint8]
 # activations are near their maximum, which costs less than the coarser steps of ±64
 # (where nothing can overflow).
 INT8_LIMIT = 96
-# Activations are uint8 around 128, because int8 × int8 is not prepacked.
-ACTIVATION_ZERO, ACTIVATION_LIMIT = 128, 127
+# Activations are uint8 around 128, because int8 × int8 is not prepacked. What leaves a
+# GELU is never below -0.17, so there the range is put where the values are: measured on
+# the reference model, top-1 agreement 0.984 instead of 0.979, KL 28% lower.
+ACTIVATION_ZERO, ONE_SIDED_ZERO, ACTIVATION_MAX = 128, 16, 255
 BLOCK = 32
 INT4_LIMIT = 8
 # Clip ratios tried when a 4-bit scale is chosen; 1 keeps the largest weight exact. Measured:
@@ -42,8 +44,10 @@ class Precision(Protocol):
 
     name: str
 
-    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
-        """x · weight, weight [K,N]."""
+    def linear(
+        self, graph: GraphWriter, x: str, name: str, weight: Float32, one_sided: bool = False
+    ) -> str:
+        """x · weight, weight [K,N]. one_sided: x is hardly negative (it left a GELU)."""
 
     def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
         """x · tableᵀ, table [V,D]."""
@@ -64,7 +68,9 @@ class Precision(Protocol):
 class Fp32:
     name = "fp32"
 
-    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
+    def linear(
+        self, graph: GraphWriter, x: str, name: str, weight: Float32, one_sided: bool = False
+    ) -> str:
         return graph.node("FusedMatMul", [x, graph.constant(f"{name}.weight", weight)], name, FUSED)
 
     def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
@@ -90,21 +96,25 @@ class Int8PerRow:
 
     name = "int8"
 
-    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
-        return self._multiply(graph, x, name, weight)
+    def linear(
+        self, graph: GraphWriter, x: str, name: str, weight: Float32, one_sided: bool = False
+    ) -> str:
+        return self._multiply(
+            graph, x, name, weight, ONE_SIDED_ZERO if one_sided else ACTIVATION_ZERO
+        )
 
     def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
-        return self._multiply(graph, x, name, table.T)
+        return self._multiply(graph, x, name, table.T, ACTIVATION_ZERO)
 
-    def _multiply(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
-        row, row_scale = self._quantise_rows(graph, x, name)
+    def _multiply(self, graph: GraphWriter, x: str, name: str, weight: Float32, zero: int) -> str:
+        row, row_scale = self._quantise_rows(graph, x, name, zero)
         quantised, scale = quantise_columns(weight)
         product = graph.node(
             "MatMulInteger",
             [
                 row,
                 graph.constant(f"{name}.weight", quantised),
-                graph.scalar(ACTIVATION_ZERO, np.uint8),
+                graph.scalar(zero, np.uint8),
             ],
             f"{name}.product",
         )
@@ -132,15 +142,16 @@ class Int8PerRow:
     def head_bytes(self, width: int, vocab_size: int) -> int:
         return width * vocab_size + 4 * vocab_size
 
-    def _quantise_rows(self, graph: GraphWriter, x: str, name: str) -> tuple[str, str]:
-        """(uint8 [B,S,K] around 128, float scale [B,S,1])."""
-        size = graph.node("Abs", [x], f"{name}.abs")
-        size = graph.node("ReduceMax", [size, graph.indices(-1)], f"{name}.max", keepdims=1)
-        scale = graph.node("Div", [size, graph.scalar(ACTIVATION_LIMIT)], f"{name}.scale0")
-        scale = graph.node("Max", [scale, graph.scalar(1e-8)], f"{name}.row_scale")
+    def _quantise_rows(self, graph: GraphWriter, x: str, name: str, zero: int) -> tuple[str, str]:
+        """(uint8 [B,S,K] around `zero`, float scale [B,S,1])."""
+        ends = []
+        for reduce, room in (("ReduceMax", ACTIVATION_MAX - zero), ("ReduceMin", -zero)):
+            end = graph.node(reduce, [x, graph.indices(-1)], f"{name}.{reduce}", keepdims=1)
+            ends.append(graph.node("Div", [end, graph.scalar(room)], f"{name}.{reduce}.scale"))
+        scale = graph.node("Max", [*ends, graph.scalar(1e-8)], f"{name}.row_scale")
         row = graph.node("Div", [x, scale], f"{name}.scaled")
         row = graph.node("Round", [row], f"{name}.rounded")
-        row = graph.node("Add", [row, graph.scalar(ACTIVATION_ZERO)], f"{name}.shifted")
+        row = graph.node("Add", [row, graph.scalar(zero)], f"{name}.shifted")
         return graph.node("Cast", [row], f"{name}.row", to=2), scale
 
 
@@ -151,7 +162,9 @@ class Int4Blocks(Int8PerRow):
 
     name = "int4"
 
-    def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
+    def linear(
+        self, graph: GraphWriter, x: str, name: str, weight: Float32, one_sided: bool = False
+    ) -> str:
         inputs, outputs = weight.shape
         packed, scales = quantise_blocks(weight.T)
         return graph.node(
