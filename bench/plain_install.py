@@ -23,7 +23,7 @@ import edge_slm
 imported = time.perf_counter()
 slm = edge_slm.load(threads=2)
 loaded = time.perf_counter()
-out = slm.generate("a cosy cabin in the snow", task="image", words=24)
+out = slm.generate("a red fox in the snow", task="image", words=24)
 print(json.dumps({
     "import_ms": (imported - start) * 1e3,
     "load_ms": (loaded - imported) * 1e3,

@@ -2,7 +2,7 @@
 
 import edge_slm
 slm = edge_slm.load()
-print(slm.generate("a cosy cabin in the snow", task="image", words=24).text)
+print(slm.generate("a red fox in the snow", task="image", words=24).text)
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from edge_slm_converters.gate import Example
 from edge_slm_converters.goldens import goldens, own_answers
 from edge_slm_converters.graph import write_graph
 from edge_slm_runtime.bundle import Manifest, Variant
-from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.errors import CheckpointError, GateRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ PACKAGES = ("edge-slm", "numpy", "onnx", "onnxruntime", "ctranslate2", "safetens
 def convert(
     checkpoint: str | Path,
     out: str | Path,
-    variants: Sequence[str] = DEFAULT_VARIANTS,
+    variants: Sequence[str] | None = None,
     *,
     name: str | None = None,
     evaluation: Sequence[Example] | None = None,
@@ -53,6 +54,9 @@ def convert(
 ) -> Manifest:
     """Converts the folder `checkpoint` to the bundle folder `out`.
 
+    variants: names of VARIANTS, all of which must keep their fidelity budget; None is
+    the default ones whose engine is installed, without those outside their budget
+    (the manifest's provenance says which were left out, and their figures).
     name: the bundle's, by default the folder's. evaluation: texts on which
     fidelity to fp32 is measured; by default the fp32 model's own greedy answers to
     commanded requests. accept: ship variants outside their budget too, and say so
@@ -61,9 +65,12 @@ def convert(
     Raises CheckpointError, GateRefused, TargetExists, DependencyMissing,
     EngineNotInstalled; then `out` does not exist.
     """
-    if not variants or not set(variants) <= set(VARIANTS):
+    chosen = variants
+    if chosen is None:
+        chosen = [name for name in DEFAULT_VARIANTS if find_spec(VARIANTS[name].engine)]
+    if not chosen or not set(chosen) <= set(VARIANTS):
         raise CheckpointError(
-            f"cannot convert to {', '.join(variants) or 'nothing'}",
+            f"cannot convert to {', '.join(chosen) or 'nothing'}",
             f"variants: {', '.join(VARIANTS)}",
         )
     out, say = Path(out), progress or (lambda line: None)
@@ -74,7 +81,7 @@ def convert(
         writer = BundleWriter(folder, source, name or out.name)
         # The reference is always written, measured against, and dropped if not asked for.
         written = []
-        for variant in dict.fromkeys((REFERENCE, *variants)):
+        for variant in dict.fromkeys((REFERENCE, *chosen)):
             say(f"writing {variant}")
             written.append(_write(variant, source, folder))
         writer.write_manifest(written)
@@ -85,17 +92,20 @@ def convert(
         else:
             scored = gate.to_scored(evaluation, source)
         written = _measured(written, source, folder, scored)
-        lines = gate.refusals(written)
-        if not accept:
-            gate.refuse(lines)
-        if REFERENCE not in variants:
-            shutil.rmtree(folder / REFERENCE)
-            del written[0]
+        refused = gate.refusals(written)
+        if refused and not accept and variants is not None:
+            raise GateRefused(
+                "; ".join(refused.values()), "accept it explicitly to ship it all the same"
+            )
+        left_out = set() if accept else set(refused)
+        for unwanted in left_out | {REFERENCE} - set(chosen):
+            shutil.rmtree(folder / unwanted)
+        written = [v for v in written if v.name in set(chosen) - left_out]
 
         say("recording goldens")
         writer.write_manifest(written)
         found = goldens(folder, written, source)
-        return writer.write_manifest(written, found, _provenance(source, recipe, lines))
+        return writer.write_manifest(written, found, _provenance(source, recipe, refused, accept))
 
 
 def _write(name: str, source: Checkpoint, folder: Path) -> Variant:
@@ -133,7 +143,7 @@ def _recipe(source: Checkpoint) -> dict[str, Any] | None:
 
 
 def _provenance(
-    source: Checkpoint, recipe: Mapping[str, Any] | None, accepted: Sequence[str]
+    source: Checkpoint, recipe: Mapping[str, Any] | None, refused: Mapping[str, str], accept: bool
 ) -> dict[str, Any]:
     return {
         "checkpoint": source.digests(),
@@ -141,7 +151,8 @@ def _provenance(
         "packages": {package: _version(package) for package in PACKAGES},
         "gate": {
             "budgets": {precision: asdict(b) for precision, b in gate.BUDGETS.items()},
-            "accepted": list(accepted),
+            "accepted": list(refused.values()) if accept else [],
+            "left_out": [] if accept else list(refused.values()),
         },
     }
 

@@ -18,7 +18,7 @@ from edge_slm_converters.graph import write_all_logits
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.draft import END_ID
-from edge_slm_runtime.errors import CheckpointError, GateRefused
+from edge_slm_runtime.errors import CheckpointError
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
 
@@ -87,27 +87,21 @@ def measure(
         raise CheckpointError(f"fidelity cannot be measured: {error}") from None
 
 
-def refusals(variants: Sequence[Variant]) -> list[str]:
-    """One line with the figures per measured variant that is outside its budget."""
-    lines = []
+def refusals(variants: Sequence[Variant]) -> dict[str, str]:
+    """Name → the figures, of each measured variant that is outside its budget."""
+    refused = {}
     for variant in variants:
         budget, figures = BUDGETS[variant.precision], variant.fidelity
         if figures is None:
             continue
         top1, ratio = figures["top1"], figures["perplexity_ratio"]
         if not (top1 >= budget.top1 and ratio <= budget.perplexity_ratio):  # NaN is refused
-            lines.append(
+            refused[variant.name] = (
                 f"{variant.name}: top-1 agreement {top1:.4f} (at least {budget.top1}), "
                 f"perplexity ratio {ratio:.4f} (at most {budget.perplexity_ratio}) "
                 f"over {figures['positions']} positions"
             )
-    return lines
-
-
-def refuse(lines: Sequence[str]) -> None:
-    """Raises GateRefused with the figures when there are any."""
-    if lines:
-        raise GateRefused("; ".join(lines), "accept it explicitly to ship it all the same")
+    return refused
 
 
 def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:

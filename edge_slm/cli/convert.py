@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar
+from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar, warn
 from edge_slm.cli.options import folder
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import DataError
@@ -51,14 +50,17 @@ def convert(
 ) -> None:
     """Convert the Hugging Face GPT-2 folder CHECKPOINT to the bundle folder OUT.
 
-    Each variant's predictions are measured against fp32; one outside its budget
-    is refused (exit 7) unless --accept. OUT appears whole or not at all.
+    Each variant's predictions are measured against fp32. Without --variants those
+    outside their budget are left out with a warning; one asked for by name is refused
+    (exit 7) unless --accept. OUT appears whole or not at all.
     """
     names = variants.split(",") if variants else None
     evaluation = held_out_examples(checkpoint, data) if data else None
     manifest = convert_with_bar(
         checkpoint, out, names, name=name, evaluation=evaluation, accept=accept
     )
+    for figures in manifest.provenance["gate"]["left_out"]:
+        warn(f"left out, outside its fidelity budget: {figures}")
     if as_json:
         emit_json(manifest.to_json())
         return
@@ -77,10 +79,10 @@ def convert_with_bar(
     accept: bool = False,
 ) -> Manifest:
     """`edge_slm_converters.convert`, its steps shown on stderr."""
-    from edge_slm_converters.convert import DEFAULT_VARIANTS, REFERENCE, VARIANTS
+    from edge_slm_converters.convert import DEFAULT_VARIANTS, REFERENCE
     from edge_slm_converters.convert import convert as run
 
-    chosen = variants or [name for name in DEFAULT_VARIANTS if find_spec(VARIANTS[name].engine)]
+    chosen = variants or DEFAULT_VARIANTS
     with progress_bar() as progress:
         # Around the variants: reading, measuring, recording goldens.
         task = progress.add_task("converting", total=len({REFERENCE, *chosen}) + 3)
@@ -92,7 +94,7 @@ def convert_with_bar(
         return run(
             checkpoint,
             out,
-            chosen,
+            variants,
             name=name,
             evaluation=evaluation,
             accept=accept,

