@@ -8,6 +8,7 @@ time, load time and peak RSS. Fails when torch or transformers got in.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,10 @@ def main() -> None:
         python = Path(scratch) / "bin" / "python"
         packages = next((Path(scratch) / "lib").glob("python3*/site-packages"))
         before = megabytes(packages)
-        install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", ROOT]
+        # A copy, because building a wheel leaves a build folder in the tree.
+        unneeded = shutil.ignore_patterns(".*", "runs", "models", "build", "*.egg-info")
+        source = shutil.copytree(ROOT, Path(scratch) / "source", ignore=unneeded)
+        install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", source]
         subprocess.run(install, check=True)
         added = megabytes(packages) - before
         runs = [
@@ -58,7 +62,8 @@ def main() -> None:
             name for name in ("torch", "transformers", "onnx") if (packages / name).exists()
         ]
         sizes = sorted(
-            ((megabytes(f), f.name) for f in packages.iterdir() if f.is_dir()), reverse=True
+            ((megabytes(f), f.name) for f in packages.iterdir() if f.is_dir() and f.name != "pip"),
+            reverse=True,
         )
     print(f"installed        {added:7.1f} MB (with .pyc files)")
     for size, name in sizes[:6]:
