@@ -29,8 +29,9 @@ UInt8 = npt.NDArray[np.uint8]
 # (where nothing can overflow).
 INT8_LIMIT = 96
 # Activations are uint8 around 128, because int8 × int8 is not prepacked. What leaves a
-# GELU is never below -0.17, so there the range is put where the values are: measured on
-# the reference model, top-1 agreement 0.984 instead of 0.979, KL 28% lower.
+# GELU is never below -0.17, so there the range is put where the values are. 16 is the best
+# of 16, 32 and 48 in a simulation on 5,033 held-out tokens of the reference model: KL
+# 0.00092 (128: 0.00128). Converted, top-1 agreement is 98.18% (128: 97.96%) on 9,822 tokens.
 ACTIVATION_ZERO, ONE_SIDED_ZERO, ACTIVATION_MAX = 128, 16, 255
 BLOCK = 32
 INT4_LIMIT = 8
