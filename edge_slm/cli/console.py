@@ -36,6 +36,7 @@ Exit codes:
     7  a variant outside its fidelity budget
     8  training or batch data that cannot be used
     9  an output that exists already
+   10  a teacher or judge that does not answer
   130  interrupted with Ctrl-C
 """
 

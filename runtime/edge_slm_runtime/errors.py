@@ -15,7 +15,9 @@
     ├── CheckpointError             exit 6   what is converted (raised by the converters)
     ├── GateRefused                 exit 7   a variant outside its fidelity budget
     ├── DataError                   exit 8   training or batch data
-    └── TargetExists                exit 9   what would be overwritten
+    ├── OutOfMemory                 exit 1   a step that does not fit into the memory
+    ├── TargetExists                exit 9   what would be overwritten
+    └── TeacherError                exit 10  a teacher or judge that does not answer
 
 `code` is stable: programs may match on it. `str(error)` is one line: what is
 wrong and where, then what to do about it.
@@ -45,6 +47,7 @@ __all__ = [
     "ManifestAltered",
     "ManifestInvalid",
     "NotSupportedByEngine",
+    "OutOfMemory",
     "PathEscape",
     "RelevanceOutOfRange",
     "RequestError",
@@ -53,6 +56,7 @@ __all__ = [
     "SchemaVersionUnsupported",
     "SymlinkRefused",
     "TargetExists",
+    "TeacherError",
     "UnknownTask",
     "UsedAfterFork",
     "VariantNotFound",
@@ -232,8 +236,21 @@ class DataError(EdgeSlmError):
     exit_code = 8
 
 
+class OutOfMemory(EdgeSlmError):
+    """The memory of the device does not suffice; the hint names the setting to change."""
+
+    code = "out_of_memory"
+
+
 class TargetExists(EdgeSlmError):
     """The place to write to is taken; nothing is ever overwritten."""
 
     code = "target_exists"
     exit_code = 9
+
+
+class TeacherError(EdgeSlmError):
+    """The model that writes or judges samples cannot be used; names its server."""
+
+    code = "teacher_failed"
+    exit_code = 10
