@@ -9,11 +9,11 @@ from edge_slm.cli.batch import batch
 from edge_slm.cli.console import EXIT_CODES, Commands
 from edge_slm.cli.convert import convert
 from edge_slm.cli.demo import demo
+from edge_slm.cli.distill import distill
 from edge_slm.cli.evaluate import evaluate
 from edge_slm.cli.generate import generate
 from edge_slm.cli.info import info
 from edge_slm.cli.profile import profile
-from edge_slm.cli.train import train
 from edge_slm.cli.verify import verify
 
 __all__ = ["main"]
@@ -22,7 +22,7 @@ __all__ = ["main"]
 @click.group(
     cls=Commands,
     epilog=EXIT_CODES,
-    commands=[demo, train, convert, verify, info, generate, batch, profile, evaluate],
+    commands=[demo, distill, convert, verify, info, generate, batch, profile, evaluate],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(edge_slm.__version__, prog_name="edge-slm")

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from edge_slm.distill.prepare import Prepared
-from edge_slm.distill.recipe import Recipe
+from edge_slm.distill.files import write_json
 from edge_slm.distill.tokenizer import save_tokenizer
+from edge_slm_runtime.command import CommandSchema
 
 
 def save_checkpoint(
-    model: Any, prepared: Prepared, recipe: Recipe, target: Path, metrics: dict[str, Any]
+    model: Any, tokenizer: Any, schema: CommandSchema, facts: dict[str, Any], target: Path
 ) -> Path:
-    """fp16 safetensors, config, tokenizer, command.json, recipe.json; aside, then renamed."""
+    """fp16 safetensors, config, tokenizer, command.json, recipe.json (`facts`); aside, renamed.
+
+    The model itself keeps its precision.
+    """
     import torch
 
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.to(torch.float16).save_pretrained(aside, safe_serialization=True)
-        save_tokenizer(prepared.tokenizer, aside)
-        _write_json(aside / "command.json", prepared.schema.to_json())
-        _write_json(
-            aside / "recipe.json",
-            {
-                "digest": recipe.digest(),
-                "recipe": recipe.as_dict(),
-                "data": prepared.facts,
-                "metrics": metrics,
-            },
-        )
+        half = copy.deepcopy(model).to(torch.float16)
+        half.save_pretrained(aside, safe_serialization=True)
+        save_tokenizer(tokenizer, aside)
+        write_json(schema.to_json(), aside / "command.json")
+        write_json(facts, aside / "recipe.json")
         for file in aside.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -43,7 +39,3 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return target
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -11,14 +11,21 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.samples import Sample
-from edge_slm_runtime.command import RELEVANCE_LEVELS, Command, CommandSchema, default_axes
+from edge_slm_runtime.command import (
+    RELEVANCE_LEVELS,
+    Command,
+    CommandSchema,
+    Position,
+    default_axes,
+)
 
-Edges = Mapping[str, list[float]]  # task → the RELEVANCE_LEVELS - 1 inner quantiles
+Edges = Mapping[str, list[float]]  # task → the inner quantiles of its rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +37,54 @@ class Record:
     command: Command
 
 
-def level_edges(samples: Sequence[Sample], rewards: npt.NDArray[np.float32]) -> Edges:
-    """Per task the inner quantile edges of the reward (level k starts at edge k - 1)."""
+def level_edges(
+    samples: Sequence[Sample],
+    rewards: npt.NDArray[np.float32],
+    levels: int = RELEVANCE_LEVELS,
+    scope: Literal["task", "global"] = "task",
+) -> Edges:
+    """Per task the levels - 1 inner quantiles of the reward (level k starts at edge k - 1);
+    scope "global": those of all tasks together, for each of them."""
     by_task: dict[str, list[float]] = defaultdict(list)
     for sample, reward in zip(samples, rewards, strict=True):
         by_task[sample.task].append(float(reward))
-    quantiles = np.arange(1, RELEVANCE_LEVELS) / RELEVANCE_LEVELS
-    return {task: np.quantile(r, quantiles).round(4).tolist() for task, r in by_task.items()}
+    quantiles = np.arange(1, levels) / levels
+    pools = by_task if scope == "task" else dict.fromkeys(by_task, rewards)
+    return {task: np.quantile(r, quantiles).round(4).tolist() for task, r in pools.items()}
+
+
+def level_of(reward: float, edges: Sequence[float]) -> int:
+    return int(np.searchsorted(edges, reward, "right"))
 
 
 def relabel(
-    samples: Sequence[Sample], rewards: npt.NDArray[np.float32], edges: Edges
+    samples: Sequence[Sample],
+    rewards: npt.NDArray[np.float32],
+    edges: Edges,
+    *,
+    plain: bool = False,
 ) -> list[Record]:
-    """Each sample under the command that it achieved."""
+    """Each sample under the command that it achieved; plain: under its task alone."""
+
+    def achieved(sample: Sample, reward: float) -> Command:
+        if plain:
+            return Command(sample.task)
+        return Command(sample.task, sample.words, level_of(reward, edges[sample.task]))
+
     return [
-        Record(
-            sample.request,
-            sample.response,
-            Command(
-                sample.task, sample.words, int(np.searchsorted(edges[sample.task], reward, "right"))
-            ),
-        )
-        for sample, reward in zip(samples, rewards, strict=True)
+        Record(sample.request, sample.response, achieved(sample, reward))
+        for sample, reward in zip(samples, rewards.tolist(), strict=True)
     ]
 
 
-def build_schema(tasks: Sequence[str], records: Sequence[Record]) -> CommandSchema:
+def build_schema(
+    tasks: Sequence[str],
+    records: Sequence[Record],
+    levels: int = RELEVANCE_LEVELS,
+    position: Position = "bottom",
+) -> CommandSchema:
     """The grammar with the support that these records give."""
-    axes = default_axes(tasks)
+    axes = default_axes(tasks, levels)
     counts: dict[str, dict[str, dict[str, int]]] = {
         task: {axis.name: {} for axis in axes if axis.kind != "category"} for task in tasks
     }
@@ -68,7 +95,7 @@ def build_schema(tasks: Sequence[str], records: Sequence[Record]) -> CommandSche
                 seen = counts[record.command.task or ""][axis.name]
                 value = axis.value_of(asked[axis.name])
                 seen[value] = seen.get(value, 0) + 1
-    return CommandSchema(axes, counts)
+    return CommandSchema(axes, counts, position=position)
 
 
 def drop(command: Command, share: float, rng: random.Random) -> Command:

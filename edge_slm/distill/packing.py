@@ -24,11 +24,15 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One record: request and response ids; the command is rendered per epoch (dropout)."""
+    """One record; the command is rendered per epoch (dropout).
+
+    record None is a piece of general text: no command, `<|end|>` stands before it.
+    """
 
     request: list[int]
-    response: list[int]  # END included
-    record: Record
+    response: list[int]  # a record's with END
+    record: Record | None
+    begun: list[int]  # per response token: words begun before it; empty for general text
 
 
 def encode_records(
@@ -39,29 +43,54 @@ def encode_records(
     end = tokenizer.token_to_id(END)
     requests = tokenizer.encode_batch([r.request for r in records], add_special_tokens=False)
     responses = tokenizer.encode_batch([r.response for r in records], add_special_tokens=False)
-    overhead = len(schema.axes) + 2
     encoded = [
-        Encoded(q.ids, [*a.ids, end], record)
+        Encoded(q.ids, [*a.ids, end], record, _words_begun(a.tokens))
         for q, a, record in zip(requests, responses, records, strict=True)
     ]
-    fitting = [e for e in encoded if overhead + len(e.request) + len(e.response) <= positions]
+    room = positions - schema.overhead
+    fitting = [e for e in encoded if len(e.request) + len(e.response) <= room]
     return fitting, len(encoded) - len(fitting)
+
+
+def _words_begun(tokens: Sequence[str]) -> list[int]:
+    """Before each token, and at the end. A leading space (Ġ) begins a word, as does the start."""
+    counts = [0]
+    for i, token in enumerate(tokens):
+        counts.append(counts[-1] + (i == 0 or token.startswith("Ġ")))
+    return counts
+
+
+def encode_text(text: str, tokenizer: Any, positions: int) -> list[Encoded]:
+    """General text in pieces that fill a row each."""
+    tokenizer.encode_special_tokens = True
+    paragraphs = text.split("\n\n")
+    stream = [i for e in tokenizer.encode_batch(paragraphs) for i in e.ids]
+    size = positions - 1
+    return [Encoded([], stream[i : i + size], None, []) for i in range(0, len(stream), size)]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Arrays [rows, length]. `segment` numbers the records of a row; -1 is padding."""
+    """Arrays [rows, length]. `segment` numbers the records of a row; -1 is padding.
+
+    so_far, remaining: words of the response begun before, and still to begin at,
+    the labelled token; IGNORED where unknown (`remaining`: where no length is asked).
+    """
 
     ids: Ids
     positions: Ids
     labels: Ids  # already shifted: labels[t] is the token after ids[t], or IGNORED
     segment: Ids
+    so_far: Ids
+    remaining: Ids
 
-    def mask(self) -> npt.NDArray[np.bool_]:
-        """Attention [rows, 1, length, length]: causal, within a record. True = attend."""
-        length = self.ids.shape[1]
-        same = self.segment[:, :, None] == self.segment[:, None, :]
-        return np.asarray((same & np.tri(length, dtype=bool))[:, None])
+    def rows(self, which: slice) -> Batch:
+        return Batch(*(getattr(self, name)[which] for name in self.__slots__))
+
+    @property
+    def bearing(self) -> int:
+        """Tokens that bear loss."""
+        return int((self.labels != IGNORED).sum())
 
 
 class Packer:
@@ -80,6 +109,10 @@ class Packer:
         self._records, self._schema = records, schema
         self._rows, self._length, self._dropout, self._seed = rows, length, dropout, seed
 
+    def _size(self, record: Encoded) -> int:
+        overhead = self._schema.overhead if record.record else 1
+        return overhead + len(record.request) + len(record.response)
+
     def epoch(self, number: int, *, partial: bool = False) -> list[list[list[int]]]:
         """The plan of an epoch: batches of rows of record indices.
 
@@ -88,12 +121,10 @@ class Packer:
         """
         order = list(range(len(self._records)))
         random.Random(f"{self._seed}/{number}").shuffle(order)
-        overhead = len(self._schema.axes) + 2
         open_rows: list[tuple[int, list[int]]] = []
         full: list[list[int]] = []
         for index in order:
-            record = self._records[index]
-            size = overhead + len(record.request) + len(record.response)
+            size = self._size(self._records[index])
             for i, (left, row) in enumerate(open_rows):
                 if size <= left:
                     row.append(index)
@@ -114,19 +145,29 @@ class Packer:
         rng = random.Random(f"{self._seed}/{epoch}/{number}/dropout")
         shape = (len(rows), self._length)
         ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        labels, segment = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
+        labels, segment, so_far, remaining = (np.full(shape, IGNORED) for _ in range(4))
+        segment[:] = -1
         for r, row in enumerate(rows):
             at = 0
             for s, index in enumerate(row):
-                record = self._records[index]
-                command = drop(record.record.command, self._dropout, rng)
-                prompt = self._schema.frame(record.request, command)
-                tokens = prompt + record.response
+                encoded = self._records[index]
+                prompt, told = [0], False  # END is id 0
+                if encoded.record:
+                    command = drop(encoded.record.command, self._dropout, rng)
+                    prompt = self._schema.frame(encoded.request, command)
+                    told = command.words is not None
+                tokens = prompt + encoded.response
                 stop = at + len(tokens)
                 ids[r, at:stop] = tokens
                 positions[r, at:stop] = np.arange(len(tokens))
                 segment[r, at:stop] = s
                 # The last prompt token predicts the first response token.
-                labels[r, at + len(prompt) - 1 : stop - 1] = record.response
+                bearing = slice(at + len(prompt) - 1, stop - 1)
+                labels[r, bearing] = encoded.response
+                if encoded.begun:
+                    begun = np.asarray(encoded.begun)
+                    so_far[r, bearing] = begun
+                    if told:
+                        remaining[r, bearing] = begun[-1] - begun
                 at = stop
-        return Batch(ids, positions, labels, segment)
+        return Batch(ids, positions, labels, segment, so_far, remaining)

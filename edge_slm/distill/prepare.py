@@ -1,22 +1,26 @@
-"""From sample files to training records: read, vary, score, relabel, tokenise."""
+"""From sample files to what training needs: read, vary, score, relabel, tokenise."""
 
 from __future__ import annotations
 
 import hashlib
+import lzma
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from edge_slm.distill.buffer import Buffer
 from edge_slm.distill.hindsight import Edges, build_schema, level_edges, relabel
-from edge_slm.distill.packing import Encoded, encode_records
+from edge_slm.distill.packing import Encoded, encode_records, encode_text
 from edge_slm.distill.recipe import Recipe
-from edge_slm.distill.rewards import Relevance
+from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample, load_samples, vary
 from edge_slm.distill.tokenizer import train_tokenizer
-from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.command import CommandSchema, default_axes
+from edge_slm_runtime.errors import DataError
 
 # (stage, done, total, remark): the one way in which long work tells how far it is.
 Report = Callable[[str, int, int, str], None]
@@ -28,56 +32,102 @@ def silent(stage: str, done: int, total: int, remark: str = "") -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that training needs; the same recipe and data give the same object."""
+    """What the data gives; the same recipe and data give the same object."""
+
+    recipe: Recipe
+    pairs: list[Sample]  # of the training side
+    held: list[Sample]
+    held_rewards: npt.NDArray[np.float32]
+    buffer: Buffer
+    facts: dict[str, Any] = field(default_factory=dict)  # counts, for the model card
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """The buffer under the commands that its samples achieved, as token ids."""
 
     schema: CommandSchema
     edges: Edges
-    tokenizer: Any
     train: list[Encoded]
     valid: list[Encoded]
-    facts: dict[str, Any]  # counts, for the metrics file and the model card
+    too_long: int
 
 
 def prepare(
-    recipe: Recipe, data: Sequence[str | Path], cache: Path | None, report: Report = silent
+    recipe: Recipe, data: Sequence[str | Path], reward: Reward, report: Report = silent
 ) -> Prepared:
     """Raises DataError (unusable data, by file and line) and DependencyMissing."""
     report("read", 0, 1, "")
     pairs, held, lone = load_samples(data, recipe.data, recipe.seed)
     samples = vary(pairs, lone, recipe.hindsight, recipe.data.holdout_percent, recipe.seed)
     report("read", 1, 1, f"{len(pairs)} pairs → {len(samples)} samples")
-
-    reward = Relevance(cache, bf16=recipe.train.precision == "bf16")
     scores = reward.score(samples + held, lambda done, total: report("score", done, total, ""))
-    edges = level_edges(samples, scores[: len(samples)])
-    records = relabel(samples, scores[: len(samples)], edges)
-    valid = relabel(held, scores[len(samples) :], edges)
-    schema = build_schema(recipe.data.tasks, records)
-
-    report("tokenizer", 0, 1, "")
-    texts = [text for sample in pairs for text in (sample.request, sample.response)]
-    tokenizer = train_tokenizer(texts, schema, recipe.model.vocab_size)
-    report("tokenizer", 1, 1, f"{tokenizer.get_vocab_size()} tokens")
-
-    positions = recipe.model.positions
-    train_encoded, too_long = encode_records(records, tokenizer, schema, positions)
-    valid_encoded, _ = encode_records(valid, tokenizer, schema, positions)
+    buffer = Buffer(recipe.hindsight.capacity)
+    buffer.add(samples, scores[: len(samples)].tolist())
     facts = {
         "digest": hashlib.sha256(repr((pairs, lone)).encode()).hexdigest(),
         "pairs": len(pairs),
         "held_out": len(held),
         "samples": len(samples),
-        "samples_too_long": too_long,
         "samples_by_task_and_kind": _count(samples),
-        "mean_relevance_by_task": _means(samples, scores[: len(samples)]),
-        "relevance_level_edges": dict(edges),
-        "tokens_per_word": round(
-            sum(len(e.response) - 1 for e in train_encoded)
-            / max(1, sum(e.record.command.words or 0 for e in train_encoded)),
-            3,
-        ),
+        "reward": reward.name,
+        "mean_reward_by_task": _means(samples, scores[: len(samples)]),
     }
-    return Prepared(schema, edges, tokenizer, train_encoded, valid_encoded, facts)
+    return Prepared(recipe, pairs, held, scores[len(samples) :], buffer, facts)
+
+
+def label(prepared: Prepared, tokenizer: Any) -> Labelled:
+    """Levels from the buffer as it is now, and all samples under them."""
+    recipe, h = prepared.recipe, prepared.recipe.hindsight
+    samples, rewards = prepared.buffer.samples(), prepared.buffer.rewards()
+    edges = level_edges(samples, rewards, h.levels, h.quantiles)
+    records = relabel(samples, rewards, edges, plain=h.plain)
+    schema = build_schema(recipe.data.tasks, records, h.levels, h.position)
+    positions = recipe.model.positions
+    train, too_long = encode_records(records, tokenizer, schema, positions)
+    held = relabel(prepared.held, prepared.held_rewards, edges, plain=h.plain)
+    valid, _ = encode_records(held, tokenizer, schema, positions)
+    return Labelled(schema, edges, train, valid, too_long)
+
+
+def bare_schema(recipe: Recipe) -> CommandSchema:
+    """The grammar before any sample is labelled: all that the control tokens need."""
+    return CommandSchema(
+        default_axes(recipe.data.tasks, recipe.hindsight.levels),
+        position=recipe.hindsight.position,
+    )
+
+
+def new_tokenizer(prepared: Prepared, general: str = "") -> Any:
+    """A tokenizer of the recipe's size, of the pairs and (a part of) the general text."""
+    recipe = prepared.recipe
+    texts = [text for sample in prepared.pairs for text in (sample.request, sample.response)]
+    share = general[: sum(map(len, texts)) // 2]  # prompts are what it must be good at
+    return train_tokenizer(
+        [*texts, *share.split("\n\n")], bare_schema(recipe), recipe.model.vocab_size
+    )
+
+
+def read_text(paths: Sequence[str | Path]) -> str:
+    """General text: .txt and .txt.xz files, or folders of them. Raises DataError."""
+    pieces = []
+    for given in map(Path, paths):
+        files = sorted(given.glob("*.txt*")) if given.is_dir() else [given]
+        if not files:
+            raise DataError(f"no text file in {given}", "give .txt or .txt.xz files")
+        for file in files:
+            try:
+                raw = file.read_bytes()
+                pieces.append((lzma.decompress(raw) if file.suffix == ".xz" else raw).decode())
+            except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+                raise DataError(f"cannot read {file}: {error}", "give UTF-8 text") from None
+    return "\n\n".join(pieces)
+
+
+def text_records(text: str, tokenizer: Any, positions: int) -> tuple[list[Encoded], list[Encoded]]:
+    """(training pieces, about 1% held out) of general text."""
+    pieces = encode_text(text, tokenizer, positions)
+    return [p for i, p in enumerate(pieces) if i % 100], pieces[::100][:200]
 
 
 def _count(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
@@ -88,6 +138,6 @@ def _count(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _means(samples: Sequence[Sample], scores: Any) -> dict[str, float]:
+def _means(samples: Sequence[Sample], scores: npt.NDArray[np.float32]) -> dict[str, float]:
     tasks = np.array([sample.task for sample in samples])
     return {str(t): round(float(scores[tasks == t].mean()), 4) for t in np.unique(tasks)}

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from edge_slm.distill.split import HOLDOUT_PERCENT
-from edge_slm_runtime.command import ANY, CommandSchema, default_axes
+from edge_slm_runtime.command import (
+    ANY,
+    RELEVANCE_LEVELS,
+    CommandSchema,
+    Position,
+    default_axes,
+)
 from edge_slm_runtime.errors import DataError, DependencyMissing
 
 try:
@@ -46,6 +52,27 @@ class DataRecipe(_Section):
     max_request_words: int = Field(default=40, ge=1)
 
 
+class TeacherRecipe(_Section):
+    """Who writes samples, and how many, before training begins."""
+
+    kind: Literal["grammar", "server", "transformers"]
+    model: str = ""  # the server's name of it, or a folder or hub name
+    source: Literal["invent", "data"] = "invent"  # requests: its own, or those of the data
+    requests: int = Field(default=1000, ge=1)  # per task
+    candidates: int = Field(default=4, ge=1)  # answers per request
+    temperature: float = Field(default=0.9, ge=0)
+
+
+class RewardRecipe(_Section):
+    """Weights of the summed reward; a part of weight 0 is not computed."""
+
+    relevance: float = Field(default=1.0, ge=0)
+    keywords: float = Field(default=0.0, ge=0)
+    fluency: float = Field(default=0.0, ge=0)
+    judge: float = Field(default=0.0, ge=0)
+    judge_model: str = ""  # the server's name of it
+
+
 class HindsightRecipe(_Section):
     """How samples are multiplied and which outcomes become commands."""
 
@@ -53,9 +80,17 @@ class HindsightRecipe(_Section):
     fragments: dict[str, Count] = {}  # per task: requests made of phrases of the response
     mismatch_share: float = Field(default=0.12, ge=0, lt=1)
     command_dropout: float = Field(default=0.1, ge=0, lt=1)
+    plain: bool = False  # supervised training: the task is told, words and relevance never
+    levels: int = Field(default=RELEVANCE_LEVELS, ge=2, le=20)
+    quantiles: Literal["task", "global"] = "task"
+    position: Position = "bottom"  # of the command, seen from the request
+    capacity: int = Field(default=1_000_000, ge=1)  # samples the buffer keeps per task
 
 
 class ModelRecipe(_Section):
+    """The shape; with `init`, only `positions` and `dropout` count."""
+
+    init: str = ""  # a GPT-2 checkpoint, folder or hub name, to start from
     vocab_size: int = Field(default=6144, ge=512)
     layers: int = Field(default=6, ge=1)
     width: int = Field(default=384, ge=8)
@@ -65,25 +100,56 @@ class ModelRecipe(_Section):
 
 
 class TrainRecipe(_Section):
-    tokens: int = Field(gt=0)  # total, padding included
-    batch_tokens: int = Field(default=8192, gt=0)
-    learning_rate: float = Field(default=1.5e-3, gt=0)
+    """How every stage is trained."""
+
+    batch_tokens: int = Field(default=8192, gt=0)  # per optimizer step, padding included
+    micro_tokens: int = Field(default=0, ge=0)  # per forward pass on one device; 0 = all
     weight_decay: float = Field(default=0.1, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    countdown: float = Field(default=0.0, ge=0)  # weight of the auxiliary word-count loss
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
+    gradient_checkpointing: bool = False
     save_every: int = Field(default=200, ge=1)  # steps
     evaluate_every: int = Field(default=200, ge=1)  # steps
+
+
+class StageRecipe(_Section):
+    """One stage of transfer: general text, all tasks, or some (cf. arXiv 2210.03871)."""
+
+    kind: Literal["text", "commands"] = "commands"
+    tasks: tuple[TaskName, ...] = ()  # none = all
+    tokens: int = Field(gt=0)  # total, padding included
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+
+
+class ExploreRecipe(_Section):
+    """Exploration rounds after Srivastava et al. (arXiv 1912.02877, section 2.2)."""
+
+    rounds: int = Field(default=0, ge=0)
+    requests: int = Field(default=1000, ge=1)  # drawn per task and round
+    candidates: int = Field(default=2, ge=1)  # generations per request
+    best: int = Field(default=100, ge=1)  # episodes that a command is made from
+    bands: int = Field(default=1, ge=1)  # length bands that take turns; 1 is the paper's way
+    temperature: float = Field(default=1.0, gt=0)
+    tokens: int = Field(default=0, ge=0)  # trained per round
+    learning_rate: float = Field(default=5e-4, gt=0)
+    kl: float = Field(default=0.0, ge=0)  # weight of KL(model ‖ model before the round)
+    entropy: float = Field(default=0.0, ge=0)  # weight of the entropy bonus
 
 
 class Recipe(_Section):
     name: str = "model"
     seed: int = 0
     data: DataRecipe
+    teacher: TeacherRecipe | None = None
+    reward: RewardRecipe = RewardRecipe()
     hindsight: HindsightRecipe = HindsightRecipe()
     model: ModelRecipe = ModelRecipe()
-    train: TrainRecipe
+    train: TrainRecipe = TrainRecipe()
+    stages: tuple[StageRecipe, ...] = Field(min_length=1)
+    explore: ExploreRecipe = ExploreRecipe()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -91,15 +157,27 @@ class Recipe(_Section):
         if len(set(tasks)) != len(tasks) or ANY in tasks:
             raise ValueError(f"data.tasks must be different names, none of them {ANY!r}")
         per_task = {**self.data.max_rows, **self.hindsight.cuts, **self.hindsight.fragments}
-        if unknown := sorted(set(per_task) - set(tasks)):
+        named = [*per_task, *(task for stage in self.stages for task in stage.tasks)]
+        if unknown := sorted(set(named) - set(tasks)):
             raise ValueError(f"settings for {unknown[0]!r}, which is not in data.tasks")
+        if all(stage.kind == "text" for stage in self.stages):
+            raise ValueError("stages: one of them must be of kind 'commands'")
         if model.width % model.heads:
             raise ValueError("model.width must be a multiple of model.heads")
         least = len(CommandSchema(default_axes(tasks)).special_tokens()) + 256
         if model.vocab_size < least:
             raise ValueError(f"model.vocab_size must hold control tokens and bytes: {least}")
-        if not self.train.tokens >= self.train.batch_tokens >= model.positions:
-            raise ValueError("train.tokens ≥ train.batch_tokens ≥ model.positions must hold")
+        if self.train.batch_tokens < model.positions:
+            raise ValueError("train.batch_tokens must be at least model.positions")
+        if 0 < self.train.micro_tokens < model.positions:
+            raise ValueError("train.micro_tokens must be at least model.positions")
+        budgets = [stage.tokens for stage in self.stages]
+        budgets += [self.explore.tokens] if self.explore.rounds else []
+        if min(budgets) < self.train.batch_tokens:
+            raise ValueError("tokens of every stage and round must be at least train.batch_tokens")
+        reward = self.reward
+        if not reward.relevance + reward.keywords + reward.fluency + reward.judge:
+            raise ValueError("reward: one of the weights must be above 0")
         return self
 
     @classmethod
@@ -117,6 +195,26 @@ class Recipe(_Section):
             raise DataError(
                 ": ".join(filter(None, [f"recipe {path}", where, first["msg"]]))
             ) from None
+
+    def with_init(self, init: str) -> Recipe:
+        return self.model_copy(update={"model": self.model.model_copy(update={"init": init})})
+
+    def plain(self) -> Recipe:
+        """The baseline: supervised training on the pairs as they are, for equal tokens."""
+        h = {"plain": True, "cuts": {}, "fragments": {}, "mismatch_share": 0.0}
+        extra = self.explore.rounds * self.explore.tokens
+        *first, last = self.stages
+        last = last.model_copy(update={"tokens": last.tokens + extra})
+        return self.model_copy(
+            update={
+                "name": f"{self.name}-plain",
+                "teacher": None,  # the samples that it wrote are there
+                "hindsight": self.hindsight.model_copy(update=h),
+                "train": self.train.model_copy(update={"countdown": 0.0}),
+                "stages": (*first, last),
+                "explore": ExploreRecipe(),
+            }
+        )
 
     def digest(self) -> str:
         """sha256 of the settings, independent of the file's formatting."""

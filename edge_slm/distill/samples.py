@@ -27,7 +27,7 @@ from edge_slm_runtime.errors import DataError, RequestError
 if TYPE_CHECKING:
     from edge_slm.distill.recipe import DataRecipe, HindsightRecipe
 
-Kind = str  # "pair", "cut", "fragment", "mismatch"
+Kind = str  # "pair", "cut", "fragment", "mismatch", "own" (of an exploration round)
 
 # A derived request that ends in one of these was cut in the middle of a phrase.
 _DANGLING = frozenset(

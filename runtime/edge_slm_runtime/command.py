@@ -12,7 +12,8 @@ A prompt is
 
     <|request|> request text <|task:T|> <|words:W|> <|relevance:R|> <|response|>
 
-and the model answers with the response text and `<|end|>`.
+and the model answers with the response text and `<|end|>`. A schema may also put
+the command before the request, or on both sides (`CommandSchema.position`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from edge_slm_runtime.errors import (
     BadSetting,
@@ -47,7 +48,8 @@ WORD_EDGES: tuple[int, ...] = (
     *(13, 14, 15, 17, 19, 21, 23, 25, 27, 30, 33, 36, 39, 43, 47, 51, 56, 61, 67, 73),
     *(80, 87, 95, 104, 113, 123, 134, 146, 161),
 )
-RELEVANCE_LEVELS = 10
+RELEVANCE_LEVELS = 10  # unless the schema says otherwise
+Position = Literal["bottom", "top", "both"]  # of the command, seen from the request
 
 _CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
 _VALUE = re.compile(r"[A-Za-z0-9_-]+")  # what may stand behind the colon
@@ -137,14 +139,14 @@ class Axis:
         return index, index
 
 
-def default_axes(tasks: Sequence[str]) -> tuple[Axis, ...]:
+def default_axes(tasks: Sequence[str], levels: int = RELEVANCE_LEVELS) -> tuple[Axis, ...]:
     """The axes of this project's models: task, words, relevance."""
     edges = WORD_EDGES
     buckets = tuple(f"{lo}" if hi - lo == 1 else f"{lo}-{hi - 1}" for lo, hi in pairwise(edges))
     return (
         Axis("task", "category", tuple(tasks)),
         Axis("words", "bucket", buckets, edges),
-        Axis("relevance", "level", tuple(str(level) for level in range(RELEVANCE_LEVELS))),
+        Axis("relevance", "level", tuple(str(level) for level in range(levels))),
     )
 
 
@@ -163,12 +165,14 @@ class CommandSchema:
 
     support: task → axis name → axis value → count. A value with fewer than
     `min_support` samples counts as unseen. Empty support means "not recorded":
-    everything in range is then taken as supported.
+    everything in range is then taken as supported. position: where the command
+    stands; next to the answer ("bottom") small models follow it best.
     """
 
     axes: tuple[Axis, ...]
     support: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     min_support: int = 20
+    position: Position = "bottom"
 
     # -- tokens ---------------------------------------------------------------
 
@@ -188,9 +192,26 @@ class CommandSchema:
         asked = command.as_dict()
         return [axis.token(axis.value_of(asked[axis.name])) for axis in self.axes]
 
+    @property
+    def levels(self) -> int:
+        return len(self.axis("relevance").values)
+
+    @property
+    def overhead(self) -> int:
+        """Prompt tokens beside those of the request."""
+        return len(self.axes) * (2 if self.position == "both" else 1) + 2
+
     def render(self, request: str, command: Command) -> str:
         """The prompt as text (for people and tests; the model gets `encode`)."""
-        return "".join([REQUEST, clean_request(request), *self.command_tokens(command), RESPONSE])
+        before, after = self._around(self.command_tokens(command))
+        return "".join([REQUEST, *before, clean_request(request), *after, RESPONSE])
+
+    def _around(self, told: list[str]) -> tuple[list[str], list[str]]:
+        """The command's tokens (before, after) the request."""
+        return (
+            told if self.position != "bottom" else [],
+            told if self.position != "top" else [],
+        )
 
     def encode(
         self, request: str, command: Command, encode_text: Callable[[str], list[int]]
@@ -201,8 +222,14 @@ class CommandSchema:
     def frame(self, request: Sequence[int], command: Command) -> list[int]:
         """Prompt token ids around the ids of a request; training and inference share it."""
         ids = {token: i for i, token in enumerate(self.special_tokens())}
-        told = [ids[token] for token in self.command_tokens(command)]
-        return [ids[REQUEST], *request, *told, ids[RESPONSE]]
+        before, after = self._around(self.command_tokens(command))
+        return [
+            ids[REQUEST],
+            *(ids[token] for token in before),
+            *request,
+            *(ids[token] for token in after),
+            ids[RESPONSE],
+        ]
 
     def parse(self, text: str) -> tuple[str, dict[str, str], str]:
         """Inverse of `render`: (request, axis → value, response without `<|end|>`).
@@ -212,18 +239,23 @@ class CommandSchema:
         body, found, response = text.partition(RESPONSE)
         if not found or not body.startswith(REQUEST):
             raise BadSetting("not a rendered prompt", f"expected {REQUEST} … {RESPONSE}")
-        values: dict[str, str] = {}
-        for axis in reversed(self.axes):
-            match = re.search(rf"<\|{axis.name}:([A-Za-z0-9_-]+)\|>$", body)
-            if not match or match[1] not in (ANY, *axis.values):
+        told = "".join(rf"<\|{axis.name}:(?P<{axis.name}>[A-Za-z0-9_-]+)\|>" for axis in self.axes)
+        shapes = {
+            "bottom": rf"(?P<request_text>.*?){told}",
+            "top": rf"{told}(?P<request_text>.*)",
+            # The second command has to repeat the first.
+            "both": rf"{told}(?P<request_text>.*?)"
+            + "".join(rf"<\|{axis.name}:(?P={axis.name})\|>" for axis in self.axes),
+        }
+        match = re.fullmatch(shapes[self.position], body.removeprefix(REQUEST), re.DOTALL)
+        if not match:
+            raise BadSetting("no command where one belongs")
+        values = match.groupdict()
+        request = values.pop("request_text")
+        for axis in self.axes:
+            if values[axis.name] not in (ANY, *axis.values):
                 raise BadSetting(f"no {axis.name} token where one belongs")
-            values[axis.name] = match[1]
-            body = body[: match.start()]
-        return (
-            body.removeprefix(REQUEST),
-            dict(reversed(values.items())),
-            response.removesuffix(END),
-        )
+        return request, values, response.removesuffix(END)
 
     # -- validation -----------------------------------------------------------
 
@@ -266,6 +298,7 @@ class CommandSchema:
                 for a in self.axes
             ],
             "min_support": self.min_support,
+            "position": self.position,
             "support": {t: {a: dict(c) for a, c in s.items()} for t, s in self.support.items()},
         }
 
@@ -277,7 +310,12 @@ class CommandSchema:
                 Axis(a["name"], a["kind"], tuple(a["values"]), tuple(a.get("edges", ())))
                 for a in data["axes"]
             )
-            schema = cls(axes, data.get("support", {}), data.get("min_support", 20))
+            schema = cls(
+                axes,
+                data.get("support", {}),
+                data.get("min_support", 20),
+                data.get("position", "bottom"),
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestInvalid(f"command schema is malformed: {error!r}") from None
         if [(axis.name, axis.kind) for axis in axes] != _KINDS:
@@ -285,6 +323,8 @@ class CommandSchema:
             raise ManifestInvalid(f"command schema must have the axes {wanted}")
         for axis in axes:
             _check_axis(axis)
+        if schema.position not in get_args(Position):
+            raise ManifestInvalid(f"command schema: unknown position {shown(schema.position)}")
         if not is_count(schema.min_support) or not _holds_counts(schema.support, depth=3):
             raise ManifestInvalid("command schema: support must be task → axis → value → count")
         return schema

@@ -1,0 +1,140 @@
+"""An exploration round: ask for a little more than the best had, and learn from what comes.
+
+After Srivastava et al., arXiv 1912.02877, section 2.2: from the N best episodes, the
+horizon asked for is their mean length, the return is drawn from U[M, M + S], the
+mean and standard deviation of their returns. What is generated is scored and
+joins the buffer under what it really achieved.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_slm.distill.buffer import Buffer
+from edge_slm.distill.files import write_jsonl
+from edge_slm.distill.generate import Episode, Sampler
+from edge_slm.distill.hindsight import Edges, level_of
+from edge_slm.distill.prepare import Prepared, Report
+from edge_slm.distill.recipe import ExploreRecipe
+from edge_slm.distill.rewards import Reward
+from edge_slm.distill.samples import Sample
+from edge_slm_runtime.command import WORD_EDGES, Command, count_words
+
+_CHUNK = 512  # episodes between two writes of the journal
+
+
+def command(
+    buffer: Buffer, task: str, edges: Edges, recipe: ExploreRecipe, rng: random.Random
+) -> Command:
+    """What to ask of a task next, from the best episodes of a random length band."""
+    best = buffer.best(task, recipe.best, rng.randrange(recipe.bands), recipe.bands)
+    horizon = round(float(np.mean([sample.words for sample, _ in best])))
+    returns = [reward for _, reward in best]
+    mean, deviation = float(np.mean(returns)), float(np.std(returns))
+    level = level_of(rng.uniform(mean, mean + deviation), edges[task])
+    return Command(task, min(max(horizon, 1), WORD_EDGES[-1] - 1), level)
+
+
+def plan(prepared: Prepared, edges: Edges, number: int) -> list[Episode]:
+    """The episodes of round `number`: requests of the training side, each with a command."""
+    recipe = prepared.recipe.explore
+    episodes = []
+    for task in prepared.recipe.data.tasks:
+        rng = random.Random(f"{prepared.recipe.seed}/{number}/{task}")
+        requests = sorted({pair.request for pair in prepared.pairs if pair.task == task})
+        for request in rng.sample(requests, min(recipe.requests, len(requests))):
+            asked = command(prepared.buffer, task, edges, recipe, rng)
+            episodes += [
+                Episode(request, asked, rng.getrandbits(31)) for _ in range(recipe.candidates)
+            ]
+    return episodes
+
+
+def explore(
+    prepared: Prepared,
+    edges: Edges,
+    number: int,
+    checkpoint: Path,
+    reward: Reward,
+    out: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Plays round `number` and adds it to the buffer; returns what it achieved.
+
+    out: JSONL of the episodes with their rewards. A finished one is read instead;
+    a killed round continues behind its last chunk.
+    """
+    if not out.exists():
+        _play(prepared, plan(prepared, edges, number), number, checkpoint, reward, out, report)
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    ended = [row for row in rows if row["ended"]]
+    own = [Sample(row["request"], row["text"], row["task"], "own") for row in ended]
+    prepared.buffer.add(own, [row["reward"] for row in ended])
+    errors = [abs(row["words"] - sample.words) for row, sample in zip(ended, own, strict=True)]
+    asked = [row["relevance"] for row in ended]
+    got = [level_of(row["reward"], edges[row["task"]]) for row in ended]
+    return {
+        "episodes": len(rows),
+        "ended": len(ended),
+        "mean_reward": round(float(np.mean([row["reward"] for row in ended])), 4),
+        "mean_level_asked": round(float(np.mean(asked)), 2),
+        "mean_level_achieved": round(float(np.mean(got)), 2),
+        "mean_word_error": round(float(np.mean(errors)), 2),
+    }
+
+
+def _play(
+    prepared: Prepared,
+    episodes: Sequence[Episode],
+    number: int,
+    checkpoint: Path,
+    reward: Reward,
+    out: Path,
+    report: Report,
+) -> None:
+    recipe = prepared.recipe
+    journal = out.with_suffix(".journal")
+    rows = _read(journal)
+    sampler = None
+    for start in range(len(rows), len(episodes), _CHUNK):
+        sampler = sampler or Sampler(checkpoint)
+        chunk = episodes[start : start + _CHUNK]
+        texts = [
+            {
+                "request": episode.request,
+                **episode.command.as_dict(),
+                "text": answer.text,
+                "ended": answer.ended and count_words(answer.text) > 0,
+            }
+            for episode, answer in zip(
+                chunk, sampler(chunk, temperature=recipe.explore.temperature), strict=True
+            )
+        ]
+        rows += texts
+        with journal.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts))
+        report(f"explore {number}", start + len(chunk), len(episodes), "")
+    own = [Sample(row["request"], row["text"] or ".", row["task"], "own") for row in rows]
+    scores = reward.score(
+        own, lambda done, total: report(f"score round {number}", done, total, "")
+    )
+    write_jsonl(
+        ({**row, "reward": round(float(s), 4)} for row, s in zip(rows, scores, strict=True)), out
+    )
+    journal.unlink(missing_ok=True)
+
+
+def _read(journal: Path) -> list[dict[str, Any]]:
+    """The whole chunks of a journal; what a kill left torn is cut off."""
+    if not journal.exists():
+        return []
+    lines = journal.read_bytes().split(b"\n")[:-1]
+    whole = lines[: len(lines) - len(lines) % _CHUNK]
+    journal.write_bytes(b"".join(line + b"\n" for line in whole))
+    return [json.loads(line) for line in whole]

@@ -1,0 +1,273 @@
+"""The whole of upside-down reinforcement learning, from samples to a checkpoint.
+
+Every step leaves a whole file in the run's folder, so a run that was stopped or
+killed continues behind its last step, and inside a training stage behind its last
+saved state:
+
+    teacher.jsonl        what the teacher wrote
+    stage-1.pt …         weights after each stage of the recipe
+    round-1.jsonl …      episodes of each exploration round, with their rewards
+    round-1.pt …         weights after each round
+    state.pt             the stage under way
+    metrics-*.jsonl, tensorboard/
+    checkpoint/          the result, in the Hugging Face layout
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from edge_slm.distill.checkpoint import save_checkpoint
+from edge_slm.distill.explore import explore
+from edge_slm.distill.files import write_torch
+from edge_slm.distill.model import fresh_model, grown_model, weights_digest
+from edge_slm.distill.prepare import (
+    Labelled,
+    Prepared,
+    Report,
+    bare_schema,
+    label,
+    new_tokenizer,
+    prepare,
+    read_text,
+    silent,
+    text_records,
+)
+from edge_slm.distill.recipe import Recipe, StageRecipe
+from edge_slm.distill.rewards import Reward, make_reward
+from edge_slm.distill.samples import load_samples
+from edge_slm.distill.teachers import make_teacher, teach
+from edge_slm_runtime.errors import DataError, DependencyMissing, TargetExists
+
+
+def distill(
+    recipe: Recipe,
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    text: Sequence[str | Path] = (),
+    cache: str | Path | None = None,
+    server: str | None = None,
+    report: Report = silent,
+    max_steps: int | None = None,
+) -> Path:
+    """Runs the recipe to its end; returns the checkpoint (or state.pt, when stopped).
+
+    data: JSONL files or folders of samples; may be empty when the recipe has a
+    teacher. text: general text, for stages of kind "text". out: the run's folder; a
+    run found there is continued, the checkpoint of a finished one returned. cache: folder of the rewards' caches (default:
+    `out`/cache). server: URL of the OpenAI-compatible server of teacher and judge.
+    max_steps: of training, then stop. Ctrl-C saves after the step under way. Raises
+    DataError (what cannot be used, by name), TargetExists, DependencyMissing.
+    """
+    try:
+        import accelerate
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        raise DependencyMissing(
+            "training needs torch, transformers and accelerate", "pip install 'edge-slm[train]'"
+        ) from None
+    out = Path(out)
+    if (finished := out / "checkpoint").exists():
+        made_by = json.loads((finished / "recipe.json").read_text("utf-8"))
+        if made_by["digest"] != recipe.digest():
+            raise TargetExists(f"{out} holds a run of another recipe", "give another --out")
+        return finished
+    if any(stage.kind == "text" for stage in recipe.stages) and not text:
+        raise DataError("the recipe has a stage of general text", "give --text")
+    if not data and recipe.teacher is None:
+        raise DataError("no samples and no teacher", "give --data, or a [teacher] in the recipe")
+    out.mkdir(parents=True, exist_ok=True)
+    # Other processes wait for the first while it writes samples or scores them.
+    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(days=2))
+    accelerator = accelerate.Accelerator(kwargs_handlers=[patience])
+    if not accelerator.is_main_process:
+        report = silent
+    cache = Path(cache) if cache else out / "cache"
+    with accelerator.main_process_first():
+        if recipe.teacher:
+            data = [*data, _taught(recipe, data, out, server, report)]
+        reward = make_reward(
+            recipe.reward, cache, bf16=recipe.train.precision == "bf16", server=server
+        )
+        prepared = prepare(recipe, data, reward, report)
+    general = read_text(text) if text else ""
+    run = _Run(recipe, prepared, general, reward, out, accelerator, report, max_steps)
+    return run.all()
+
+
+def _taught(
+    recipe: Recipe, data: Sequence[str | Path], out: Path, server: str | None, report: Report
+) -> Path:
+    """The teacher's samples: answers to requests of its own, or to those of the data."""
+    assert recipe.teacher is not None
+    tasks, requests = recipe.data.tasks, None
+    if recipe.teacher.source == "data":
+        pairs, _, _ = load_samples(data, recipe.data, recipe.seed)
+        requests = {
+            task: list(dict.fromkeys(p.request for p in pairs if p.task == task)) for task in tasks
+        }
+    teacher = make_teacher(recipe.teacher, server=server, journal=out / "teacher.journal.jsonl")
+    target = out / "teacher.jsonl"
+    return teach(teacher, tasks, recipe.teacher, target, recipe.seed, report, requests)
+
+
+class _Run:
+    """The training half: stages, rounds, checkpoint."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        general: str,
+        reward: Reward,
+        out: Path,
+        accelerator: Any,
+        report: Report,
+        max_steps: int | None,
+    ) -> None:
+        from edge_slm.distill.objective import Learner
+
+        self.recipe, self.prepared, self.reward = recipe, prepared, reward
+        self.out, self.accelerator, self.report = out, accelerator, report
+        self.steps_left = max_steps
+        if recipe.model.init:
+            gpt, self.tokenizer = grown_model(recipe.model, bare_schema(recipe), recipe.seed)
+        else:
+            gpt = fresh_model(recipe.model, recipe.seed)
+            self.tokenizer = new_tokenizer(prepared, general)
+        if recipe.train.gradient_checkpointing:
+            gpt.gradient_checkpointing_enable({"use_reentrant": False})
+        self.learner = Learner(gpt, countdown=recipe.train.countdown, compile=recipe.train.compile)
+        self.general = general
+        self.labelled = label(prepared, self.tokenizer)
+        self.history: list[dict[str, Any]] = []  # of stages and rounds, for the model card
+
+    def all(self) -> Path:
+        for i, stage in enumerate(self.recipe.stages, 1):
+            if not self.trained(f"stage-{i}", stage):
+                return self.out / "state.pt"
+        e = self.recipe.explore
+        for number in range(1, e.rounds + 1):
+            name = f"round-{number}"
+            episodes = self.out / f"{name}.jsonl"
+            with self.accelerator.main_process_first():
+                start = self.out / f"{name}.start"
+                if not episodes.exists() and not start.exists():
+                    self.save(start)
+                achieved = explore(
+                    self.prepared,
+                    self.labelled.edges,
+                    number,
+                    start,
+                    self.reward,
+                    episodes,
+                    self.report,
+                )
+                shutil.rmtree(start, ignore_errors=True)
+            self.labelled = label(self.prepared, self.tokenizer)
+            stage = StageRecipe(tokens=e.tokens, learning_rate=e.learning_rate)
+            if not self.trained(name, stage, kl=e.kl, entropy=e.entropy, achieved=achieved):
+                return self.out / "state.pt"
+        self.accelerator.wait_for_everyone()
+        return self.save(self.out / "checkpoint")
+
+    def trained(
+        self, name: str, stage: StageRecipe, achieved: Mapping[str, Any] | None = None, **extra: Any
+    ) -> bool:
+        """Trains a stage, or loads what a finished one left. False: stopped before its end."""
+        import torch
+
+        from edge_slm.distill.trainer import Stage, Trainer, interrupts_deferred
+
+        done = self.out / f"{name}.pt"
+        if done.exists():
+            state = torch.load(done, map_location="cpu", weights_only=True)
+            if state["recipe"] != self.recipe.digest():
+                raise DataError(f"{done} belongs to another recipe", "give another --out")
+            self.learner.load_state_dict(state["model"])
+            self.history.append(state["history"])
+            return True
+        if stage.kind == "text":
+            length = self.recipe.model.positions
+            train, valid = text_records(self.general, self.tokenizer, length)
+        else:
+            train, valid = self.of_tasks(self.labelled, stage.tasks)
+        trainer = Trainer(
+            self.recipe,
+            Stage(
+                name,
+                train,
+                valid,
+                self.labelled.schema,
+                stage.tokens,
+                stage.learning_rate,
+                self.prepared.facts["digest"],
+                **extra,
+            ),
+            self.learner,
+            self.accelerator,
+            self.out,
+        )
+        trainer.resume()
+        before = trainer.at
+        with interrupts_deferred() as interrupted:
+            finished = trainer.run(self.report, self.steps_left, interrupted)
+        if interrupted:
+            raise KeyboardInterrupt
+        if self.steps_left is not None:
+            self.steps_left -= trainer.at - before
+        if not finished:
+            return False
+        history = {"stage": name, "steps": trainer.at, **(achieved or {}), **trainer.last}
+        self.history.append(history)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {
+                "recipe": self.recipe.digest(),
+                "model": self.learner.state_dict(),
+                "history": history,
+            }
+            write_torch(state, done)
+        self.accelerator.free_memory()
+        return True
+
+    @staticmethod
+    def of_tasks(labelled: Labelled, tasks: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        if not tasks:
+            return labelled.train, labelled.valid
+        return (
+            [e for e in labelled.train if e.record and e.record.command.task in tasks],
+            [e for e in labelled.valid if e.record and e.record.command.task in tasks],
+        )
+
+    def save(self, target: Path) -> Path:
+        """A checkpoint of the present weights, with all that is known about how it was made."""
+        if not self.accelerator.is_main_process:
+            return target
+        recipe, facts = self.recipe, dict(self.prepared.facts)
+        facts["relevance_level_edges"] = dict(self.labelled.edges)
+        facts["samples_too_long"] = self.labelled.too_long
+        origin = {}
+        if recipe.model.init:
+            before = Path(recipe.model.init) / "recipe.json"
+            origin["init"] = {
+                "weights_sha256": weights_digest(recipe.model.init),
+                "made_by": json.loads(before.read_text("utf-8")) if before.is_file() else None,
+            }
+        about = {
+            "digest": recipe.digest(),
+            "recipe": recipe.as_dict(),
+            "data": facts,
+            **origin,
+            "history": self.history,
+        }
+        return save_checkpoint(
+            self.learner.gpt, self.tokenizer, self.labelled.schema, about, target
+        )

@@ -1,0 +1,103 @@
+"""What training minimises: response-only cross-entropy, and what may be added to it.
+
+- KL to the model before the round, and an entropy bonus (Quark, Lu et al.,
+  arXiv 2205.13636), per response token;
+- the *countdown*: two linear heads read, from the hidden state, how many words are
+  begun and how many remain. `<|end|>` teaches length once per record; the countdown
+  does so at every token. The heads are dropped from the checkpoint. (Our own.)
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from edge_slm.distill.packing import IGNORED, Batch
+from edge_slm_runtime.command import WORD_EDGES
+
+_BUCKETS = len(WORD_EDGES) + 1  # those of WORD_EDGES, none at all, and more
+
+
+def attention_mask(segment: torch.Tensor) -> torch.Tensor:
+    """[rows, 1, length, length] from segments [rows, length]: causal, within a record."""
+    same = segment[:, :, None] == segment[:, None, :]
+    return same.tril()[:, None]
+
+
+class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
+    """A GPT-2 with its losses: `forward` gives their weighted sum over a batch."""
+
+    def __init__(self, gpt: Any, *, countdown: float = 0.0, compile: bool = False) -> None:  # noqa: A002
+        super().__init__()
+        self.gpt = gpt
+        self.countdown = countdown
+        self.kl = self.entropy = 0.0
+        self._before: list[Any] = []  # in a list: no submodule, not saved, not trained
+        if countdown:
+            width = gpt.config.n_embd
+            self.so_far = torch.nn.Linear(width, _BUCKETS)
+            self.remaining = torch.nn.Linear(width, _BUCKETS)
+        body = gpt.transformer
+        self._body = [torch.compile(body) if compile else body]
+
+    def stay_near(self, *, kl: float, entropy: float) -> None:
+        """Weights of the KL to the present weights, and of the entropy bonus."""
+        self.kl, self.entropy = kl, entropy
+        self._before = [copy.deepcopy(self.gpt).eval().requires_grad_(False)] if kl else []
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sums over the bearing tokens: `loss` (weighted), `cross_entropy` and the parts in use.
+
+        batch: the arrays of `tensors`, [rows, length].
+        """
+        inputs = {
+            "input_ids": batch["ids"],
+            "position_ids": batch["positions"],
+            "attention_mask": attention_mask(batch["segment"]),
+            "use_cache": False,
+        }
+        bearing = batch["labels"] != IGNORED  # only these reach the LM head
+        hidden = self._body[0](**inputs).last_hidden_state[bearing]
+        logits = self.gpt.lm_head(hidden).float()
+        parts = {
+            "cross_entropy": functional.cross_entropy(
+                logits, batch["labels"][bearing], reduction="sum"
+            )
+        }
+        loss = parts["cross_entropy"]
+        if self.kl or self.entropy:
+            log_p = logits.log_softmax(-1)
+            if self._before:
+                with torch.no_grad():
+                    before = self._before[0](**inputs).logits[bearing].float().log_softmax(-1)
+                parts["kl"] = (log_p.exp() * (log_p - before)).sum()
+                loss = loss + self.kl * parts["kl"]
+            parts["entropy"] = -(log_p.exp() * log_p).sum()
+            loss = loss - self.entropy * parts["entropy"]
+        if self.countdown:
+            counted = [
+                functional.cross_entropy(
+                    head(hidden).float(),
+                    batch[name][bearing],
+                    ignore_index=IGNORED,
+                    reduction="sum",
+                )
+                for name, head in (("so_far", self.so_far), ("remaining", self.remaining))
+            ]
+            parts["countdown"] = counted[0] + counted[1]
+            loss = loss + self.countdown * parts["countdown"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+
+def tensors(batch: Batch, device: Any) -> dict[str, torch.Tensor]:
+    """The batch on the device, word counts as buckets of WORD_EDGES."""
+    arrays = {name: getattr(batch, name) for name in batch.__slots__}
+    for name in ("so_far", "remaining"):
+        counts = arrays[name]
+        buckets = np.searchsorted(WORD_EDGES, counts, side="right")
+        arrays[name] = np.where(counts == IGNORED, IGNORED, buckets)
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

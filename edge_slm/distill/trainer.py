@@ -1,0 +1,322 @@
+"""One stage of training: from a model and records to the model after so many tokens.
+
+The state of a stage is one file (weights, optimizer, position in the data), written
+aside and renamed; random numbers follow from the seed and the step, so a killed run
+continues to the same result as an undisturbed one. Devices, mixed precision and
+several processes (`torchrun`) are accelerate's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_slm.distill.files import write_torch
+from edge_slm.distill.objective import Learner, tensors
+from edge_slm.distill.packing import Batch, Encoded, Packer
+from edge_slm.distill.prepare import Report
+from edge_slm.distill.recipe import Recipe
+from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.errors import DataError, OutOfMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one stage trains on, and for how long."""
+
+    name: str
+    train: Sequence[Encoded]
+    valid: Sequence[Encoded]
+    schema: CommandSchema
+    tokens: int
+    learning_rate: float
+    data_digest: str
+    kl: float = 0.0
+    entropy: float = 0.0
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then a cosine to a tenth."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[list[int]]:
+    """Ctrl-C fills the list instead of tearing a step apart; a second one does as ever.
+
+    Signals reach the main thread only; elsewhere the list stays empty.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def memory_named(recipe: Recipe) -> Iterator[None]:
+    """An allocation that fails becomes OutOfMemory, with the setting to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        t = recipe.train
+        now = t.micro_tokens or t.batch_tokens
+        hint = f"halve train.micro_tokens (now {now})"
+        if not t.gradient_checkpointing:
+            hint += " or set train.gradient_checkpointing"
+        raise OutOfMemory("a training step does not fit into the memory", hint) from error
+
+
+class Trainer:
+    """A learner, its optimizer and the data of one stage.
+
+    accelerator: one `accelerate.Accelerator` for all stages of a process. out: the
+    run's folder, or None to keep no files (throughput).
+    """
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, learner: Learner, accelerator: Any, out: Path | None
+    ) -> None:
+        t, length = recipe.train, recipe.model.positions
+        self.recipe, self.stage, self.accelerator, self.out = recipe, stage, accelerator, out
+        self.plain = learner.to(accelerator.device)
+        learner.stay_near(kl=stage.kl, entropy=stage.entropy)
+        decayed = [p for p in learner.parameters() if p.dim() >= 2]
+        rest = [p for p in learner.parameters() if p.dim() < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": t.weight_decay}, {"params": rest}],
+            lr=stage.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.learner, self.optimizer = accelerator.prepare(learner, optimizer)
+        self.rows = max(1, t.batch_tokens // length)
+        processes = accelerator.num_processes
+        if self.rows % processes:
+            raise DataError(
+                f"{self.rows} rows a step cannot be shared by {processes} processes",
+                f"make train.batch_tokens a multiple of {processes} × model.positions",
+            )
+        self.micro = max(1, t.micro_tokens // length) if t.micro_tokens else self.rows
+        dropout = recipe.hindsight.command_dropout
+        self.packer, self.valid = (
+            Packer(
+                encoded,
+                stage.schema,
+                rows=self.rows,
+                length=length,
+                dropout=share,
+                seed=recipe.seed,
+            )
+            for encoded, share in ((stage.train, dropout), (stage.valid, 0.0))
+        )
+        self.tokens_per_step = self.rows * length
+        self.total_steps = max(1, stage.tokens // self.tokens_per_step)
+        self.at, self.epoch, self.batch_number = 0, 0, 0
+        self.last: dict[str, Any] = {}
+
+    # -- the data ---------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        """Endless; continues at (epoch, batch_number). The next one is made meanwhile."""
+        plan = self.packer.epoch(self.epoch)
+        if not plan:
+            raise DataError("too few samples for one batch", "lower train.batch_tokens or add data")
+        with ThreadPoolExecutor(1) as ahead:
+
+            def order(epoch: int, number: int) -> Any:
+                return ahead.submit(self.packer.batch, epoch, number, plan[number])
+
+            pending = order(self.epoch, self.batch_number) if self.batch_number < len(plan) else None
+            while True:
+                if pending is None:
+                    self.epoch, self.batch_number = self.epoch + 1, 0
+                    plan = self.packer.epoch(self.epoch)
+                    pending = order(self.epoch, 0)
+                batch = pending.result()
+                self.batch_number += 1
+                more = self.batch_number < len(plan)
+                pending = order(self.epoch, self.batch_number) if more else None
+                yield batch
+
+    # -- one step ---------------------------------------------------------------
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step; per bearing token the losses, and the `gradient_norm`.
+
+        This process takes its share of the rows, in passes of `micro` rows. Raises
+        OutOfMemory, and DataError when the loss is no number.
+        """
+        a, t = self.accelerator, self.recipe.train
+        self.learner.train()
+        # Dropout follows from seed, step and process: nothing else to save.
+        drawn = f"{self.recipe.seed}/{self.stage.name}/{self.at}/{a.process_index}"
+        torch.manual_seed(zlib.crc32(drawn.encode()))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                self.at, self.total_steps, self.stage.learning_rate, t.warmup_steps
+            )
+        bearing = max(1, batch.bearing)
+        mine = batch.rows(slice(a.process_index, None, a.num_processes))
+        sums: dict[str, torch.Tensor] = {}
+        starts = range(0, len(mine.ids), self.micro)
+        with memory_named(self.recipe):
+            for start in starts:
+                last = start == starts[-1]
+                with contextlib.nullcontext() if last else a.no_sync(self.learner):
+                    parts = self.forward(
+                        self.learner, mine.rows(slice(start, start + self.micro))
+                    )
+                    # Gradients are averaged over processes; the sum is meant.
+                    a.backward(parts.pop("loss") * (a.num_processes / bearing))
+                for name, part in parts.items():
+                    sums[name] = sums.get(name, torch.zeros_like(part)) + part
+            norm = a.clip_grad_norm_(self.learner.parameters(), t.clip)
+        if a.num_processes > 1:
+            sums = a.reduce(sums, "sum")
+        losses = {name: value.item() / bearing for name, value in sums.items()}
+        if not math.isfinite(losses["cross_entropy"]):
+            raise DataError(
+                f"the loss is {losses['cross_entropy']} at step {self.at + 1}",
+                "lower the stage's learning_rate; the last saved state is sound",
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.at += 1
+        return {**losses, "gradient_norm": float(norm)}
+
+    def forward(self, learner: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        device = self.accelerator.device
+        bf16 = self.recipe.train.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            parts: dict[str, torch.Tensor] = learner(tensors(batch, device))
+        return parts
+
+    def run(self, report: Report, max_steps: int | None, interrupted: list[int]) -> bool:
+        """Trains to the end of the stage (True), or until stopped with its state saved."""
+        t, name = self.recipe.train, f"train {self.stage.name}"
+        left = self.total_steps if max_steps is None else max_steps
+        stop = min(self.total_steps, self.at + left)
+        batches = self.batches()
+        started, first = time.perf_counter(), self.at
+        while self.at < stop:
+            losses = self.step(next(batches))
+            speed = (self.at - first) * self.tokens_per_step / (time.perf_counter() - started)
+            self.last |= {k: round(v, 4) for k, v in losses.items()}
+            self.last["tokens_per_second"] = round(speed)
+            if self.at % t.evaluate_every == 0 or self.at == self.total_steps:
+                self.last |= self.evaluate()
+            self.log()
+            report(name, self.at, self.total_steps, self.remark())
+            if interrupted:
+                stop = self.at
+            if self.at % t.save_every == 0 or self.at == stop:
+                self.save()
+        batches.close()  # type: ignore[attr-defined]  # a generator
+        return self.at >= self.total_steps
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def evaluate(self) -> dict[str, float]:
+        """`valid_loss`: nats per response token of the held-out samples, under the
+        commands that they achieved. Empty when nothing is held out."""
+        self.plain.eval()
+        total, count = 0.0, 0
+        for i, rows in enumerate(self.valid.epoch(0, partial=True)):
+            batch = self.valid.batch(0, i, rows)
+            total += self.forward(self.plain, batch)["cross_entropy"].item()
+            count += batch.bearing
+        return {"valid_loss": round(total / count, 4)} if count else {}
+
+    def remark(self) -> str:
+        valid = f", held-out {self.last['valid_loss']}" if "valid_loss" in self.last else ""
+        return (
+            f"loss {self.last['cross_entropy']}{valid}, {self.last['tokens_per_second']} tokens/s"
+        )
+
+    # -- files ------------------------------------------------------------------
+
+    def log(self) -> None:
+        """A line of metrics.jsonl, and the same to TensorBoard."""
+        if self.out is None or not self.accelerator.is_main_process:
+            return
+        row = {"step": self.at, "tokens": self.at * self.tokens_per_step, "epoch": self.epoch}
+        with (self.out / f"metrics-{self.stage.name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, **self.last}) + "\n")
+        if not hasattr(self, "_board"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(self.out / "tensorboard" / self.stage.name), purge_step=self.at
+            )
+        for name, value in self.last.items():
+            self._board.add_scalar(name, value, self.at)
+
+    def save(self) -> None:
+        if self.out is None or not self.accelerator.is_main_process:
+            return
+        state = {
+            **self._digests(),
+            "stage": self.stage.name,
+            "model": self.plain.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "at": [self.at, self.epoch, self.batch_number],
+            "last": self.last,
+        }
+        write_torch(state, self.out / "state.pt")
+
+    def _digests(self) -> dict[str, str]:
+        return {"recipe": self.recipe.digest(), "data": self.stage.data_digest}
+
+    def resume(self) -> None:
+        """Continues from `out`/state.pt if there is one of this stage.
+
+        Raises DataError for one of another recipe or other data.
+        """
+        assert self.out is not None
+        path = self.out / "state.pt"
+        metrics = self.out / f"metrics-{self.stage.name}.jsonl"
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        if state is None or state["stage"] != self.stage.name:
+            metrics.unlink(missing_ok=True)
+            return
+        for what, digest in self._digests().items():
+            if state[what] != digest:
+                raise DataError(
+                    f"{path} belongs to another {what}",
+                    f"give another --out or the {what} it began with",
+                )
+        self.plain.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.at, self.epoch, self.batch_number = state["at"]
+        self.last = state["last"]
+        # Lines after the saved step will be written again.
+        with contextlib.suppress(FileNotFoundError):
+            lines = metrics.read_text("utf-8").splitlines()[: self.at]
+            metrics.write_text("".join(line + "\n" for line in lines), "utf-8")
