@@ -1,0 +1,191 @@
+"""Many answers at once from a checkpoint: what exploration rounds are made of.
+
+Torch, in batches, with the draw of the runtime's sampler: temperature, one uniform
+number per token from the row's own generator, inverse of the cumulative sum. So a
+seed gives the text that the runtime gives for it, and a row's text does not depend
+on its neighbours, both up to ties in floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_slm_converters.checkpoint import read_schema
+from edge_slm_runtime.command import Command
+from edge_slm_runtime.draft import END_ID
+from edge_slm_runtime.errors import (
+    CheckpointError,
+    DependencyMissing,
+    ManifestInvalid,
+    RequestTooLong,
+)
+from edge_slm_runtime.text import TextCodec
+
+_CROWDED = 0.85  # of a batch's rows still going: below it, the others are dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What is to be written; with the checkpoint and the temperature it decides the text."""
+
+    request: str
+    command: Command
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The text; `ended` is False where the context was full before `<|end|>`."""
+
+    text: str
+    ended: bool
+
+
+class Sampler:
+    """Writes answers with the checkpoint folder `checkpoint` of a training.
+
+    device: None is the GPU where there is one. batch: rows at once; None is 128, on a
+    GPU 512. bf16: None is "on a GPU". Raises CheckpointError, DependencyMissing.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        device: str | None = None,
+        batch: int | None = None,
+        bf16: bool | None = None,
+    ) -> None:
+        try:
+            import torch
+            from transformers import GPT2LMHeadModel
+        except ImportError:
+            raise DependencyMissing(
+                "sampling needs torch and transformers", "pip install 'edge-slm[train]'"
+            ) from None
+        folder = Path(checkpoint)
+        self.schema = read_schema(folder)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_cpu = torch.device(self.device).type == "cpu"
+        self.batch = batch or (128 if on_cpu else 512)
+        dtype = torch.bfloat16 if (not on_cpu if bf16 is None else bf16) else torch.float32
+        try:
+            self.codec = TextCodec(folder / "tokenizer.json", self.schema)
+            model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, ManifestInvalid) as error:
+            raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
+        self._model = model.to(self.device).eval()
+        self._positions: int = model.config.n_positions
+
+    def __call__(
+        self,
+        episodes: Sequence[Episode],
+        *,
+        temperature: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Answer]:
+        """One answer per episode, in order. temperature 0 is greedy.
+
+        Raises a RequestError for a request or command that cannot be honoured.
+        """
+        prompts = [self._prompt(episode) for episode in episodes]
+
+        # Rows that end together and pad little share a batch; the longest come first,
+        # so that memory that does not suffice shows at once.
+        def size(i: int) -> tuple[int, int]:
+            return episodes[i].command.words or 0, len(prompts[i])
+
+        order = sorted(range(len(episodes)), key=size, reverse=True)
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            written = self._write(
+                [prompts[i] for i in rows], [episodes[i].seed for i in rows], temperature
+            )
+            answers.update(zip(rows, written, strict=True))
+            if progress:
+                progress(len(answers), len(order))
+        return [answers[i] for i in range(len(episodes))]
+
+    def _prompt(self, episode: Episode) -> list[int]:
+        prompt = self.schema.encode(episode.request, episode.command, self.codec.encode)
+        if len(prompt) >= self._positions:
+            raise RequestTooLong(
+                f"the prompt of {episode.request[:40]!r}… has {len(prompt)} tokens, "
+                f"the model {self._positions} positions",
+                "shorten the request",
+            )
+        return prompt
+
+    def _write(
+        self, prompts: list[list[int]], seeds: list[int], temperature: float
+    ) -> list[Answer]:
+        """The answers of one batch; rows that have ended leave it, some at a time."""
+        import torch
+        from transformers import DynamicCache
+
+        longest = max(map(len, prompts))
+        rows = torch.arange(len(prompts), device=self.device)
+        room = self._positions - torch.tensor([len(p) for p in prompts], device=self.device)
+        steps = int(room.max())
+        # Left padding: the last token of every prompt stands in the last column.
+        padded = [[END_ID] * (longest - len(prompt)) + prompt for prompt in prompts]
+        ids = torch.tensor(padded, device=self.device)
+        mask = (
+            torch.arange(longest, device=self.device) >= longest - (self._positions - room)[:, None]
+        )
+        at = (mask.cumsum(1) - 1).clamp(min=0)
+        draws = torch.from_numpy(
+            np.stack([np.random.Generator(np.random.PCG64(s)).random(steps) for s in seeds])
+        ).to(self.device)
+        written = torch.full((len(prompts), steps), END_ID, device=self.device)
+        cache = DynamicCache()
+        with torch.inference_mode():
+            for step in range(steps):
+                logits = self._model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=at,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+                token = self._pick(logits.float(), draws[rows, step], temperature)
+                written[rows, step] = token
+                going = (written[rows, : step + 1] != END_ID).all(1) & (step + 1 < room[rows])
+                left = int(going.sum())
+                if not left:
+                    break
+                ids, at = token[:, None], (at[:, -1:] + 1).clamp(max=self._positions - 1)
+                mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+                if left <= _CROWDED * len(rows):  # leaving costs a copy of the cache
+                    kept = going.nonzero().flatten()
+                    rows, ids, at, mask = rows[kept], ids[kept], at[kept], mask[kept]
+                    cache.batch_select_indices(kept)
+        return [
+            self._answer(ids[:n]) for ids, n in zip(written.tolist(), room.tolist(), strict=True)
+        ]
+
+    def _pick(self, logits: Any, draws: Any, temperature: float) -> Any:
+        """The next token of each row, from `logits` [rows, V], which it changes.
+
+        draws: [rows], uniform in 0 … 1.
+        """
+        import torch
+
+        logits[:, END_ID + 1 : self.codec.controls] = -torch.inf
+        logits[:, self.codec.size :] = -torch.inf
+        if temperature == 0:
+            return logits.argmax(1)
+        steps = (logits / temperature).softmax(1).cumsum(1, dtype=torch.float64)
+        return torch.searchsorted(steps, (draws * steps[:, -1])[:, None], right=True)[:, 0]
+
+    def _answer(self, ids: list[int]) -> Answer:
+        ended = END_ID in ids
+        text = self.codec.decode(ids[: ids.index(END_ID)] if ended else ids)
+        return Answer(text.strip(), ended)
