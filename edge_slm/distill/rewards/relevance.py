@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from edge_slm.distill.rewards.base import Array, Progress
+from edge_slm.distill.rewards.cache import RowCache
+from edge_slm.distill.rewards.fluency import once
 from edge_slm.distill.samples import Sample
 from edge_slm_runtime.errors import DataError, DependencyMissing
 
@@ -43,24 +45,8 @@ class Relevance:
     def __init__(self, cache: Path | None = None, *, bf16: bool = False) -> None:
         self._bf16 = bf16
         self._model: Any = None
-        self._known: dict[bytes, Array] = {}
-        self._file: Path | None = None
-        if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
-            self._file = cache / f"minilm-{'bf16' if bf16 else 'fp32'}.embeddings"
-            self._read()
-
-    def _read(self) -> None:
-        """Rows of 20-byte digest + fp16 vector; a torn last row is dropped."""
-        assert self._file is not None
-        if self._file.exists():
-            row = np.dtype([("key", "S20"), ("vector", np.float16, WIDTH)])
-            whole = self._file.stat().st_size // row.itemsize
-            with self._file.open("r+b") as file:
-                file.truncate(whole * row.itemsize)
-                rows = np.frombuffer(file.read(), row)
-            # S20 strips trailing zero bytes; ljust restores them.
-            self._known = {r["key"].ljust(20, b"\0"): r["vector"].astype(np.float32) for r in rows}
+        file = cache / f"minilm-{'bf16' if bf16 else 'fp32'}.embeddings" if cache else None
+        self._vectors = RowCache(file, WIDTH, np.float16)
 
     def _load(self) -> Any:
         if self._model is None:
@@ -79,7 +65,7 @@ class Relevance:
     def embed(self, texts: Sequence[str], progress: Progress | None = None) -> Array:
         """Unit vectors, float32 [len(texts), 384]."""
         keys = [hashlib.sha1(text.encode()).digest() for text in texts]
-        todo = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._known}
+        todo = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._vectors}
         # By length, so that a batch pads little.
         pending = sorted(todo.items(), key=lambda item: len(item[1]))
         for start in range(0, len(pending), _CHUNK):
@@ -97,22 +83,16 @@ class Relevance:
                 .cpu()
                 .numpy()
             )
-            halves = vectors.astype(np.float16)  # as they will be read back
-            self._known.update(
-                (k, v.astype(np.float32)) for (k, _), v in zip(chunk, halves, strict=True)
-            )
-            if self._file is not None:
-                with self._file.open("ab") as file:
-                    for (key, _), vector in zip(chunk, halves, strict=True):
-                        file.write(key + vector.tobytes())
+            self._vectors.add((k, v) for (k, _), v in zip(chunk, vectors, strict=True))
             if progress:
                 progress(start + len(chunk), len(pending))
-        return np.stack([self._known[key] for key in keys])
+        return np.stack([self._vectors[key] for key in keys]).astype(np.float32)
 
     def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
         """Cosine of request and response, float32 [len(samples)], -1 … 1."""
         requests = [sample.request for sample in samples]
-        responses = [sample.response for sample in samples]
+        # A second mention of the request would raise the cosine and say nothing.
+        responses = [once(sample.request, sample.response) for sample in samples]
         both = self.embed(requests + responses, progress)
         left, right = both[: len(samples)], both[len(samples) :]
         norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)

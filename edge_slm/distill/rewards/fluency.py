@@ -1,0 +1,158 @@
+"""Fluency guards: what a reader sees at once is wrong with a text, whatever it says.
+
+The thresholds are our own, set so that what people wrote passes: see docs/rewards.md.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from math import prod
+
+import numpy as np
+
+from edge_slm.distill.rewards.base import Array, Progress
+from edge_slm.distill.rewards.keywords import stem, words_of
+from edge_slm.distill.samples import Sample
+
+# A text that ends in one of these was cut in the middle of a phrase.
+_DANGLING = frozenset(
+    "a an the and or but nor of at from with without into onto upon between among his its their "
+    "your our my is are was were be been has have had which who whose that than as if because "
+    "while very toward towards including featuring".split()
+)
+_SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*(?=\s|$)")
+_CLAUSE_END = re.compile(r"[,;:.!?]+(?=\s|$)")
+_BRACKETS = ("()", "[]", "{}", "“”", "«»")
+_LOOP = re.compile(r"\b(\w+(?: \w+){0,11}?)(?: \1){3,}\b")  # up to 12 words, four times in a row
+_NOISE = re.compile(
+    r"([^\W\d_])\1{3,}"  # a letter four times in a row
+    r"|([^\w\s.\-=*~])\2{3,}"  # a mark, unless it draws a line
+    r"|\b[bcdfghjklmnpqrstvwxz]{6,}\b"  # a word without vowels
+    r"|[^\W\d_]{31,}"  # a word that no language has
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """Each 0 … 1; 1 is nothing to complain of."""
+
+    repetition: float
+    truncation: float
+    echo: float
+    gibberish: float
+
+    @property
+    def fluency(self) -> float:
+        """The product."""
+        return prod(astuple(self))
+
+
+def guards(request: str, response: str) -> Guards:
+    """All 0 for a response without words."""
+    if not words_of(response):
+        return Guards(0.0, 0.0, 0.0, 0.0)
+    # Naming the request again must not mend a torn end or thin out noise.
+    single = once(request, response).strip()
+    return Guards(
+        _repetition(response),
+        _truncation(single),
+        _echo(request, response),
+        _ramp(_noise_share(single), good=0.0, bad=0.2),
+    )
+
+
+def _ramp(value: float, *, good: float, bad: float) -> float:
+    """1 up to `good`, 0 from `bad` on, straight in between."""
+    return min(1.0, max(0.0, (bad - value) / (bad - good)))
+
+
+def _repetition(text: str) -> float:
+    """0 for a loop, however long the good text before it."""
+    if _LOOP.search(" ".join(words_of(text))):
+        return 0.0
+    return _ramp(repeated_share(text), good=0.15, bad=0.6)
+
+
+def repeated_share(text: str) -> float:
+    """Share of words that only repeat, 0 … 1: in a trigram seen before (cf. seq-rep-n of
+    Welleck et al., arXiv 1908.04319), in a clause seen before, or the word just before."""
+    words: list[str] = []
+    repeats: set[int] = set()
+    seen: set[tuple[str, ...]] = set()
+    for part in _CLAUSE_END.split(text):
+        clause = words_of(part)
+        start = len(words)
+        words += clause
+        for i in range(start, len(words)):
+            trigram = tuple(words[max(0, i - 2) : i + 1])
+            if len(trigram) == 3 and trigram in seen:
+                repeats |= {i - 2, i - 1, i}
+            if i > start and words[i] == words[i - 1]:
+                repeats.add(i)
+            seen.add(trigram)
+        whole = ("clause", *clause)  # its mark keeps it apart from a trigram
+        if clause and whole in seen:
+            repeats |= set(range(start, len(words)))
+        seen.add(whole)
+    return len(repeats) / max(1, len(words))
+
+
+def _truncation(text: str) -> float:
+    """0.2: breaks off in the middle of a phrase. 0.5: a bracket or quotation mark stays
+    open, or three sentences end and the last one does not. Lists and titles need no end."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    finished = bool(ends) and ends[-1] == len(text)
+    if not finished and (text[-1] in ",;:-–—" or text.rsplit(maxsplit=1)[-1] in _DANGLING):
+        return 0.2
+    open_mark = text.count('"') % 2 or any(text.count(a) != text.count(b) for a, b in _BRACKETS)
+    return 0.5 if open_mark or (len(ends) >= 3 and not finished) else 1.0
+
+
+def _echo(request: str, response: str) -> float:
+    """0 for a response that keeps all of the request and adds no word; 1 when it adds two,
+    or a fifth of a long request, or keeps at most half (a title, tags). Halved when a
+    request of three words or more stands in it twice."""
+    asked = {stem(word) for word in words_of(request)}
+    said = {stem(word) for word in words_of(response)}
+    kept = len(asked & said) / max(1, len(asked))
+    added = len(said - asked) / max(2.0, len(asked) / 5)
+    adds = min(1.0, max(added, _ramp(kept, good=0.5, bad=1.0)))
+    return adds / 2 if once(request, response) != response else adds
+
+
+def once(request: str, response: str) -> str:
+    """The response without further mentions of the whole request after the first, if the
+    request has at least three words (shorter ones are named again in good prose)."""
+    words = words_of(request)
+    if len(words) < 3 or " ".join(words_of(response)).count(" ".join(words)) < 2:
+        return response
+    mention = re.compile(r"\b" + r"\W+".join(map(re.escape, words)) + r"\b", re.IGNORECASE)
+    if (first := mention.search(response)) is None:
+        return response  # spelt with other accents
+    return response[: first.end()] + mention.sub("", response[first.end() :]).rstrip()
+
+
+def _noise_share(text: str) -> float:
+    """Share of characters that are noise: broken or unassigned ones, marks beyond a
+    quarter of the text, letters of impossible words."""
+    kinds = [unicodedata.category(char) for char in text]
+    broken = sum(
+        char == "\ufffd" or (kind in ("Cc", "Cn", "Co", "Cs") and not char.isspace())
+        for char, kind in zip(text, kinds, strict=True)
+    )
+    marks = sum(kind[0] in "PS" for kind in kinds)
+    impossible = sum(len(match[0]) for match in _NOISE.finditer(text))
+    return (broken + max(0.0, marks - len(text) / 4) + impossible) / len(text)
+
+
+class Fluency:
+    """Scores samples by the product of the guards, 0 … 1."""
+
+    name = "fluency"
+
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+        scores = [guards(sample.request, sample.response).fluency for sample in samples]
+        return np.array(scores, np.float32)
