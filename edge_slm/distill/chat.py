@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm.distill.journal import Journal
-from edge_slm_runtime.errors import BadSetting, DependencyMissing, TeacherError, shown
+from edge_slm_runtime.errors import BadSetting, DataError, DependencyMissing, TeacherError, shown
 
 Progress = Callable[[int, int], None]  # (done, total); total 0: unknown
 
@@ -106,7 +106,9 @@ class Chat:
         self._journal: Journal | None = None  # open while asking
         self._known: dict[str, tuple[str, bool]] = {}  # key → (text, cut)
 
-    def ask(self, prompts: Iterable[Prompt], progress: Progress | None = None) -> Iterator[Reply]:
+    def ask(
+        self, prompts: Iterable[Prompt], progress: Progress | None = None
+    ) -> Generator[Reply, None, None]:
         """The replies in the order of the prompts, as they come.
 
         Raises TeacherError, which names the server; what was answered until then is
@@ -166,7 +168,10 @@ class Chat:
         try:
             if self._path is not None:
                 self._journal = Journal(self._path)
-                self._known = {r["key"]: (r["text"], r["cut"]) for r in self._journal.rows}
+                try:
+                    self._known = {r["key"]: (r["text"], r["cut"]) for r in self._journal.rows}
+                except KeyError:
+                    raise DataError(f"{self._path} is no journal of answers") from None
             yield lambda prompt, key: asyncio.run_coroutine_threadsafe(answer(prompt, key), loop)
         finally:
             asyncio.run_coroutine_threadsafe(close(), loop).result()

@@ -1,0 +1,69 @@
+"""A teacher behind an OpenAI-compatible server: vLLM, llama.cpp, Ollama, …"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+from edge_slm.distill.chat import Chat, Prompt
+from edge_slm.distill.teachers import Ask, Progress
+from edge_slm.distill.teachers.few_shot import (
+    IDEAS_PER_PROMPT,
+    answer_messages,
+    idea_messages,
+    ideas,
+    length,
+    max_tokens,
+    usable,
+)
+
+_IDEA_TOKENS = 40 * IDEAS_PER_PROMPT
+
+
+class ServerTeacher:
+    """Asks for one candidate at a time, each with its own length and seed.
+
+    journal: a JSONL file of raw answers; none of them is asked for again. Raises
+    TeacherError where the server does not answer.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, temperature: float, journal: Path | None = None
+    ) -> None:
+        self.name = f"server:{model}"
+        self._temperature = temperature
+        self._chat = Chat(base_url, model, journal=journal)
+
+    def invent(self, task: str, count: int, seed: int) -> list[str]:
+        # Ideas repeat themselves: four times the prompts that would do without.
+        most = 4 * -(-count // IDEAS_PER_PROMPT)
+        prompts = (
+            Prompt(idea_messages(task, s), self._temperature, _IDEA_TOKENS, s)
+            for s in range(seed, seed + most)
+        )
+        found: dict[str, str] = {}
+        with closing(self._chat.ask(prompts)) as replies:
+            for reply in replies:
+                for idea in ideas(reply.text):
+                    found.setdefault(idea.casefold(), idea)
+                if len(found) >= count:
+                    break
+        return list(found.values())[:count]
+
+    def answer(
+        self, asks: Sequence[Ask], candidates: int, progress: Progress | None = None
+    ) -> Iterator[tuple[Ask, list[str]]]:
+        prompts = (self._prompt(ask, i) for ask in asks for i in range(candidates))
+        with closing(self._chat.ask(prompts)) as replies:
+            for done, ask in enumerate(asks, 1):
+                answers = [(reply.text, reply.cut) for reply in islice(replies, candidates)]
+                if progress is not None:
+                    progress(done, len(asks))
+                yield ask, usable(answers)
+
+    def _prompt(self, ask: Ask, candidate: int) -> Prompt:
+        words = length(ask, candidate)
+        messages = answer_messages(ask, words)
+        return Prompt(messages, self._temperature, max_tokens(words), ask.seed + candidate)
