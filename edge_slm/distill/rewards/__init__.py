@@ -1,6 +1,64 @@
-"""Rewards: what a response is worth as an answer to its request."""
+"""Rewards: what a response is worth as an answer to its request.
+
+relevance  cosine of their embeddings
+keywords   share of the request's content words that come back
+fluency    guards against repetition, truncation, echo and gibberish
+judge      an LLM's score by a rubric
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_slm.distill.rewards.base import Array, Progress, Reward
+from edge_slm.distill.rewards.fluency import Fluency
+from edge_slm.distill.rewards.keywords import Keywords
 from edge_slm.distill.rewards.relevance import WIDTH, Relevance, encoder_path
+from edge_slm.distill.rewards.weighted import Weighted
+from edge_slm_runtime.errors import BadSetting
 
-__all__ = ["WIDTH", "Array", "Progress", "Relevance", "Reward", "encoder_path"]
+if TYPE_CHECKING:
+    from edge_slm.distill.recipe import RewardRecipe
+
+__all__ = [
+    "WIDTH",
+    "Array",
+    "Fluency",
+    "Keywords",
+    "Progress",
+    "Relevance",
+    "Reward",
+    "Weighted",
+    "encoder_path",
+    "make_reward",
+]
+
+
+def make_reward(
+    recipe: RewardRecipe, cache: Path | None, *, bf16: bool, server: str | None
+) -> Reward:
+    """The reward of a recipe: one part as it is, several as their weighted mean.
+
+    cache: a folder for what is expensive. bf16: of the encoder. server: base address of
+    the judge's OpenAI-compatible server. Raises BadSetting when it is needed and missing.
+    """
+    parts: list[tuple[float, Reward]] = []
+    if recipe.relevance:
+        parts.append((recipe.relevance, Relevance(cache, bf16=bf16)))
+    if recipe.keywords:
+        parts.append((recipe.keywords, Keywords()))
+    if recipe.fluency:
+        parts.append((recipe.fluency, Fluency()))
+    if recipe.judge:
+        if not server or not recipe.judge_model:
+            raise BadSetting(
+                "reward.judge needs reward.judge_model and the server's address",
+                "give something like http://127.0.0.1:8000/v1, or set reward.judge = 0",
+            )
+        # Here, because the teachers import much and only a judge needs them.
+        from edge_slm.distill.chat import Chat
+        from edge_slm.distill.rewards.judge import Judge
+
+        parts.append((recipe.judge, Judge(Chat(server, recipe.judge_model), cache)))
+    return parts[0][1] if len(parts) == 1 else Weighted(parts)

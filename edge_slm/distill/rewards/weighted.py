@@ -1,0 +1,33 @@
+"""The weighted mean of several rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edge_slm.distill.rewards.base import Array, Progress, Reward
+from edge_slm.distill.samples import Sample
+
+
+class Weighted:
+    """parts: (weight above 0, reward) pairs."""
+
+    def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
+        self._parts = parts
+        self.name = " + ".join(f"{weight:g} {reward.name}" for weight, reward in parts)
+
+    def components(
+        self, samples: Sequence[Sample], progress: Progress | None = None
+    ) -> dict[str, Array]:
+        """The score of every part, by its name; each float32 [len(samples)]."""
+        return {reward.name: reward.score(samples, progress) for _, reward in self._parts}
+
+    def combine(self, components: Mapping[str, Array]) -> Array:
+        """The weighted mean of what `components` returned."""
+        weights = [weight for weight, _ in self._parts]
+        scores = [components[reward.name] for _, reward in self._parts]
+        return np.asarray(np.average(scores, axis=0, weights=weights), np.float32)
+
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+        return self.combine(self.components(samples, progress))
