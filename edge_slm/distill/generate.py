@@ -3,7 +3,7 @@
 Torch, in batches, with the draw of the runtime's sampler: temperature, one uniform
 number per token from the row's own generator, inverse of the cumulative sum. So a
 seed gives the text that the runtime gives for it, and a row's text does not depend
-on its neighbours, both up to ties in floating point.
+on its neighbours, both up to ties in floating point (bf16 has more of them).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Answer:
 class Sampler:
     """Writes answers with the checkpoint folder `checkpoint` of a training.
 
-    device: None is the GPU where there is one. batch: rows at once; None is 128, on a
+    device: None is the GPU where there is one. batch: rows at once; None is 64, on a
     GPU 512. bf16: None is "on a GPU". Raises CheckpointError, DependencyMissing.
     """
 
@@ -72,7 +72,7 @@ class Sampler:
         self.schema = read_schema(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_cpu = torch.device(self.device).type == "cpu"
-        self.batch = batch or (128 if on_cpu else 512)
+        self.batch = batch or (64 if on_cpu else 512)
         dtype = torch.bfloat16 if (not on_cpu if bf16 is None else bf16) else torch.float32
         try:
             self.codec = TextCodec(folder / "tokenizer.json", self.schema)
@@ -127,7 +127,8 @@ class Sampler:
     ) -> list[Answer]:
         """The answers of one batch; rows that have ended leave it, some at a time."""
         import torch
-        from transformers import DynamicCache
+
+        from edge_slm.distill.kv_cache import growing_cache
 
         longest = max(map(len, prompts))
         rows = torch.arange(len(prompts), device=self.device)
@@ -140,16 +141,20 @@ class Sampler:
             torch.arange(longest, device=self.device) >= longest - (self._positions - room)[:, None]
         )
         at = (mask.cumsum(1) - 1).clamp(min=0)
+        # Padding sees itself alone: what sees nothing is not a number.
+        itself = torch.eye(longest, dtype=torch.bool, device=self.device)
+        causal = torch.ones_like(itself).tril()
+        attention = (mask[:, None, None] & causal) | itself
         draws = torch.from_numpy(
             np.stack([np.random.Generator(np.random.PCG64(s)).random(steps) for s in seeds])
         ).to(self.device)
         written = torch.full((len(prompts), steps), END_ID, device=self.device)
-        cache = DynamicCache()
+        cache = growing_cache()
         with torch.inference_mode():
             for step in range(steps):
                 logits = self._model(
                     input_ids=ids,
-                    attention_mask=mask,
+                    attention_mask=attention,
                     position_ids=at,
                     past_key_values=cache,
                     use_cache=True,
@@ -167,6 +172,7 @@ class Sampler:
                     kept = going.nonzero().flatten()
                     rows, ids, at, mask = rows[kept], ids[kept], at[kept], mask[kept]
                     cache.batch_select_indices(kept)
+                attention = mask[:, None, None]
         return [
             self._answer(ids[:n]) for ids, n in zip(written.tolist(), room.tolist(), strict=True)
         ]
