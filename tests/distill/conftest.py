@@ -65,14 +65,23 @@ def recipe() -> Recipe:
                 "dropout": 0.1,
             },
             "train": {
-                "tokens": 96 * 4 * 8,
                 "batch_tokens": 96 * 4,
-                "learning_rate": 3e-3,
                 "warmup_steps": 2,
+                "countdown": 0.2,
                 "precision": "fp32",
                 "compile": False,
                 "save_every": 3,
                 "evaluate_every": 4,
+            },
+            "stages": [{"tokens": 96 * 4 * 8, "learning_rate": 3e-3}],
+            "explore": {
+                "rounds": 1,
+                "requests": 12,
+                "best": 20,
+                "bands": 2,
+                "tokens": 96 * 4 * 4,
+                "kl": 0.1,
+                "entropy": 0.01,
             },
         }
     )

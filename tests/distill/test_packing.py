@@ -4,10 +4,12 @@ import numpy as np
 import torch
 
 from edge_slm.distill.hindsight import build_schema, level_edges, relabel
-from edge_slm.distill.packing import IGNORED, Packer, encode_records
+from edge_slm.distill.model import fresh_model
+from edge_slm.distill.objective import attention_mask, tensors
+from edge_slm.distill.packing import IGNORED, Packer, encode_records, encode_text
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.tokenizer import train_tokenizer
-from edge_slm.distill.train import new_model
+from edge_slm_runtime.command import CommandSchema, default_axes
 
 from .conftest import made_samples
 
@@ -26,12 +28,12 @@ def make_packer(dropout: float = 0.0, positions: int = 96) -> tuple[Packer, list
 def test_a_packed_row_equals_its_records_alone(recipe: Recipe) -> None:
     packer, *_ = make_packer()
     batch = packer.batch(0, 0, packer.epoch(0)[0])
-    model = new_model(recipe, seed=0).eval()
+    model = fresh_model(recipe.model, seed=0).eval()
     with torch.no_grad():
         packed = model(
             input_ids=torch.from_numpy(batch.ids),
             position_ids=torch.from_numpy(batch.positions),
-            attention_mask=torch.from_numpy(batch.mask()),
+            attention_mask=attention_mask(torch.from_numpy(batch.segment)),
         ).logits
         for row in range(2):
             for number in range(batch.segment[row].max() + 1):
@@ -68,3 +70,41 @@ def test_records_over_the_context_are_counted_out() -> None:
     _, encoded, _, too_long = make_packer(positions=24)
     assert too_long > 0
     assert all(len(e.request) + len(e.response) + 5 <= 24 for e in encoded)
+
+
+def test_the_countdown_is_true_at_every_label() -> None:
+    packer, encoded, tokenizer, _ = make_packer(dropout=0.4)
+    plan = packer.epoch(0)
+    batch = packer.batch(0, 0, plan[0])
+    unknown = 0
+    for row, indices in enumerate(plan[0]):
+        for number, index in enumerate(indices):
+            here = (batch.segment[row] == number) & (batch.labels[row] != IGNORED)
+            response = encoded[index].response
+            words = len(encoded[index].record.response.split())
+            assert batch.so_far[row][here][-1] == words  # where END is predicted, all are begun
+            for at, so_far in enumerate(batch.so_far[row][here]):
+                written = tokenizer.decode(response[:at])  # type: ignore[attr-defined]
+                assert so_far == len(written.split())
+            left = batch.remaining[row][here]
+            unknown += (left == IGNORED).all()
+            assert (left == IGNORED).all() or (left == words - batch.so_far[row][here]).all()
+    assert unknown > 0  # where dropout took the length
+    assert ((batch.so_far == IGNORED) == (batch.labels == IGNORED)).all()
+    buckets = tensors(batch, "cpu")["so_far"].numpy()
+    assert buckets[batch.so_far == 0].max() == 0
+    assert (buckets[batch.so_far >= 1] >= 1).all()
+
+
+def test_general_text_fills_rows_and_bears_loss_everywhere() -> None:
+    _, _, tokenizer, _ = make_packer()
+    pieces = encode_text("a long walk by the sea. " * 80, tokenizer, 96)
+    assert [len(p.response) for p in pieces[:-1]] == [95] * (len(pieces) - 1)
+    packer = Packer(pieces, make_schema(), rows=2, length=96, dropout=0.0, seed=1)
+    batch = packer.batch(0, 0, packer.epoch(0)[0])
+    assert batch.bearing == sum(len(pieces[i].response) for r in packer.epoch(0)[0] for i in r)
+    assert (batch.so_far == IGNORED).all()
+
+
+def make_schema() -> CommandSchema:
+    return CommandSchema(default_axes(["image", "tags"]))

@@ -4,15 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from edge_slm.distill.recipe import Recipe
+from edge_slm.distill.recipe import ExploreRecipe, Recipe
 from edge_slm_runtime.errors import DataError
 
-SMALL = '[data]\ntasks = ["image"]\n[train]\ntokens = 10_000\n'
+SMALL = '[data]\ntasks = ["image"]\n[[stages]]\ntokens = 10_000\n'
 
 
-def test_the_committed_recipe_is_valid() -> None:
-    recipe = Recipe.read(Path(__file__).parents[2] / "recipes" / "reference.toml")
-    assert recipe.model.width % recipe.model.heads == 0
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_committed_recipes_are_valid(path: Path) -> None:
+    recipe = Recipe.read(path)
+    assert recipe.plain().explore.rounds == 0
+
+
+def test_the_plain_baseline_trains_on_as_many_tokens() -> None:
+    recipe = Recipe.read(RECIPES[0]).model_copy(
+        update={"explore": ExploreRecipe(rounds=2, tokens=50_000)}
+    )
+    before = sum(stage.tokens for stage in recipe.stages)
+    assert sum(stage.tokens for stage in recipe.plain().stages) == before + 100_000
+    assert recipe.plain().hindsight.plain
 
 
 def test_the_digest_is_of_the_settings_not_of_the_file(tmp_path: Path) -> None:
@@ -28,17 +41,22 @@ def test_the_digest_is_of_the_settings_not_of_the_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("tasks = [", "not TOML"),
-        ('[data]\ntasks = ["image"]\n', "train: Field required"),
-        (SMALL + "speed = 3\n", r"train\.speed: Extra inputs are not permitted"),
-        (SMALL.replace("10_000", "4096") + "learning_rate = inf\n", r"learning_rate: .* finite"),
+        ('[data]\ntasks = ["image"]\n', "stages: Field required"),
+        (SMALL + "speed = 3\n", r"stages\.0\.speed: Extra inputs are not permitted"),
+        (SMALL + "learning_rate = inf\n", r"learning_rate: .* finite"),
         (SMALL.replace('"image"', '"image", "image"'), "must be different names"),
         (SMALL.replace('"image"', '"any"'), "none of them 'any'"),
         (SMALL.replace('"image"', '"im age"'), r"data\.tasks\.0: String should match"),
-        (SMALL.replace("[train]", "max_rows = { tags = 3 }\n[train]"), "settings for 'tags'"),
-        (SMALL.replace("[train]", "max_rows = { image = 0 }\n[train]"), "max_rows"),
+        (SMALL.replace("[[stages]]", "max_rows = { tags = 3 }\n[[stages]]"), "settings for 'tags'"),
+        (SMALL.replace("[[stages]]", "max_rows = { image = 0 }\n[[stages]]"), "max_rows"),
         (SMALL + "[model]\nheads = 5\n", "multiple of model.heads"),
-        (SMALL.replace("10_000", "100"), "train.tokens"),
-        (SMALL.replace("10_000", "-1"), r"train\.tokens: Input should be greater than 0"),
+        (SMALL + "kind = 'text'\n", "must be of kind 'commands'"),
+        (SMALL + "tasks = ['tags']\n", "settings for 'tags'"),
+        (SMALL + "[explore]\nrounds = 1\n", "tokens of every stage and round"),
+        (SMALL + "[reward]\nrelevance = 0\n", "one of the weights"),
+        (SMALL + "[train]\nmicro_tokens = 8\n", "micro_tokens must be at least"),
+        (SMALL.replace("10_000", "100"), "tokens of every stage"),
+        (SMALL.replace("10_000", "-1"), r"stages\.0\.tokens: Input should be greater than 0"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from edge_slm.distill.recipe import ExploreRecipe, Recipe, StageRecipe
+from edge_slm.distill.loop import distill
+from edge_slm.distill.trainer import learning_rate
+from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.errors import DataError, TargetExists
+
+
+def metrics(run: Path, stage: str = "stage-1") -> list[dict[str, float]]:
+    lines = (run / f"metrics-{stage}.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    return distill(recipe, [data_file], out, cache=cache)
+
+
+def test_a_run_ends_in_a_checkpoint_that_transformers_loads(undisturbed: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(undisturbed)
+    assert model.config.n_positions == 96
+    schema = CommandSchema.from_json(json.loads((undisturbed / "command.json").read_text("utf-8")))
+    tokenizer = AutoTokenizer.from_pretrained(undisturbed)
+    assert tokenizer.convert_tokens_to_ids(schema.special_tokens()) == list(
+        range(len(schema.special_tokens()))
+    )
+    facts = json.loads((undisturbed / "recipe.json").read_text("utf-8"))
+    assert [part["stage"] for part in facts["history"]] == ["stage-1", "round-1"]
+    assert facts["history"][0]["steps"] == 8
+    assert facts["data"]["samples_by_task_and_kind"]["image"]["mismatch"] > 0
+    weights = (undisturbed / "model.safetensors").stat().st_size
+    assert weights == pytest.approx(2 * model.num_parameters(), rel=0.1)  # fp16, tied head once
+
+
+def test_loss_falls(undisturbed: Path) -> None:
+    rows = metrics(undisturbed.parent)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["cross_entropy"] < rows[0]["cross_entropy"] - 0.3
+    assert rows[-1]["valid_loss"] > 0
+
+
+def test_a_stopped_run_continues_to_the_same_weights(
+    recipe: Recipe, data_file: Path, cache: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    state = distill(recipe, [data_file], tmp_path, cache=cache, max_steps=4)
+    assert state.name == "state.pt"
+    # As a kill would leave it: a metrics line of a step that was not saved.
+    with (tmp_path / "metrics-stage-1.jsonl").open("a") as file:
+        file.write('{"step": 5}\n')
+    checkpoint = distill(recipe, [data_file], tmp_path, cache=cache)
+    one = GPT2LMHeadModel.from_pretrained(undisturbed).state_dict()
+    two = GPT2LMHeadModel.from_pretrained(checkpoint).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    losses = [[row["cross_entropy"] for row in metrics(run)] for run in (undisturbed.parent, tmp_path)]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_of_another_recipe_or_data_is_not_continued(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    distill(recipe, [data_file], tmp_path / "run", cache=cache, max_steps=1)
+    other = recipe.model_copy(update={"seed": 4})
+    with pytest.raises(DataError, match="another recipe"):
+        distill(other, [data_file], tmp_path / "run", cache=cache)
+    more = tmp_path / "more.jsonl"
+    row = {"request": "a copper kettle", "response": "a copper kettle, soft light", "task": "image"}
+    more.write_text(json.dumps(row), "utf-8")
+    with pytest.raises(DataError, match="another data"):
+        distill(recipe, [data_file, more], tmp_path / "run", cache=cache)
+
+
+def test_ctrl_c_saves_between_steps(
+    recipe: Recipe, data_file: Path, cache: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    def press(stage: str, done: int, total: int, remark: str = "") -> None:
+        if stage == "train stage-1" and done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, [data_file], tmp_path, cache=cache, report=press)
+    assert len(metrics(tmp_path)) == 2  # the step under way was finished and saved
+    checkpoint = distill(recipe, [data_file], tmp_path, cache=cache)
+    one, two = ((c / "model.safetensors").read_bytes() for c in (undisturbed, checkpoint))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("stage", "done"), [("train stage-1", 5), ("explore 1", 0), ("train round-1", 2)]
+)
+def test_a_run_killed_anywhere_continues_to_the_same_weights(
+    stage: str,
+    done: int,
+    recipe: Recipe,
+    data_file: Path,
+    cache: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import os, signal, sys; from edge_slm.distill.recipe import Recipe;"
+        "from edge_slm.distill.loop import distill;"
+        "kill = lambda stage, done, *_: stage == sys.argv[5] and done >= int(sys.argv[6])"
+        " and os.kill(os.getpid(), signal.SIGKILL);"
+        "distill(Recipe.model_validate_json(sys.argv[1]), [sys.argv[2]], sys.argv[3],"
+        " cache=sys.argv[4], report=kill)"
+    )
+    arguments = [recipe.model_dump_json(), data_file, tmp_path, cache, stage, done]
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "checkpoint").exists()
+    checkpoint = distill(recipe, [data_file], tmp_path, cache=cache)
+    one, two = ((c / "model.safetensors").read_bytes() for c in (undisturbed, checkpoint))
+    assert one == two
+    assert not (tmp_path / "round-1.journal").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    wild = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"clip": 1e30}),
+            "stages": (StageRecipe(tokens=96 * 4 * 8, learning_rate=1e30),),
+        }
+    )
+    with pytest.raises(DataError, match="the loss is"):
+        distill(wild, [data_file], tmp_path, cache=cache)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_nothing_held_out_is_no_held_out_loss(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    whole = recipe.data.model_copy(update={"holdout_percent": 0})
+    distill(
+        recipe.model_copy(update={"data": whole}), [data_file], tmp_path, cache=cache, max_steps=4
+    )
+    assert "valid_loss" not in metrics(tmp_path)[-1]
+
+
+def test_a_finished_run_is_returned_and_never_overwritten(
+    recipe: Recipe, data_file: Path, undisturbed: Path
+) -> None:
+    assert distill(recipe, [data_file], undisturbed.parent) == undisturbed
+    with pytest.raises(TargetExists, match="another recipe"):
+        distill(recipe.plain(), [data_file], undisturbed.parent)
+
+
+def test_a_round_learns_from_what_the_model_achieved(undisturbed: Path) -> None:
+    rows = [
+        json.loads(line)
+        for line in (undisturbed.parent / "round-1.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert len(rows) == 2 * 2 * 12  # tasks × candidates × requests
+    assert all(row["relevance"] >= 5 for row in rows)  # asked as the best had, or more
+    facts = json.loads((undisturbed / "recipe.json").read_text("utf-8"))["history"][1]
+    assert facts["episodes"] == len(rows)
+    assert facts["ended"] == sum(row["ended"] for row in rows)
+    assert {"kl", "entropy", "countdown"} <= set(metrics(undisturbed.parent, "round-1")[0])
+
+
+def test_a_run_without_samples_or_text_says_so(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no samples and no teacher"):
+        distill(recipe, [], tmp_path)
+    general = recipe.model_copy(
+        update={"stages": (StageRecipe(kind="text", tokens=9000), *recipe.stages)}
+    )
+    with pytest.raises(DataError, match="general text"):
+        distill(general, [tmp_path], tmp_path)
+
+
+def test_transfer_from_general_text_to_all_tasks_to_one(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    novel = tmp_path / "novel.txt"
+    novel.write_text("It was a grey morning, and the sea lay still.\n\n" * 400, "utf-8")
+    few = 96 * 4 * 2
+    staged = recipe.model_copy(
+        update={
+            "stages": (
+                StageRecipe(kind="text", tokens=few),
+                StageRecipe(tokens=few),
+                StageRecipe(tokens=few, tasks=("tags",)),
+            ),
+            "explore": ExploreRecipe(),
+        }
+    )
+    checkpoint = distill(staged, [data_file], tmp_path / "run", text=[novel], cache=cache)
+    facts = json.loads((checkpoint / "recipe.json").read_text("utf-8"))
+    assert [part["stage"] for part in facts["history"]] == ["stage-1", "stage-2", "stage-3"]
+    assert "countdown" in metrics(tmp_path / "run", "stage-2")[0]
+
+
+def test_the_schedule_warms_up_and_falls_to_a_tenth() -> None:
+    rates = [learning_rate(step, 100, 1e-3, warmup=2) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-3 / 2)
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4)
