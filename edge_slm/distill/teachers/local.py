@@ -108,7 +108,8 @@ class LocalTeacher:
         torch.manual_seed(seed)
         with torch.inference_mode():
             rows = self._model.generate(
-                **inputs,
+                inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
                 max_new_tokens=limit,
                 pad_token_id=self._tokenizer.pad_token_id,
                 **how,
