@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 
 from edge_slm.distill.rewards.base import Array, Progress
-from edge_slm.distill.rewards.keywords import stem, words_of
+from edge_slm.distill.rewards.keywords import WORD, stem, words_of
 from edge_slm.distill.samples import Sample
 
 # A text that ends in one of these was cut in the middle of a phrase.
@@ -25,7 +25,7 @@ _DANGLING = frozenset(
 )
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*(?=\s|$)")
 _CLAUSE_END = re.compile(r"[,;:.!?]+(?=\s|$)")
-_BRACKETS = ("()", "[]", "{}", "“”", "«»")
+_BRACKETS = (("(", ")"), ("[", "]"), ("{", "}"), ("“", "”"), ("«", "»"))
 _LOOP = re.compile(r"\b(\w+(?: \w+){0,11}?)(?: \1){3,}\b")  # up to 12 words, four times in a row
 _NOISE = re.compile(
     r"([^\W\d_])\1{3,}"  # a letter four times in a row
@@ -47,7 +47,7 @@ class Guards:
     @property
     def fluency(self) -> float:
         """The product."""
-        return prod(astuple(self))
+        return float(prod(astuple(self)))
 
 
 def guards(request: str, response: str) -> Guards:
@@ -129,10 +129,19 @@ def once(request: str, response: str) -> str:
     words = words_of(request)
     if len(words) < 3 or " ".join(words_of(response)).count(" ".join(words)) < 2:
         return response
-    mention = re.compile(r"\b" + r"\W+".join(map(re.escape, words)) + r"\b", re.IGNORECASE)
-    if (first := mention.search(response)) is None:
-        return response  # spelt with other accents
-    return response[: first.end()] + mention.sub("", response[first.end() :]).rstrip()
+    found = list(WORD.finditer(response))
+    said = ["".join(words_of(match[0])) for match in found]
+    kept, start, i, mentions = "", 0, 0, 0
+    while i < len(said):
+        if said[i : i + len(words)] != words:
+            i += 1
+            continue
+        mentions += 1
+        if mentions > 1:
+            kept += response[start : found[i].start()]
+            start = found[i + len(words) - 1].end()
+        i += len(words)
+    return (kept + response[start:]).rstrip() if mentions > 1 else response
 
 
 def _noise_share(text: str) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from edge_slm.distill.rewards.base import Array, Progress
 from edge_slm.distill.samples import Sample
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+WORD = re.compile(r"\w+(?:['’]\w+)*")
 _STOP = frozenset(
     "a about above after all along also am among an and any are around as at be because been "
     "before being below beside between both but by can could did do does doing during each few "
@@ -38,7 +38,7 @@ def words_of(text: str) -> list[str]:
     if not text.isascii():
         folded = unicodedata.normalize("NFKD", text)
         text = "".join(char for char in folded if not unicodedata.combining(char))
-    return _WORD.findall(text)
+    return WORD.findall(text)
 
 
 @lru_cache(maxsize=1 << 16)
