@@ -51,9 +51,8 @@ def main(data: Sequence[Path], rows: int, cache: Path | None) -> None:
             chosen = random.Random(0).sample(samples, min(rows, len(samples)))
             found = dict(variants(chosen))
             if i == 0:
-                click.echo(
-                    f"| task | rows | {' | '.join(found)} |\n" + "|---" * (len(found) + 2) + "|"
-                )
+                click.echo(f"| task | rows | {' | '.join(found)} |")
+                click.echo("|---" * (len(found) + 2) + "|")
             cells = [
                 " ".join(f"{reward.score(variant).mean():.2f}" for reward in rewards)
                 for variant in found.values()
