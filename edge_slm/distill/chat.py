@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -86,7 +87,7 @@ class Chat:
         retries: int = 6,
         journal: Path | None = None,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
+        if not re.match(r"https?://[^/\s:]+(:\d{1,5})?(/|$)|https?://\[", base_url):
             raise BadSetting(
                 f"{shown(base_url)} is not the address of a server",
                 "give something like http://127.0.0.1:8000/v1",
@@ -172,6 +173,7 @@ class Chat:
                     self._known = {r["key"]: (r["text"], r["cut"]) for r in self._journal.rows}
                 except KeyError:
                     raise DataError(f"{self._path} is no journal of answers") from None
+                self._journal.rows.clear()  # the raw answers need much memory
             yield lambda prompt, key: asyncio.run_coroutine_threadsafe(answer(prompt, key), loop)
         finally:
             asyncio.run_coroutine_threadsafe(close(), loop).result()
@@ -234,8 +236,10 @@ class Chat:
         except openai.APIConnectionError as error:
             raise _TryAgain(f"no connection: {error.__cause__ or error}") from None
         except openai.APIStatusError as error:
-            reason = f"{error.status_code}: {shown(error.message)}"
-            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+            status = error.status_code
+            message = error.message.removeprefix(f"Error code: {status}").lstrip(" -")
+            reason = f"{status} {shown(message)}" if message else str(status)
+            if status in (408, 409, 429) or status >= 500:
                 raise _TryAgain(reason, _retry_after(error.response.headers)) from None
             raise TeacherError(
                 f"{self.base_url} refused a prompt for model {self.model!r}: {reason}",

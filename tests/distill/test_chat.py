@@ -204,9 +204,10 @@ def test_thinking_without_an_answer_is_an_empty_text() -> None:
     assert chat._read(json.dumps(body).encode())[:2] == ("", True)
 
 
-def test_an_address_must_be_one() -> None:
+@pytest.mark.parametrize("address", ["localhost:8000", "http://", "http://a:b/v1", "ftp://a", ""])
+def test_an_address_must_be_one(address: str) -> None:
     with pytest.raises(BadSetting, match="not the address of a server"):
-        Chat("localhost:8000", "m")
+        Chat(address, "m")
 
 
 def test_ctrl_c_stops_at_once(server: ChatServer) -> None:

@@ -55,11 +55,19 @@ class Teacher(Protocol):
         ...
 
 
-def make_teacher(recipe: TeacherRecipe, *, server: str | None, journal: Path | None) -> Teacher:
+def make_teacher(
+    recipe: TeacherRecipe,
+    *,
+    server: str | None,
+    journal: Path | None,
+    concurrency: int = 8,
+    requests_per_minute: float | None = None,
+) -> Teacher:
     """The teacher of a recipe.
 
-    server: base address of an OpenAI-compatible server, for kind "server".
-    journal: where its raw answers are kept. Raises BadSetting, DependencyMissing.
+    For kind "server": server is the base address of an OpenAI-compatible one, journal
+    where its raw answers are kept, concurrency how many requests are under way.
+    Raises BadSetting, DependencyMissing, TeacherError (a model that cannot be loaded).
     """
     if recipe.kind == "grammar":
         from edge_slm.distill.teachers.grammar import GrammarTeacher
@@ -76,9 +84,17 @@ def make_teacher(recipe: TeacherRecipe, *, server: str | None, journal: Path | N
             "a teacher of kind 'server' needs the server's address",
             "give something like http://127.0.0.1:8000/v1",
         )
+    from edge_slm.distill.chat import Chat
     from edge_slm.distill.teachers.server import ServerTeacher
 
-    return ServerTeacher(server, recipe.model, recipe.temperature, journal)
+    chat = Chat(
+        server,
+        recipe.model,
+        concurrency=concurrency,
+        requests_per_minute=requests_per_minute,
+        journal=journal,
+    )
+    return ServerTeacher(chat, recipe.temperature)
 
 
 def teach(
@@ -122,7 +138,9 @@ def teach(
         for task in tasks:
             wanted = given.get(task)
             if wanted is None:
-                wanted = _invented(teacher, task, recipe.requests, seed, journal, report)
+                wanted = _invented(
+                    teacher, task, recipe.requests, seed, journal=journal, report=report
+                )
             elif len(wanted) > recipe.requests:
                 wanted = random.Random(f"{seed}/{task}").sample(wanted, recipe.requests)
             asks = [
@@ -147,13 +165,13 @@ def teach(
 
 
 def _invented(
-    teacher: Teacher, task: str, count: int, seed: int, journal: Journal, report: Report
+    teacher: Teacher, task: str, count: int, seed: int, *, journal: Journal, report: Report
 ) -> list[str]:
     for row in journal.rows:
         if row.get("task") == task and "invented" in row:
             return list(row["invented"])
     report("invent", 0, count, task)
-    found = teacher.invent(task, count, seed)
+    found = list(dict.fromkeys(teacher.invent(task, count, seed)))
     journal.append({"task": task, "invented": found})
     report("invent", len(found), count, task)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 
 from edge_slm.distill.chat import Chat, Prompt
 from edge_slm.distill.teachers import Ask, Progress
@@ -25,16 +24,13 @@ _IDEA_TOKENS = 40 * IDEAS_PER_PROMPT
 class ServerTeacher:
     """Asks for one candidate at a time, each with its own length and seed.
 
-    journal: a JSONL file of raw answers; none of them is asked for again. Raises
-    TeacherError where the server does not answer.
+    Its methods raise TeacherError where the server does not answer.
     """
 
-    def __init__(
-        self, base_url: str, model: str, temperature: float, journal: Path | None = None
-    ) -> None:
-        self.name = f"server:{model}"
+    def __init__(self, chat: Chat, temperature: float) -> None:
+        self.name = f"server:{chat.model}"
+        self._chat = chat
         self._temperature = temperature
-        self._chat = Chat(base_url, model, journal=journal)
 
     def invent(self, task: str, count: int, seed: int) -> list[str]:
         # Ideas repeat themselves: four times the prompts that would do without.
