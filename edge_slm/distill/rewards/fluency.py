@@ -93,7 +93,7 @@ def repeated_share(text: str) -> float:
             if i > start and words[i] == words[i - 1]:
                 repeats.add(i)
             seen.add(trigram)
-        whole = ("clause", *clause)  # its mark keeps it apart from a trigram
+        whole = ("", *clause)  # no word is empty: never taken for a trigram
         if clause and whole in seen:
             repeats |= set(range(start, len(words)))
         seen.add(whole)
