@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edge_slm.cli.console import emit_json, json_option, note, reporter
+from edge_slm.cli.convert import convert_with_bar, held_out_examples
+from edge_slm.cli.evaluate import measure
 from edge_slm.cli.options import folder
-
-if TYPE_CHECKING:
-    from edge_slm.distill.prepare import Report
-    from edge_slm.distill.recipe import Recipe
 
 paths = click.Path(path_type=Path)
 
@@ -78,35 +77,71 @@ def distill(
     runs = {out: settings}
     if plain_baseline:
         runs[out / "plain"] = settings.plain()
-    done = []
+    samples = list(data)
+    done: dict[Path, Path] = {}
     with reporter() as report:
-        for folder_, settings_ in runs.items():
-            done.append(
-                run(
-                    settings_,
-                    data,
-                    folder_,
-                    text=text,
-                    cache=cache or out / "cache",
-                    server=server,
-                    report=report,
-                    max_steps=max_steps,
-                )
+        for place, what in runs.items():
+            done[place] = run(
+                what,
+                samples,
+                place,
+                text=text,
+                cache=cache or out / "cache",
+                server=server,
+                report=report,
+                max_steps=max_steps,
             )
-        if requests and all(path.name == "checkpoint" for path in done):
-            written = [*data, *([out / "teacher.jsonl"] if settings.teacher else [])]
-            result = _evaluated(settings, written, list(runs), requests, report)
-            if as_json:
-                emit_json(result)
-            return
+            if settings.teacher and place == out:
+                samples.append(out / "teacher.jsonl")
+    if not _is_first_process():
+        return
+    finished = all(path.name == "checkpoint" for path in done.values())
+    if not (requests and finished):
+        if as_json:
+            emit_json({"written": str(done[out])})
+        else:
+            click.echo(done[out])
+        return
+    result = _evaluated(runs, samples, requests, server)
     if as_json:
-        emit_json({"written": str(done[0])})
+        emit_json(result)
     else:
-        click.echo(done[0])
+        from edge_slm.distill.evaluate import show
+
+        show(result)
+        note(f"{out / 'bundle'}, {out / 'evaluation.json'}, {out / 'evaluation.html'}")
+
+
+def _is_first_process() -> bool:
+    """Under torchrun, one process of several does what is not training."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _evaluated(
-    recipe: Recipe, data: Sequence[Path], runs: Sequence[Path], requests: int, report: Report
+    runs: Iterable[Path], data: Sequence[Path], requests: int, server: str | None
 ) -> dict[str, Any]:
-    """Bundles of the runs and the evaluation of the first, unless they are there."""
-    raise NotImplementedError
+    """The bundles of the runs and the evaluation of the first; what is there is kept."""
+    from edge_slm.distill.evaluate import write_html
+    from edge_slm.distill.files import write_json
+
+    for run in runs:
+        if not (run / "bundle").exists():
+            checkpoint = run / "checkpoint"
+            examples = held_out_examples(checkpoint, data)
+            convert_with_bar(checkpoint, run / "bundle", None, name=run.name, evaluation=examples)
+    out, *others = runs
+    kept = out / "evaluation.json"
+    if kept.exists():
+        result: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+        return result
+    result = measure(
+        out / "bundle",
+        data,
+        requests=requests,
+        baselines={run.name: str(run / "bundle") for run in others},
+        server=server,
+    )
+    (out / "evaluation.html").unlink(missing_ok=True)  # of a run that was killed here
+    write_html(result, out / "evaluation.html")
+    write_json(result, kept)
+    return result

@@ -121,9 +121,7 @@ def _play(
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts))
         report(f"explore {number}", start + len(chunk), len(episodes), "")
     own = [Sample(row["request"], row["text"] or ".", row["task"], "own") for row in rows]
-    scores = reward.score(
-        own, lambda done, total: report(f"score round {number}", done, total, "")
-    )
+    scores = reward.score(own, lambda done, total: report(f"score round {number}", done, total, ""))
     write_jsonl(
         ({**row, "reward": round(float(s), 4)} for row, s in zip(rows, scores, strict=True)), out
     )

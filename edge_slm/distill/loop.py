@@ -60,10 +60,10 @@ def distill(
 
     data: JSONL files or folders of samples; may be empty when the recipe has a
     teacher. text: general text, for stages of kind "text". out: the run's folder; a
-    run found there is continued, the checkpoint of a finished one returned. cache: folder of the rewards' caches (default:
-    `out`/cache). server: URL of the OpenAI-compatible server of teacher and judge.
-    max_steps: of training, then stop. Ctrl-C saves after the step under way. Raises
-    DataError (what cannot be used, by name), TargetExists, DependencyMissing.
+    run found there is continued, the checkpoint of a finished one returned. cache:
+    folder of the rewards' caches (default: `out`/cache). server: address of the
+    OpenAI-compatible server of teacher and judge. max_steps: of training, then stop.
+    Ctrl-C saves after the step under way. Raises DataError (what cannot be used, by name), TargetExists, DependencyMissing.
     """
     try:
         import accelerate
@@ -176,7 +176,9 @@ class _Run:
             if not self.trained(name, stage, kl=e.kl, entropy=e.entropy, achieved=achieved):
                 return self.out / "state.pt"
         self.accelerator.wait_for_everyone()
-        return self.save(self.out / "checkpoint")
+        checkpoint = self.save(self.out / "checkpoint")
+        (self.out / "state.pt").unlink(missing_ok=True)
+        return checkpoint
 
     def trained(
         self, name: str, stage: StageRecipe, achieved: Mapping[str, Any] | None = None, **extra: Any

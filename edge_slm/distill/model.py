@@ -73,9 +73,7 @@ def grown_model(recipe: ModelRecipe, schema: CommandSchema, seed: int) -> tuple[
     positions.weight.data.copy_(model.transformer.wpe.weight.data[: recipe.positions])
     model.transformer.wpe = positions
     # Masks of the size of the context are rebuilt from the config on loading.
-    model.config.update(
-        {"n_positions": recipe.positions, "bos_token_id": 0, "eos_token_id": 0}
-    )
+    model.config.update({"n_positions": recipe.positions, "bos_token_id": 0, "eos_token_id": 0})
     model.generation_config.bos_token_id = model.generation_config.eos_token_id = 0
     return model, Tokenizer.from_str(json.dumps(tokenizer))
 

@@ -154,7 +154,9 @@ class Trainer:
             def order(epoch: int, number: int) -> Any:
                 return ahead.submit(self.packer.batch, epoch, number, plan[number])
 
-            pending = order(self.epoch, self.batch_number) if self.batch_number < len(plan) else None
+            pending = (
+                order(self.epoch, self.batch_number) if self.batch_number < len(plan) else None
+            )
             while True:
                 if pending is None:
                     self.epoch, self.batch_number = self.epoch + 1, 0
@@ -191,9 +193,7 @@ class Trainer:
             for start in starts:
                 last = start == starts[-1]
                 with contextlib.nullcontext() if last else a.no_sync(self.learner):
-                    parts = self.forward(
-                        self.learner, mine.rows(slice(start, start + self.micro))
-                    )
+                    parts = self.forward(self.learner, mine.rows(slice(start, start + self.micro)))
                     # Gradients are averaged over processes; the sum is meant.
                     a.backward(parts.pop("loss") * (a.num_processes / bearing))
                 for name, part in parts.items():

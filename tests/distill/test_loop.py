@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from edge_slm.distill.recipe import ExploreRecipe, Recipe, StageRecipe
 from edge_slm.distill.loop import distill
+from edge_slm.distill.recipe import ExploreRecipe, Recipe, StageRecipe
 from edge_slm.distill.trainer import learning_rate
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError, TargetExists
@@ -66,7 +66,9 @@ def test_a_stopped_run_continues_to_the_same_weights(
     one = GPT2LMHeadModel.from_pretrained(undisturbed).state_dict()
     two = GPT2LMHeadModel.from_pretrained(checkpoint).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    losses = [[row["cross_entropy"] for row in metrics(run)] for run in (undisturbed.parent, tmp_path)]
+    losses = [
+        [row["cross_entropy"] for row in metrics(run)] for run in (undisturbed.parent, tmp_path)
+    ]
     assert losses[0] == losses[1]
 
 

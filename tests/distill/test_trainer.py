@@ -105,8 +105,10 @@ def test_two_processes_give_what_one_gives(recipe: Recipe, tmp_path: Path) -> No
     # accelerate's variable: gloo on the CPU, also where a GPU is.
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2"]
-        + ["--standalone", *arguments],
+        [
+            *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
+            *("--nproc-per-node=2", "--standalone", *arguments),
+        ],
         check=True,
         env=environment,
         capture_output=True,
