@@ -127,6 +127,12 @@ def test_naming_the_request_again_never_pays(request_: str, rest: str, joint: st
         assert less <= more
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("text", ["a" * 20000, "ab " * 5000, " ".join(map(str, range(5000)))])
+def test_long_texts_take_no_time(text: str) -> None:
+    assert 0 <= guards("a red fox", text).fluency <= 1
+
+
 def test_once_leaves_one_mention() -> None:
     request = "a red fox"
     assert once(request, "A red fox, a Red  fox at night, A RED FOX") == "A red fox,  at night,"

@@ -47,6 +47,8 @@ def stem(word: str) -> str:
 
     Only for comparing: "cities", "city" → "citi"; "running", "runs" → "run".
     """
+    if len(word) > 30:  # no word; the patterns below would take long over it
+        return word
     word = re.sub(r"['’]s?$", "", word)
     word = _IRREGULAR.get(word, word)
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
