@@ -75,7 +75,7 @@ def lettering(request: str, words: int, quality: Quality, rng: random.Random) ->
         pools: Pools = [(generic["boilerplate"], 1), (generic["phrases"], 0.2)]
         return commas(leads[0], pack(pools, room, lambda e: expand(e, rng, {}), rng))
     theme = Theme(setting={"lights": surface.get("lights", ("day", "dusk"))}, placed=True)
-    scene = picture(leads[0], theme, rng)
+    scene = picture(leads[0], theme, 0, rng)
     if words > 70 or (room > 10 and rng.random() < 0.35):
         prose, still = lexicon("lettering")["prose"], looks["image"]
         slots = {**scene.slots, "d": Deck(surface["details"], rng)}
@@ -144,7 +144,10 @@ def design(request: str, words: int, quality: Quality, rng: random.Random) -> st
         made = promoted = None
         brief = first_part(brief[m.end(1) - len(m[1]) :] if (m := _MAKE.match(brief)) else brief)
     if made:
-        lead = f"{articles('A ' + adjective)} {brief[made.end() :]}"
+        # An adjective of ours goes before "Facebook post", not before another one.
+        rest = brief[made.end() :]
+        free = not set(words_of(rest)[:2]).isdisjoint(common["forms"])
+        lead = f"{articles('A ' + adjective) if free else capital(made[1].strip())} {rest}"
     elif promoted:
         form = form or pick(("poster", "flyer", "banner"), rng)
         lead = f"{articles('A ' + adjective)} {form} to {brief[:1].lower()}{brief[1:]}"

@@ -22,6 +22,7 @@ from edge_slm_runtime.command import count_words
 LONGEST = 22  # words; a longer sentence would have to say things twice
 
 _DOUBLING = re.compile(r"[^aeiou]*[aeiou][^aeiouwxy]$")
+_PERSON = re.compile(r"..(?:man|woman|ist|eer|ress|keeper|maker)$")
 _PEOPLE_PLURAL = frozenset("people men women children kids fans friends players workers".split())
 
 
@@ -108,10 +109,14 @@ class _Sentence:
         self.times: list[str] = []
         roles, verbs = _roles(), _verbs()
         sure = any(word.lower() in verbs and word.lower() not in roles for word in given)
-        people = any(roles.get(word.lower()) == "people" for word in given)
+        people = any(
+            roles.get(word.lower()) == "people" or _PERSON.search(word.lower()) for word in given
+        )
         for word in given:
             low = word.lower()
             role = roles.get(low, "")
+            if not role and low not in verbs and _PERSON.search(low):
+                role = "people"
             if low in verbs and (not role or not (sure or self.verbs)):
                 self.verbs.append(low)
             elif role == "people" or (role == "animals" and not people):
@@ -131,9 +136,10 @@ class _Sentence:
         agent = self.agents.pop(0) if self.agents else ""
         start = self._act(agent) if agent else self._thing()
         role = _roles().get(agent.lower(), "people")
-        kind = "animal" if role == "animals" else "person" if agent else "thing"
         extra = lexicon("scene")["extra"]
-        pools: Pools = [(extra[kind], 1), (extra["times"], 1), (extra["watching"], 0.7)]
+        manner = extra["animal" if role == "animals" else "person"] if self.verbs else ()
+        watching = extra["watching"] if agent else ()
+        pools: Pools = [(manner, 1), (extra["times"], 1), (watching, 0.7)]
         room = words - count_words(start)
         added: list[str] = []
         if room > SLACK:
@@ -224,9 +230,11 @@ class _Sentence:
             (self.worn, ("with",)),
         ):
             if nouns:
+                # What is unknown is perhaps nothing that one can stand near.
+                link = pick(words, self.rng) if nouns[0].lower() in _roles() else words[0]
                 told = [self._a(noun) for noun in nouns]
                 listed = " and ".join(filter(None, [", ".join(told[:-1]), told[-1]]))
-                out += f" {pick(words, self.rng)} {listed}"
+                out += f" {link} {listed}"
         for i, (role, place) in enumerate(self.places):
             out += f" {'near' if i else role} the {self._told(place)}"
         out += "".join(f" at {time}" for time in self.times[:1])
@@ -234,14 +242,13 @@ class _Sentence:
         return f"{out}, looking {' and '.join(left)}" if left else out
 
     def _thing(self) -> str:
-        """No one acts: what is there."""
+        """No one acts: what a caption would say is there."""
         nouns = [*self.things, *self.worn, *(place for _, place in self.places)]
         if not nouns:
-            return f"everything rests{self._rest()}"
+            return f"a picture{self._rest()}"
         self._use(nouns[0])
-        verb = pick(("lie", "stand", "rest"), self.rng)
-        form = verb if _many(nouns[0]) else plural_of(verb)
-        return f"{self._a(nouns[0])} {form}{self._rest()}"
+        start = pick(("{}", "{}", "a view of {}", "a close view of {}"), self.rng)
+        return start.format(self._a(nouns[0])) + self._rest()
 
 
 def keyword_idea(rng: random.Random) -> str:

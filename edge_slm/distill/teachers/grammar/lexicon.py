@@ -137,6 +137,7 @@ _BEFORE = frozenset(  # what ends a noun phrase's head
 )
 _FINITE = frozenset("is are was were has have had can will does do did am be".split())
 _COUNTS = frozenset("two three four five six several many some both".split())
+_FLAT = frozenset("logo icon poster emblem sticker pattern label badge font typography".split())
 _PLACING = frozenset(
     "in on at under inside near over through across above below beside behind into along "
     "underwater outside".split()
@@ -238,7 +239,8 @@ def read_theme(request: str) -> Theme:
         noun=noun,
         plural=plural,
         time=next((times[t] for t in tokens if t in times), ""),
-        placed=bool(kind.get("scenic") or other) or any(t in _PLACING for t in tokens),
+        placed=bool(kind.get("scenic") or other)
+        or any(token in _PLACING or token in _FLAT for token in tokens),
         phrase=phrase,
     )
 

@@ -60,14 +60,16 @@ class Picture:
         return expand(entry, self.rng, self.slots, self.theme.plural)
 
 
-def picture(lead: str, theme: Theme, rng: random.Random) -> Picture:
+def picture(lead: str, theme: Theme, room: int, rng: random.Random) -> Picture:
+    """A place is chosen where the request names none and there is room to name one."""
     looks = lexicon("looks")
     settings = lexicon("settings")
     usual = theme.usual
     setting = theme.setting
-    if not setting and usual and not theme.placed:
-        setting = settings[pick(usual, rng)]
-    place = pick(setting["places"], rng) if setting and not theme.placed else ""
+    place = ""
+    if usual and not theme.placed and room > 8 and rng.random() < 0.65:
+        setting = setting or settings[pick(usual, rng)]
+        place = pick(setting["places"], rng)
     lights = setting.get("lights") or (settings[usual[0]]["lights"] if usual else ("day", "dusk"))
     if theme.time and set(lights) & set(looks["times"]):
         lights = (theme.time,)
@@ -183,16 +185,14 @@ def image(request: str, words: int, quality: Quality, rng: random.Random) -> str
         pools += [spare()] if prose else []
         units = pack(pools, words - count_words(lead), lambda e: expand(e, rng, {}), rng)
         return (sentences if prose else commas)(lead, units)
-    scene = picture(lead, theme, rng)
-    medium, generic = scene.medium, looks["generic"]
     room = words - count_words(lead)
+    scene = picture(lead, theme, room, rng)
+    medium, generic = scene.medium, looks["generic"]
     plain = not scene.own_medium and theme.phrase and quality == "best"
     before = pick(medium["before"], rng) if plain and room > 6 and rng.random() < 0.3 else ""
     if before:
         lead = f"{before} {lower(lead)}"
-    if scene.place and room > 8 and not lead.endswith(ENDS) and rng.random() < 0.6:
-        lead = f"{lead} {scene.place}"
-        scene.place = ""
+    lead = _placed(lead, scene)
     room = words - count_words(lead)
     if prose:
         return _paragraph(scene, lead, room, not before)
@@ -202,7 +202,6 @@ def image(request: str, words: int, quality: Quality, rng: random.Random) -> str
     details = theme.kind.get("details", ())
     pools = [
         (["with {d} and {d}"] if details and theme.phrase else [], 0.8),
-        ([scene.place] if scene.place else [], 1.5),
         (["{d}"] * 6 if details else [], 1.2),
         (["{s}"] * 6 if scene.setting else [], 0.9),
         ([scene.light], 1.2),
@@ -214,6 +213,14 @@ def image(request: str, words: int, quality: Quality, rng: random.Random) -> str
     return commas(lead, pack(pools, room, scene.draw, rng))
 
 
+def _placed(lead: str, scene: Picture) -> str:
+    if not scene.place:
+        return lead
+    if lead.endswith(ENDS):
+        return f"{lead} {capital(scene.place)}."
+    return f"{lead} {scene.place}"
+
+
 def _paragraph(scene: Picture, lead: str, room: int, name_medium: bool) -> str:
     """The picture in whole sentences."""
     still, theme, rng = lexicon("looks")["image"], scene.theme, scene.rng
@@ -223,7 +230,6 @@ def _paragraph(scene: Picture, lead: str, room: int, name_medium: bool) -> str:
         lead, room = opening, room - count_words(opening) + count_words(lead)
     light = pick(_about(theme, still["light"], scenic=True), rng)
     pools: Pools = [
-        ([f"{capital(scene.place)}, {{s}}."] if scene.place else [], 1.2),
         (_about(theme, still["subject"], scenic=True) if details else [], 0.7),
         (theme.kind.get("sentences", ()) if theme.noun else [], 0.9),
         (_about(theme, still["setting"], scenic=True) if scene.setting else [], 0.9),
@@ -243,6 +249,13 @@ def lower(text: str) -> str:
     return text[:1].lower() + text[1:] if len(first) < 4 or first in ("three", "four") else text
 
 
+# A request that says what the camera does is not contradicted.
+_DIRECTED = frozenset(
+    "camera zoom pan tilt shot view dolly tracking handheld static aerial timelapse "
+    "close-up closeup pov footage".split()
+)
+
+
 def video(request: str, words: int, quality: Quality, rng: random.Random) -> str:
     lead, theme = subject(request, words, quality, rng, lambda: scene_idea(rng))
     camera = lexicon("looks")["camera"]
@@ -250,20 +263,22 @@ def video(request: str, words: int, quality: Quality, rng: random.Random) -> str
     if quality == "middling":
         pools: Pools = [(camera["boilerplate"], 1), (camera["sentences"], 0.2), spare()]
         return sentences(lead, pack(pools, room, lambda e: expand(e, rng, {}), rng))
-    scene = picture(lead, theme, rng)
-    open_end = not lead.endswith(ENDS)
-    if theme.phrase and room > 6 and rng.random() < 0.35:
-        lead = f"{pick(camera['shots'], rng)} {lower(lead)}"
-    elif open_end and room > 8 and rng.random() < 0.3:
-        lead = f"{lead}, {pick(camera['after'], rng)}"
-        scene.place = ""
-    if open_end and scene.place and room > 8:
-        lead = f"{lead} {scene.place}"
+    scene = picture(lead, theme, room, rng)
+    directed = not _DIRECTED.isdisjoint(words_of(request))
+    if theme.phrase and not directed and room > 6 and rng.random() < 0.35:
+        lead = _placed(f"{pick(camera['shots'], rng)} {lower(lead)}", scene)
+    else:
+        lead = _placed(lead, scene)
+        open_end = not directed and not lead.endswith(ENDS)
+        if open_end and words - count_words(lead) > 8 and rng.random() < 0.3:
+            lead = f"{lead}, {pick(camera['after'], rng)}"
     room = words - count_words(lead)
+    # One way for the camera to move; in a long shot, a second one.
+    moves = [] if directed else rng.sample(_about(theme, camera["moves"]), 1 + (words > 90))
     middle: Pools = [
         (theme.kind.get("sentences", ()) if theme.noun else [], 1.2),
         (scene.setting.get("motions", ()), 1),
-        (_about(theme, camera["moves"]), 0.9),
+        (moves, 1.1),
         ([pick(_about(theme, camera["lights"], True), rng)], 1.1),
     ]
     rng.shuffle(middle)

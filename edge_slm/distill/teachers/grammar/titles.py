@@ -46,20 +46,21 @@ def tags(request: str, words: int, quality: Quality, rng: random.Random) -> str:
     words = min(words, MOST_TAGS)
     own = _content(request if quality != "poor" else tags_idea(rng))
     found: list[str] = []
+    more: list[str] = []
     for word in own:
         found += _icons().get(word, ())
         for index in (kind_index(), setting_index()):
             if word in index:
-                found += rng.sample(index[word][0]["tags"], 4)
+                table = index[word][0]
+                found += rng.sample(table["tags"], 4)
+                more += [*table["tags"], *rng.sample(table["keywords"], 4)]
     if quality == "middling":
-        own, found = own[: max(1, len(own) // 2)], []
+        own, found, more = own[: max(1, len(own) // 2)], [], []
     rng.shuffle(found)
-    if not found:
-        found = rng.sample(data["generic"], len(data["generic"]))
     unique = dict.fromkeys([*own, *found]) or {request.strip(): None}
     if len(unique) < words:
         spare = [tag for table in kinds().values() for tag in table["tags"]]
-        more = [*rng.sample(data["generic"], 6), *rng.sample(spare, len(spare))]
+        more += [*rng.sample(data["generic"], 6), *rng.sample(spare, len(spare))]
         unique |= dict.fromkeys(more)
     return ", ".join(list(unique)[: max(1, words)])
 
