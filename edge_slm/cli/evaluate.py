@@ -1,19 +1,38 @@
-"""`edge-slm evaluate`: does a bundle obey its commands?"""
+"""`edge-slm evaluate`: does a bundle obey its commands, and is what it writes any good?"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, reporter, stdout_console
+from edge_slm.cli.console import emit_json, json_option, reporter
 from edge_slm.cli.options import model_options
-from edge_slm_runtime.errors import DataError
+from edge_slm_runtime.errors import DataError, TargetExists
+
+if TYPE_CHECKING:
+    from edge_slm.distill.prepare import Report
+    from edge_slm.distill.samples import Sample
+
+_OTHERS = 3  # sets of answers to compare with
 
 
-@click.command(short_help="Measure command adherence on held-out requests.")
+def _named(
+    context: click.Context, option: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str]:
+    pairs = [value.partition("=") for value in given]
+    if bad := [name + sign + value for name, sign, value in pairs if not (name and value)]:
+        raise click.BadParameter(f"{bad[0]!r} is not NAME=VALUE")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise click.BadParameter("a name comes twice")
+    return {name: value for name, _, value in pairs}
+
+
+@click.command(short_help="Measure obedience and quality on held-out requests.")
 @model_options
 @click.option(
     "--data",
@@ -22,8 +41,37 @@ from edge_slm_runtime.errors import DataError
     required=True,
     help="The samples that the model was trained on; their held-out requests are used.",
 )
-@click.option("--task", "tasks", multiple=True, default=("image", "video"), show_default=True)
+@click.option("--task", "tasks", multiple=True, help="Repeatable.  [default: all of the model]")
 @click.option("--requests", type=click.IntRange(min=2), default=200, show_default=True)
+@click.option(
+    "--answers",
+    multiple=True,
+    callback=_named,
+    metavar="NAME=FILE",
+    help="Another model's answers to compare with: JSONL as the samples, or MODEL=http://… to "
+    "ask an OpenAI-compatible server. Up to 3.",
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    callback=_named,
+    metavar="NAME=BUNDLE",
+    help="Another bundle, asked without a command; for example of plain supervised training.",
+)
+@click.option(
+    "--best-of",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Candidates of the best-of-n baseline; 0 leaves it out.",
+)
+@click.option(
+    "--server", envvar="OPENAI_BASE_URL", help="Server of the judge, if it was in the reward."
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots."
+)
 @json_option
 def evaluate(
     *,
@@ -34,74 +82,124 @@ def evaluate(
     data: tuple[Path, ...],
     tasks: tuple[str, ...],
     requests: int,
+    answers: dict[str, str],
+    baselines: dict[str, str],
+    best_of: int,
+    server: str | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
-    """Command lengths and relevance levels on held-out requests; compare with the references.
+    """Command lengths, relevance levels and tasks on held-out requests; compare the answers
+    with baselines, with the references and with other models.
 
-    Needs the [train] extra, for the relevance scorer.
+    Needs the [train] extra, for the scorers.
     """
-    from edge_slm.distill.evaluate import evaluate as run
-    from edge_slm.distill.samples import held_out_samples
+    if len(answers) > _OTHERS:
+        raise click.BadParameter(f"at most {_OTHERS} times", param_hint="--answers")
+    if html and html.exists():
+        raise TargetExists(f"{html} exists", "give another --html")
+    if html and not html.parent.is_dir():
+        raise click.BadParameter(f"{html.parent} is no folder", param_hint="--html")
 
-    with (
-        edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
-        reporter() as report,
-    ):
-        recipe = slm.manifest.provenance.get("recipe")
-        if not recipe:
-            raise DataError("the bundle does not say what was held out", "convert a trained model")
-        percent = recipe["recipe"]["data"]["holdout_percent"]
-        result = run(slm, held_out_samples(data, tasks, requests, percent), report=report)
+    from edge_slm.distill.evaluate import show, write_html
+
+    result = measure(
+        bundle,
+        data,
+        tasks=tasks,
+        requests=requests,
+        answers=answers,
+        baselines=baselines,
+        best_of=best_of,
+        server=server,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+    )
     if as_json:
         emit_json(result)
     else:
         show(result)
+    if html:
+        write_html(result, html)
 
 
-def show(result: dict[str, Any]) -> None:
-    """Two tables: commanded lengths, commanded relevance."""
-    from rich.table import Table
+def measure(
+    bundle: Path | None,
+    data: Sequence[Path],
+    *,
+    tasks: Sequence[str] = (),
+    requests: int = 200,
+    answers: Mapping[str, str] | None = None,
+    baselines: Mapping[str, str] | None = None,
+    best_of: int = 4,
+    server: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`edge_slm.distill.evaluate.evaluate` of a bundle, on what its recipe held out of `data`.
 
-    console = stdout_console()
-    tasks = " and ".join(result["tasks"])
-    table = Table(
-        title=f"Length: {result['requests']} held-out {tasks} requests, {result['variant']}"
-    )
-    for column in ("words asked", "within tolerance", "mean abs. error", "", ""):
-        table.add_column(column, justify="right")
-    table.columns[3].header, table.columns[4].header = "with the promise", "mean abs. error"
-    alone, promise = result["length"]["model alone"], result["length"]["with the promise"]
-    rows = [(str(w), alone["by_length"][w], promise["by_length"][w]) for w in alone["by_length"]]
-    for name, a, p in [*rows, ("all", alone, promise)]:
-        table.add_row(
-            name,
-            f"{a['in_tolerance']:.1%}",
-            f"{a['mean_absolute_error']:.2f}",
-            f"{p['in_tolerance']:.1%}",
-            f"{p['mean_absolute_error']:.2f}",
+    settings: of `edge_slm.load`. Raises DataError when the bundle does not say what was
+    held out, or nothing was.
+    """
+    from edge_slm.distill.evaluate import evaluate as run
+    from edge_slm.distill.recipe import RewardRecipe
+    from edge_slm.distill.rewards import make_reward
+    from edge_slm.distill.samples import divide, held_out_samples, read_samples
+
+    with ExitStack() as stack:
+        slm = stack.enter_context(edge_slm.load(bundle, **settings))
+        report = stack.enter_context(reporter())
+        made_by = slm.manifest.provenance.get("recipe")
+        if not made_by:
+            raise DataError("the bundle does not say what was held out", "convert a trained model")
+        recipe = made_by["recipe"]
+        percent = recipe["data"]["holdout_percent"]
+        reward = RewardRecipe.model_validate(recipe.get("reward", {}))
+        report("read", 0, 1, "")
+        for task in tasks:
+            slm.schema.axis("task").value_of(task)
+        samples = held_out_samples(data, tasks or slm.schema.tasks, requests, percent)
+        if len(samples) < 2:
+            raise DataError(f"{len(samples)} held-out requests are too few", "give more data")
+        train, _ = divide([s for s in read_samples(data) if s.request], percent)
+        report("read", 1, 1, f"{len(samples)} held-out requests")
+        return run(
+            slm,
+            samples,
+            train_samples=train,
+            answers={
+                name: _answers(name, source, samples, report)
+                for name, source in (answers or {}).items()
+            },
+            baselines={
+                name: stack.enter_context(edge_slm.load(path, **settings))
+                for name, path in (baselines or {}).items()
+            },
+            best_of=best_of,
+            reward=make_reward(reward, None, bf16=False, server=server),
+            report=report,
         )
-    table.add_row("Spearman", f"{alone['spearman']:.3f}", "", f"{promise['spearman']:.3f}", "")
-    console.print(table)
 
-    table = Table(title="Relevance (MiniLM cosine) at the references' lengths")
-    for column in (
-        "level asked",
-        "relevance",
-        "± s.e.",
-        "÷ references",
-        "distinct-2",
-        "request kept",
-    ):
-        table.add_column(column, justify="right")
-    teacher = result["teacher"]
-    for row in [*result["relevance"], {"level": "references", **teacher}]:
-        table.add_row(
-            "any" if row["level"] is None else str(row["level"]),
-            f"{row['relevance']:.3f}",
-            f"{row['standard_error']:.3f}",
-            f"{row['relevance'] / teacher['relevance']:.3f}",
-            f"{row['distinct_2']:.3f}",
-            f"{row['request_words_kept']:.1%}",
+
+def _answers(name: str, source: str, samples: Sequence[Sample], report: Report) -> dict[str, str]:
+    """Request → text, of a JSONL file or of the server at an address."""
+    from edge_slm.distill.recipe import TeacherRecipe
+    from edge_slm.distill.samples import read_jsonl
+    from edge_slm.distill.teachers import Ask, make_teacher
+
+    if source.startswith(("http://", "https://")):
+        teacher = make_teacher(
+            TeacherRecipe(kind="server", model=name, temperature=0), server=source, journal=None
         )
-    console.print(table)
-    console.print(f"Spearman(level, mean relevance) {result['relevance_spearman']:.3f}")
+        asks = [Ask(s.task, s.request, words=s.words) for s in samples]
+        said = teacher.answer(asks, 1, lambda i, n: report(f"ask {name}", i, n, ""))
+        return {ask.request: texts[0] for ask, texts in said if texts}
+    wanted = {(s.task, s.request) for s in samples}
+    found = {
+        folded: response
+        for request, response, task in read_jsonl([source])
+        if request and (task, folded := " ".join(request.split())) in wanted
+    }
+    if not found:
+        raise DataError(f"{source} answers none of the evaluated requests", "see --data")
+    return found

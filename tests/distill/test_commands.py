@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import edge_slm
 from edge_slm.cli import main
 
 RECIPE = """
@@ -42,19 +43,57 @@ def test_train_writes_a_checkpoint_and_says_where(
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_evaluate_prints_both_tables(tmp_path: Path, as_json: bool) -> None:
+@pytest.fixture(scope="module")
+def foxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("foxes") / "samples.jsonl"
     rows = [
         {"request": f"a fox number {i}", "response": f"a fox number {i}, in snow", "task": "image"}
         for i in range(150)
     ]
-    data = tmp_path / "samples.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    arguments = ["evaluate", "--data", str(data), "--task", "image", "--requests", "2"]
-    result = CliRunner().invoke(main, arguments + ["--json"] * as_json)
+    return data
+
+
+def test_evaluate_prints_its_tables_and_writes_a_page(foxes: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    arguments = ["evaluate", "--data", str(foxes), "--requests", "2", "--html", str(page)]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.stderr
-    if as_json:
-        assert json.loads(result.stdout)["requests"] == 2
-    else:
-        assert "with the promise" in result.stdout
-        assert "Spearman(level, mean relevance)" in result.stdout
+    assert "with the promise" in result.stdout
+    assert "references" in result.stdout
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 9
+    assert again.stderr.startswith("error[target_exists]")
+
+
+def test_evaluate_beside_other_answers_and_bundles(foxes: Path) -> None:
+    shipped = str(edge_slm.shipped_bundle())
+    arguments = ["evaluate", "--data", str(foxes), "--task", "image", "--requests", "2", "--json"]
+    arguments += ["--answers", f"big={foxes}", "--baseline", f"plain={shipped}", "--best-of", "0"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["answers"]}
+    assert rows["plain"]["kind"] == "baseline"
+    assert rows["big"]["scores"] == rows["references"]["scores"]  # the same texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--answers", "big"], 2, "is not NAME=VALUE"),
+        (["--answers", "a=x", "--answers", "a=y"], 2, "a name comes twice"),
+        ([f"--answers={name}=x" for name in "abcd"], 2, "at most 3 times"),
+        (["--html", "/nowhere/page.html"], 2, "no folder"),
+        (["--answers", "big=/nowhere.jsonl"], 8, "cannot read /nowhere.jsonl"),
+        (["--task", "video"], 8, "too few"),
+        (["--task", "poem"], 3, "unknown task 'poem'"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(
+    foxes: Path, arguments: list[str], code: int, said: str
+) -> None:
+    result = CliRunner().invoke(main, ["evaluate", "--data", str(foxes), *arguments])
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1

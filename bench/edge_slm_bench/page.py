@@ -1,0 +1,191 @@
+"""One self-contained HTML page of figures: tiles, plots, tables, examples.
+
+No script, no request to anywhere; light and dark as the reader's system is; narrow
+enough for a phone. The plots are SVG from `plots`, coloured by this page's variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_slm_runtime.errors import DependencyMissing
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A headline figure. good: None where there is no target."""
+
+    label: str
+    value: str
+    note: str = ""
+    good: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first column names the row; a row that starts with "*" is set in bold."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """An example: what was asked, what came, and a remark."""
+
+    asked: str
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    title: str
+    text: str = ""
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    cards: Sequence[Card] = ()
+
+
+def render_page(
+    title: str, subtitle: str, tiles: Sequence[Tile], sections: Sequence[Section], foot: str = ""
+) -> str:
+    """The page as text; everything but the SVG is escaped. Raises DependencyMissing."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError:
+        raise DependencyMissing(
+            "an HTML page needs jinja2", "pip install 'edge-slm[bench]'"
+        ) from None
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_TEMPLATE).render(
+        title=title, subtitle=subtitle, tiles=tiles, sections=sections, foot=foot
+    )
+
+
+_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+:root {
+  --paper: #fbfaf7; --card: #ffffff; --ink: #1d2127; --muted: #646b76; --grid: #e4e2dc;
+  --s1: #2563a8; --s2: #c2571a; --s3: #2c8a5b; --s4: #8a4fa3; --good: #23794d; --bad: #b3402a;
+  --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171c; --card: #1c2027; --ink: #e7e9ec; --muted: #9aa3af; --grid: #31363f;
+    --s1: #6ea8ec; --s2: #f0935a; --s3: #63c493; --s4: #c493dc; --good: #63c493; --bad: #f0846c;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.1rem 4rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.55 var(--font); }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
+h2 { font-size: 1.25rem; margin: 3rem 0 .4rem; letter-spacing: -.005em; }
+p { margin: .3rem 0 .9rem; max-width: 46rem; }
+header p, .text, figcaption, caption, footer, .note { color: var(--muted); }
+.tiles { display: grid; gap: .7rem; margin: 1.4rem 0 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 10.5rem), 1fr)); }
+.tile, figure, .card { background: var(--card); border: 1px solid var(--grid);
+  border-radius: .6rem; }
+.tile { padding: .75rem .9rem; }
+.tile b { display: block; font-size: 1.5rem; line-height: 1.25; font-weight: 600;
+  font-variant-numeric: tabular-nums; }
+.tile span { font-size: .85rem; }
+.tile .note { display: block; font-size: .78rem; }
+.good b { color: var(--good); } .bad b { color: var(--bad); }
+.figures { display: grid; gap: .9rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); align-items: start; }
+figure { margin: 0; padding: .7rem .7rem .8rem; }
+figure svg { display: block; width: 100%; height: auto; max-width: 36rem; margin: 0 auto; }
+figcaption { font-size: .85rem; line-height: 1.4; padding: .4rem .3rem 0; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
+  min-width: 100%; }
+caption { text-align: left; font-size: .85rem; padding-bottom: .4rem; }
+th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--grid); }
+th { font-weight: 600; color: var(--muted); font-size: .8rem; }
+th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
+tr.strong td { font-weight: 600; }
+.cards { display: grid; gap: .7rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.card { padding: .8rem .95rem; font-size: .92rem; overflow-wrap: anywhere; }
+.card p { margin: 0 0 .45rem; }
+.card .asked { font-weight: 600; }
+.card .note { font-size: .78rem; margin: 0; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid);
+  font-size: .85rem; }
+@media print { body { max-width: none; } figure, .card, .tile { break-inside: avoid; } }
+</style>
+</head>
+<body>
+<header>
+<h1>{{ title }}</h1>
+<p>{{ subtitle }}</p>
+</header>
+<div class="tiles">
+{% for tile in tiles %}
+<div class="tile{{ "" if tile.good is none else " good" if tile.good else " bad" }}">
+<span>{{ tile.label }}</span><b>{{ tile.value }}</b><span class="note">{{ tile.note }}</span>
+</div>
+{% endfor %}
+</div>
+{% for section in sections %}
+<section>
+<h2>{{ section.title }}</h2>
+{% if section.text %}
+<p class="text">{{ section.text }}</p>
+{% endif %}
+{% if section.figures %}
+<div class="figures">
+{% for figure in section.figures %}
+<figure>{{ figure.svg | safe }}<figcaption>{{ figure.caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% endif %}
+{% for table in section.tables %}
+<div class="scroll" tabindex="0"><table>
+{% if table.caption %}
+<caption>{{ table.caption }}</caption>
+{% endif %}
+<thead><tr>{% for cell in table.head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows %}
+<tr{% if row[0].startswith("*") %} class="strong"{% endif %}>
+{%- for cell in row %}<td>{{ cell.removeprefix("*") }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
+{% if section.cards %}
+<div class="cards">
+{% for card in section.cards %}
+<article class="card"><p class="asked">{{ card.asked }}</p><p>{{ card.text }}</p>
+<p class="note">{{ card.note }}</p></article>
+{% endfor %}
+</div>
+{% endif %}
+</section>
+{% endfor %}
+{% if foot %}
+<footer>{{ foot }}</footer>
+{% endif %}
+</body>
+</html>
+"""

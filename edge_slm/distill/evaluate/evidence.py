@@ -1,0 +1,139 @@
+"""What the figures are read from: the texts of every command, and their scores.
+
+Arrays are [samples, commands], nan where not asked (see `edge_slm_bench.quality`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_slm.distill.evaluate.grid import Grid
+from edge_slm.distill.hindsight import Edges, level_of
+from edge_slm.distill.prepare import Report
+from edge_slm.distill.rewards import Reward, Weighted
+from edge_slm.distill.samples import Sample
+from edge_slm_bench.quality import Array
+from edge_slm_runtime.command import count_words
+
+Pair = tuple[Sample, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """[samples][commands] texts, None where there is none; the words that were asked."""
+
+    rows: list[list[str | None]]
+    asked: list[list[float]] = field(default_factory=list)
+
+    def column(self, at: int = 0) -> list[str | None]:
+        return [row[at] for row in self.rows]
+
+    def only(self, at: int) -> Texts:
+        return Texts([[row[at]] for row in self.rows])
+
+    def words(self) -> Array:
+        return np.array(
+            [[np.nan if t is None else count_words(t) for t in row] for row in self.rows], float
+        )
+
+    def pairs(self, samples: Sequence[Sample]) -> Iterator[Pair]:
+        for sample, row in zip(samples, self.rows, strict=True):
+            yield from ((sample, text) for text in row if text is not None)
+
+
+class Scores:
+    """The scores of texts; every different pair of sample and text is scored once.
+
+    names: the training reward, its parts if it is a weighted mean, then the scorers
+    that had no part in training. `training`: how many of the first did.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        independent: Sequence[Reward],
+        pairs: Iterable[Pair],
+        report: Report,
+    ) -> None:
+        unique = list(dict.fromkeys(pairs))
+        # A scorer may have nothing to say about no text at all.
+        texts = [Sample(s.request, text or ".", s.task) for s, text in unique]
+
+        def progress(done: int, total: int) -> None:
+            report("score", done, total, "")
+
+        if isinstance(reward, Weighted):
+            parts = reward.components(texts, progress)
+            found = {reward.name: reward.combine(parts), **parts}
+        else:
+            found = {reward.name: reward.score(texts, progress)}
+        self.training = len(found)
+        found |= {s.name: s.score(texts) for s in independent if s.name not in found}
+        self.names = list(found)
+        self._known = {
+            name: dict(zip(unique, scores, strict=True)) for name, scores in found.items()
+        }
+
+    def of(self, samples: Sequence[Sample], texts: Texts, name: str | None = None) -> Array:
+        known = self._known[name or self.names[0]]
+        return np.array(
+            [
+                [np.nan if text is None else known[sample, text] for text in row]
+                for sample, row in zip(samples, texts.rows, strict=True)
+            ],
+            float,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """What another model wrote; kind: "baseline" or "answers"."""
+
+    name: str
+    kind: str
+    texts: Texts
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """written: name of a block of the grid, or "references" → texts."""
+
+    grid: Grid
+    written: Mapping[str, Texts]
+    others: Sequence[Other]
+    scores: Scores
+    edges: Edges  # where the levels of each task begin, in the training reward
+
+    @property
+    def samples(self) -> list[Sample]:
+        return self.grid.samples
+
+    @property
+    def levels(self) -> int:
+        """How many can be commanded; one more column of "levels" is "any"."""
+        return len(self.written["levels"].rows[0]) - 1
+
+    @property
+    def tasks(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which samples are of which task."""
+        names = np.array([sample.task for sample in self.samples])
+        return {str(task): names == task for task in dict.fromkeys(names)}
+
+    def score(self, texts: Texts, name: str | None = None) -> Array:
+        """[samples, commands] under the scorer of that name, or the training reward."""
+        return self.scores.of(self.samples, texts, name)
+
+    def achieved_levels(self, texts: Texts) -> Array:
+        """[samples, commands], from the training reward."""
+        rewards = self.score(texts)
+        return np.array(
+            [
+                [level_of(r, self.edges[s.task]) if np.isfinite(r) else np.nan for r in row]
+                for s, row in zip(self.samples, rewards, strict=True)
+            ],
+            float,
+        )

@@ -1,0 +1,137 @@
+"""The grid of generations that every figure is read from: each request under many commands.
+
+Greedy and with the model alone, except where a command says otherwise. What two
+figures need in common is generated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_slm.distill.prepare import Report
+from edge_slm.distill.samples import Sample
+from edge_slm_runtime import SLM, Generation, Request
+from edge_slm_runtime.command import Axis
+from edge_slm_runtime.errors import RequestTooLong
+
+LENGTHS = (4, 8, 12, 16, 24, 32, 48, 64)  # words; each task is asked those that training saw
+BATCH = 16
+TEMPERATURE = 0.7  # of best-of-n's candidates; at 1 a small model's draws are worse than greedy
+
+Block = list[list[Request | None]]  # [samples][commands]; None: not asked
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is asked of the model about `samples`, in blocks; a column is one command.
+
+    lengths, kept: every length of `words` at the highest level; without and with the
+    length promise. levels: every level, then none, at the reference's own length.
+    own, shuffled, bare: the reference's outcome as the command (words and level), that
+    of another request of the task, no command at all. candidates: what best-of-n
+    chooses from. tasks: every task of `task_words`, at its usual length.
+    """
+
+    samples: list[Sample]
+    words: tuple[int, ...]
+    too_long: int
+    blocks: dict[str, Block]
+
+
+def build_grid(
+    slm: SLM,
+    samples: Sequence[Sample],
+    *,
+    own_levels: Sequence[int],
+    lengths: Sequence[int],
+    task_words: Mapping[str, int],
+    best_of: int,
+) -> Grid:
+    """own_levels: what the references achieved. task_words: the usual length per task.
+
+    Samples that the context has no room for under one of the commands are left
+    out and counted. Raises UnknownTask for one of a task that the model has not.
+    """
+    top = slm.schema.levels - 1
+    supported = {task: _supported(slm, task, lengths) for task in {s.task for s in samples}}
+
+    def row(s: Sample, level: int) -> dict[str, list[Request | None]]:
+        def asked(words: int, level: int | None = top, keep: bool = False) -> Request:
+            return Request(s.request, s.task, words, level, keep_length=keep)
+
+        by_length = [w if w in supported[s.task] else None for w in lengths]
+        return {
+            "lengths": [asked(w) if w else None for w in by_length],
+            "kept": [asked(w, keep=True) if w else None for w in by_length],
+            "levels": [asked(s.words, at) for at in (*range(top + 1), None)],
+            "own": [asked(s.words, level)],
+            "bare": [Request(s.request, keep_length=False)],
+            "tasks": [
+                Request(s.request, task, words, top, keep_length=False)
+                for task, words in task_words.items()
+            ],
+            "candidates": [
+                Request(
+                    s.request, s.task, s.words, temperature=TEMPERATURE, seed=i, keep_length=False
+                )
+                for i in range(best_of)
+            ],
+        }
+
+    rows = [row(s, level) for s, level in zip(samples, own_levels, strict=True)]
+    fits = [all(_fits(slm, r) for block in row.values() for r in block) for row in rows]
+    chosen = [i for i, ok in enumerate(fits) if ok]
+    kept = [samples[i] for i in chosen]
+    blocks = {name: [rows[i][name] for i in chosen] for name in (rows[0] if rows else ())}
+    blocks["shuffled"] = []
+    for s, other in zip(kept, _partners(kept), strict=True):
+        told = (kept[other].words, own_levels[chosen[other]])
+        request = Request(s.request, s.task, *told, keep_length=False)
+        blocks["shuffled"].append([request if _fits(slm, request) else None])
+    return Grid(kept, tuple(lengths), len(samples) - len(kept), blocks)
+
+
+def generate(
+    slm: SLM, requests: Iterable[Request | None], stage: str, report: Report
+) -> dict[Request, Generation]:
+    """One answer per different request."""
+    todo = list(dict.fromkeys(request for request in requests if request is not None))
+    # Long answers first: the batch stays full until the end.
+    todo.sort(key=lambda request: request.words or 0, reverse=True)
+    answers = {}
+    for i, (request, out) in enumerate(zip(todo, slm.generate_batch(todo, BATCH), strict=True), 1):
+        answers[request] = out
+        report(stage, i, len(todo), "")
+    return answers
+
+
+def _supported(slm: SLM, task: str, lengths: Sequence[int]) -> set[int]:
+    """Those that the training data of the task had; all, where the bundle does not say."""
+    axis: Axis = slm.schema.axis("words")
+    seen = slm.schema.support.get(task, {}).get("words")
+    if seen is None:
+        return set(lengths)
+    return {w for w in lengths if seen.get(axis.value_of(w), 0) >= slm.schema.min_support}
+
+
+def _fits(slm: SLM, request: Request | None) -> bool:
+    try:
+        if request is not None:
+            slm.check(request)
+    except RequestTooLong:
+        return False
+    return True
+
+
+def _partners(samples: Sequence[Sample]) -> list[int]:
+    """For each sample another one of its task (itself only where it is alone)."""
+    partners = list(range(len(samples)))
+    rng = np.random.default_rng(0)
+    for task in sorted({s.task for s in samples}):
+        members = rng.permutation([i for i, s in enumerate(samples) if s.task == task])
+        for one, other in zip(members, np.roll(members, 1), strict=True):
+            partners[one] = int(other)
+    return partners

@@ -1,0 +1,169 @@
+"""The evaluation from end to end: generate a grid, score it, read every figure from it.
+
+docs/evaluation.md says what each figure means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from edge_slm.distill.evaluate import figures
+from edge_slm.distill.evaluate.comparison import compare
+from edge_slm.distill.evaluate.evidence import Evidence, Other, Scores, Texts
+from edge_slm.distill.evaluate.grid import LENGTHS, Block, Grid, build_grid, generate
+from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
+from edge_slm.distill.hindsight import Edges, level_of
+from edge_slm.distill.prepare import Report, silent
+from edge_slm.distill.rewards import Keywords, Relevance, Reward
+from edge_slm.distill.samples import Sample
+from edge_slm_bench.quality import RESAMPLES
+from edge_slm_runtime import SLM, Generation, Request
+from edge_slm_runtime.errors import DataError
+
+_UNSCORED = ("kept", "tasks")  # blocks whose texts are only counted, only classified
+
+
+def evaluate(
+    slm: SLM,
+    samples: Sequence[Sample],
+    *,
+    train_samples: Sequence[Sample] = (),
+    answers: Mapping[str, Mapping[str, str]] | None = None,
+    baselines: Mapping[str, SLM] | None = None,
+    best_of: int = 4,
+    reward: Reward | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Every figure, JSON-ready; `show` and `write_html` read it.
+
+    samples: held-out, with the reference answers. train_samples: what the task
+    classifier learns from; without them task accuracy is left out. answers: name →
+    request → text of another model. baselines: models that are asked without a
+    command. best_of: candidates of the best-of-n baseline; below 2 it is left out.
+    reward: the one that the model was trained on (default: MiniLM relevance).
+    lengths: words to command.
+
+    Samples that the context has no room for under one of the commands are counted
+    as `too_long`. Raises DataError (fewer than two samples left; a bundle that does
+    not say where its levels lie), UnknownTask, NotSupportedByEngine (best-of-n on an
+    engine without seeds), DependencyMissing.
+    """
+    answers, baselines = answers or {}, baselines or {}
+    edges = _level_edges(slm, samples)
+    reward, static = reward or Relevance(), StaticCosine()
+    rewards = reward.score(samples)
+    report("task classifier", 0, 1, "")
+    classifier = TaskClassifier(train_samples, slm.schema.tasks)
+    report("task classifier", 1, 1, f"{len(train_samples)} texts")
+    grid = build_grid(
+        slm,
+        samples,
+        own_levels=[level_of(r, edges[s.task]) for r, s in zip(rewards, samples, strict=True)],
+        lengths=lengths,
+        task_words=classifier.usual_words if len(classifier.tasks) > 1 else {},
+        best_of=best_of if best_of > 1 else 0,
+    )
+    if len(grid.samples) < 2:
+        raise DataError(f"{len(grid.samples)} held-out requests are too few", "give more data")
+
+    outs = generate(slm, _flat(grid.blocks.values()), "generate", report)
+    written = _written(grid, outs)
+    others = _others(grid, baselines, answers, report)
+    scores = Scores(
+        reward,
+        (static, Keywords()),
+        chain.from_iterable(
+            texts.pairs(grid.samples)
+            for texts in (
+                *(texts for name, texts in written.items() if name not in _UNSCORED),
+                *(other.texts for other in others),
+            )
+        ),
+        report,
+    )
+    report("figures", 0, 1, "")
+    evidence = Evidence(grid, written, others, scores, edges)
+    result = {
+        "model": {
+            "name": slm.manifest.name,
+            "variant": slm.variant.name,
+            "parameters": slm.manifest.model.parameters,
+            "recipe": _recipe(slm).get("digest"),
+            "levels": slm.schema.levels,
+        },
+        "requests": len(grid.samples),
+        "too_long": grid.too_long,
+        "generations": len(outs),
+        "commands_moved": sum(bool(out.warnings) for out in outs.values()),
+        "tasks": {
+            task: int(evidence.tasks[task].sum())
+            for task in slm.schema.tasks
+            if task in evidence.tasks
+        },
+        "scorers": [
+            {"name": name, "training": i < scores.training} for i, name in enumerate(scores.names)
+        ],
+        "intervals": f"95%, bootstrap over requests, {RESAMPLES} resamples",
+        "length": figures.length(evidence),
+        "relevance": figures.relevance(evidence),
+        "cross_talk": figures.cross_talk(evidence),
+        "task": figures.task(evidence, classifier) if len(classifier.tasks) > 1 else None,
+        "answers": compare(evidence, static),
+        "texts": figures.examples(evidence),
+    }
+    report("figures", 1, 1, "")
+    return result
+
+
+def _written(grid: Grid, outs: Mapping[Request, Generation]) -> dict[str, Texts]:
+    written = {
+        name: Texts(
+            [[outs[r].text if r else None for r in row] for row in block],
+            [[float(r.words) if r and r.words else np.nan for r in row] for row in block],
+        )
+        for name, block in grid.blocks.items()
+    }
+    written["references"] = Texts([[sample.response] for sample in grid.samples])
+    return written
+
+
+def _others(
+    grid: Grid,
+    baselines: Mapping[str, SLM],
+    answers: Mapping[str, Mapping[str, str]],
+    report: Report,
+) -> list[Other]:
+    others = []
+    for name, slm in baselines.items():
+        asked = [Request(sample.request, keep_length=False) for sample in grid.samples]
+        said = generate(slm, asked, f"generate {name}", report)
+        others.append(Other(name, "baseline", Texts([[said[r].text] for r in asked])))
+    for name, texts in answers.items():
+        found = [[texts.get(sample.request)] for sample in grid.samples]
+        others.append(Other(name, "answers", Texts(found)))
+    return others
+
+
+def _flat(blocks: Iterable[Block]) -> list[Request | None]:
+    return [request for block in blocks for row in block for request in row]
+
+
+def _recipe(slm: SLM) -> dict[str, Any]:
+    return dict(slm.manifest.provenance.get("recipe") or {})
+
+
+def _level_edges(slm: SLM, samples: Sequence[Sample]) -> Edges:
+    edges: Edges = _recipe(slm).get("data", {}).get("relevance_level_edges") or {}
+    for sample in samples:
+        slm.schema.axis("task").value_of(sample.task)
+        if sample.task not in edges:
+            raise DataError(
+                f"the bundle does not say where the relevance levels of {sample.task!r} lie",
+                "convert a trained model",
+            )
+    return edges

@@ -1,0 +1,106 @@
+"""Scorers that no model was trained on, and the classifier that names a text's task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_slm.distill.rewards import Array, Progress
+from edge_slm.distill.samples import Sample
+from edge_slm_runtime.errors import DependencyMissing
+
+_PER_TASK = 4000  # texts that the classifier learns from
+
+
+class StaticCosine:
+    """Cosine of request and response under WordLlama's static embeddings.
+
+    Mean-pooled token embeddings of Llama models (Miller 2024, MIT; 256 wide), whose
+    weights come inside the PyPI package: no network, and nothing in common with
+    MiniLM but the text.
+    """
+
+    name = "wordllama"
+
+    def __init__(self) -> None:
+        self._model = _wordllama()
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Unit vectors, float32 [len(texts), 256]."""
+        return np.asarray(self._model.embed([text or "." for text in texts], norm=True), np.float32)
+
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+        """Cosine, float32 [len(samples)]."""
+        left = self.embed([sample.request for sample in samples])
+        right = self.embed([sample.response for sample in samples])
+        return np.asarray((left * right).sum(1), np.float32)
+
+
+@cache
+def _wordllama() -> Any:
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    try:
+        import wordllama
+    except ImportError:
+        raise DependencyMissing(
+            "the independent scorer needs wordllama", "pip install 'edge-slm[train]'"
+        ) from None
+    finally:  # its import turns the program's logging on
+        root.setLevel(before[0])
+        root.handlers[:] = before[1]
+    # Version 0.4.0 looks for its packaged tokenizer only in a cache of that layout.
+    package = Path(str(wordllama.__file__)).parent
+    return wordllama.WordLlama.load(dim=256, cache_dir=package, disable_download=True)
+
+
+class TaskClassifier:
+    """Names the task of a text: logistic regression on its words and pairs of words.
+
+    Learned from `samples` of the training side, every task weighing the same. Case and
+    punctuation count: a title differs from a caption in little else.
+    """
+
+    def __init__(self, samples: Sequence[Sample], tasks: Sequence[str]) -> None:
+        try:
+            from sklearn import (  # type: ignore[import-untyped]  # sentence-transformers needs it
+                feature_extraction,
+                linear_model,
+                pipeline,
+            )
+        except ImportError:
+            raise DependencyMissing(
+                "task accuracy needs scikit-learn", "pip install 'edge-slm[train]'"
+            ) from None
+        by_task = {task: [s.response for s in samples if s.task == task] for task in tasks}
+        rng = np.random.default_rng(0)
+        for task, texts in by_task.items():
+            by_task[task] = [texts[i] for i in rng.permutation(len(texts))[:_PER_TASK]]
+        self.tasks = [task for task, texts in by_task.items() if texts]
+        self.usual_words = {
+            task: int(np.median([len(text.split()) for text in by_task[task]]))
+            for task in self.tasks
+        }
+        self._model: Any = pipeline.make_pipeline(
+            feature_extraction.text.TfidfVectorizer(
+                lowercase=False, token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True
+            ),
+            linear_model.SGDClassifier(
+                loss="log_loss", alpha=1e-6, class_weight="balanced", random_state=0
+            ),
+        )
+        if len(self.tasks) > 1:
+            self._model.fit(
+                [text for task in self.tasks for text in by_task[task]],
+                [i for i, task in enumerate(self.tasks) for _ in by_task[task]],
+            )
+
+    def predict(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Indices into `tasks`, [len(texts)]."""
+        return np.asarray(self._model.predict(list(texts)), np.int64)
