@@ -1,0 +1,222 @@
+"""Sampling and scoring of large request sets on many processes or machines, by Ray Data.
+
+The same functions as without Ray, mapped over blocks of rows. A block whose worker
+dies is done again by another; what comes back is kept by its row's number, and the
+file is written once all are there: nothing is lost and nothing comes twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edge_slm.distill.files import write_jsonl
+from edge_slm.distill.generate import Episode, Sampler
+from edge_slm.distill.rewards import Progress, Reward
+from edge_slm.distill.samples import Sample
+from edge_slm_converters.checkpoint import read_schema
+from edge_slm_runtime import errors
+from edge_slm_runtime.command import Command
+from edge_slm_runtime.errors import (
+    BadSetting,
+    DependencyMissing,
+    EdgeSlmError,
+    EngineError,
+    TargetExists,
+)
+
+Row = dict[str, Any]
+Work = Callable[[list[Row]], list[Row]]
+_BLOCK = 512  # rows; what is done again when a worker dies
+_ATTEMPTS = 4  # at one block; then it is the block that kills its workers
+
+
+def sample_with_ray(
+    checkpoint: str | Path,
+    episodes: Sequence[Episode],
+    out: Path,
+    *,
+    workers: int = 2,
+    temperature: float = 1.0,
+    progress: Progress | None = None,
+) -> Path:
+    """The answers of `Sampler(checkpoint)` as JSONL, one row per episode, in order:
+    request, task, words, relevance, seed, text, ended.
+
+    workers: processes, each with a GPU where the cluster has some, else with a core.
+    The checkpoint must be readable under this path on every machine. Uses the cluster
+    of RAY_ADDRESS, else starts Ray here for the time being. Raises TargetExists,
+    DependencyMissing, BadSetting (more workers than the cluster has room for), what
+    `Sampler` raises, and EngineError when workers keep dying.
+    """
+    read_schema(Path(checkpoint))  # raises here what would kill every worker there
+    rows = [{"request": e.request, **e.command.as_dict(), "seed": e.seed} for e in episodes]
+    work = partial(_sampling, str(checkpoint), temperature)
+    return _run(
+        work, rows, out, size=lambda row: row["words"] or 0, workers=workers, progress=progress
+    )
+
+
+def score_with_ray(
+    make: Callable[[], Reward],
+    samples: Sequence[Sample],
+    out: Path,
+    *,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> Path:
+    """The scores of `make()` as JSONL, one row per sample, in order: the sample's fields, reward.
+
+    make: called once in every worker; for example a `functools.partial` of
+    `make_reward`, without a cache, for processes cannot share one. Otherwise as
+    `sample_with_ray`.
+    """
+    rows = [asdict(sample) for sample in samples]
+    work = partial(_scoring, make)
+    return _run(
+        work, rows, out, size=lambda row: len(row["response"]), workers=workers, progress=progress
+    )
+
+
+def _sampling(checkpoint: str, temperature: float) -> Work:
+    sampler = Sampler(checkpoint)
+
+    def work(rows: list[Row]) -> list[Row]:
+        episodes = [
+            Episode(
+                row["request"], Command(row["task"], row["words"], row["relevance"]), row["seed"]
+            )
+            for row in rows
+        ]
+        answers = sampler(episodes, temperature=temperature)
+        return [{**row, **asdict(answer)} for row, answer in zip(rows, answers, strict=True)]
+
+    return work
+
+
+def _scoring(make: Callable[[], Reward]) -> Work:
+    reward = make()
+
+    def work(rows: list[Row]) -> list[Row]:
+        scores = reward.score([Sample(**row) for row in rows])
+        return [{**row, "reward": float(s)} for row, s in zip(rows, scores, strict=True)]
+
+    return work
+
+
+class _Attempts:
+    """Counts how often each block was begun: Ray itself would try for ever."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, block: int) -> int:
+        self._begun[block] += 1
+        return self._begun[block]
+
+
+class _Worker:
+    """One process of the pool.
+
+    Rows travel as JSON, so that nothing guesses their types, and errors as rows, for
+    Ray would wrap them beyond recognition.
+    """
+
+    def __init__(self, make: Callable[[], Work], attempts: Any) -> None:
+        self._make, self._attempts = make, attempts
+        self._work: Work | None = None
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
+        rows = [json.loads(row) for row in block["row"]]
+        try:
+            if ray.get(self._attempts.begin.remote(int(block["number"][0]))) > _ATTEMPTS:
+                raise EngineError(
+                    f"{_ATTEMPTS} workers died at the same rows",
+                    "look at their memory; fewer workers leave more for each",
+                )
+            self._work = self._work or self._make()
+            done = self._work(rows)
+        except EdgeSlmError as error:
+            done = [{"raised": [type(error).__name__, error.problem, error.hint]}] * len(rows)
+        return {"number": block["number"], "row": [json.dumps(row) for row in done]}
+
+
+def _run(
+    make: Callable[[], Work],
+    rows: Sequence[Row],
+    out: Path,
+    *,
+    size: Callable[[Row], int],
+    workers: int,
+    progress: Progress | None,
+) -> Path:
+    """Maps the work over the rows, those of similar `size` together; writes `out`."""
+    if out.exists():
+        raise TargetExists(f"{out} is there already", "give another file")
+    # A few blocks for every worker, so that all are busy to the end.
+    block = max(1, min(_BLOCK, len(rows) // (4 * max(1, workers))))
+    order = sorted(range(len(rows)), key=lambda i: size(rows[i]), reverse=True)
+    done: dict[int, Row] = {}
+    with _ray(workers) as (ray, resources):
+        attempts = ray.remote(num_cpus=0)(_Attempts).remote()
+        mapped = ray.data.from_items(
+            [{"number": i, "row": json.dumps(rows[i])} for i in order],
+            override_num_blocks=max(1, len(rows) // block),
+        ).map_batches(
+            _Worker,
+            fn_constructor_args=(make, attempts),
+            batch_size=None,  # a whole block
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            **resources,
+        )
+        for batch in mapped.iter_batches(batch_size=None):
+            for number, text in zip(batch["number"], batch["row"], strict=True):
+                row = json.loads(text)
+                if "raised" in row:
+                    name, problem, hint = row["raised"]
+                    raise getattr(errors, name)(problem, hint)
+                done[int(number)] = row
+            if progress:
+                progress(len(done), len(rows))
+    write_jsonl((done[i] for i in range(len(rows))), out)
+    return out
+
+
+@contextmanager
+def _ray(workers: int) -> Iterator[tuple[Any, Row]]:
+    """(ray, what one worker takes). A Ray that runs is used, else one is started and ended."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise DependencyMissing(
+            "scaling out needs Ray Data", "pip install 'edge-slm[ray,train]'"
+        ) from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        there = ray.cluster_resources()
+        kind = "GPU" if there.get("GPU") else "CPU"
+        if not 1 <= workers <= there[kind]:
+            raise BadSetting(
+                f"workers is {workers}", f"allowed here: 1 … {there[kind]:.0f} ({kind}s)"
+            )
+        yield ray, {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
+    finally:
+        if started:
+            ray.shutdown()
