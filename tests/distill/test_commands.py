@@ -11,6 +11,8 @@ from click.testing import CliRunner
 import edge_slm
 from edge_slm.cli import main
 
+from .chat_server import ChatServer
+
 RECIPE = """
 seed = 3
 [data]
@@ -71,9 +73,12 @@ def test_evaluate_beside_other_answers_and_bundles(foxes: Path) -> None:
     shipped = str(edge_slm.shipped_bundle())
     arguments = ["evaluate", "--data", str(foxes), "--task", "image", "--requests", "2", "--json"]
     arguments += ["--answers", f"big={foxes}", "--baseline", f"plain={shipped}", "--best-of", "0"]
-    result = CliRunner().invoke(main, arguments)
+    with ChatServer() as server:
+        result = CliRunner().invoke(main, [*arguments, "--answers", f"chatty={server.url}"])
+        assert [body["model"] for _, body in server.seen] == ["chatty"] * 2
     assert result.exit_code == 0, result.stderr
     rows = {row["name"]: row for row in json.loads(result.stdout)["answers"]}
+    assert rows["chatty"]["n"] == 2
     assert rows["plain"]["kind"] == "baseline"
     assert rows["big"]["scores"] == rows["references"]["scores"]  # the same texts
 
@@ -95,5 +100,7 @@ def test_evaluate_says_what_is_wrong(
 ) -> None:
     result = CliRunner().invoke(main, ["evaluate", "--data", str(foxes), *arguments])
     assert (result.exit_code, result.stdout) == (code, "")
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
+    *progress, error = result.stderr.splitlines()
+    assert error.startswith("error[")
+    assert said in error
+    assert not any("error" in line for line in progress)
