@@ -42,12 +42,15 @@ class Buffer:
         """In the order of `samples`."""
         return np.array([r for rows in self._by_task.values() for _, r in rows], np.float32)
 
-    def best(self, task: str, count: int, band: int = 0, bands: int = 1) -> list[Scored]:
-        """The `count` best of a task, of one of `bands` equally filled bands of length."""
+    def best(self, task: str, count: int, bands: int = 1) -> list[list[Scored]]:
+        """The `count` best of a task in each of `bands` equally filled bands of length.
+
+        A band that stays empty, because many samples are of one length, is left out.
+        """
         rows = self._by_task[task]
-        if bands > 1:
-            words = np.array([sample.words for sample, _ in rows])
-            edges = np.quantile(words, np.arange(1, bands) / bands)
-            inside = np.searchsorted(edges, words, "right") == band
-            rows = [row for row, chosen in zip(rows, inside, strict=True) if chosen] or rows
-        return rows[:count]
+        words = np.array([sample.words for sample, _ in rows])
+        band = np.searchsorted(np.quantile(words, np.arange(1, bands) / bands), words, "right")
+        chosen = [
+            [row for row, at in zip(rows, band, strict=True) if at == b] for b in range(bands)
+        ]
+        return [rows[:count] for rows in chosen if rows]

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm.distill.buffer import Buffer
+from edge_slm.distill.buffer import Scored
 from edge_slm.distill.files import write_jsonl
 from edge_slm.distill.generate import Episode, Sampler
 from edge_slm.distill.hindsight import Edges, level_of
 from edge_slm.distill.prepare import Prepared, Report
-from edge_slm.distill.recipe import ExploreRecipe
 from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample
 from edge_slm_runtime.command import WORD_EDGES, Command, count_words
@@ -30,26 +29,27 @@ _CHUNK = 512  # episodes between two writes of the journal
 
 
 def command(
-    buffer: Buffer, task: str, edges: Edges, recipe: ExploreRecipe, rng: random.Random
+    task: str, best: Sequence[Scored], edges: Sequence[float], rng: random.Random
 ) -> Command:
-    """What to ask of a task next, from the best episodes of a random length band."""
-    best = buffer.best(task, recipe.best, rng.randrange(recipe.bands), recipe.bands)
+    """What to ask of a task next, after its best episodes."""
     horizon = round(float(np.mean([sample.words for sample, _ in best])))
     returns = [reward for _, reward in best]
     mean, deviation = float(np.mean(returns)), float(np.std(returns))
-    level = level_of(rng.uniform(mean, mean + deviation), edges[task])
+    level = level_of(rng.uniform(mean, mean + deviation), edges)
     return Command(task, min(max(horizon, 1), WORD_EDGES[-1] - 1), level)
 
 
 def plan(prepared: Prepared, edges: Edges, number: int) -> list[Episode]:
-    """The episodes of round `number`: requests of the training side, each with a command."""
+    """The episodes of round `number`: requests of the training side, each under a command
+    after the best episodes of a random length band."""
     recipe = prepared.recipe.explore
     episodes = []
     for task in prepared.recipe.data.tasks:
         rng = random.Random(f"{prepared.recipe.seed}/{number}/{task}")
+        best = prepared.buffer.best(task, recipe.best, recipe.bands)
         requests = sorted({pair.request for pair in prepared.pairs if pair.task == task})
         for request in rng.sample(requests, min(recipe.requests, len(requests))):
-            asked = command(prepared.buffer, task, edges, recipe, rng)
+            asked = command(task, rng.choice(best), edges[task], rng)
             episodes += [
                 Episode(request, asked, rng.getrandbits(31)) for _ in range(recipe.candidates)
             ]

@@ -58,12 +58,13 @@ def distill(
 ) -> Path:
     """Runs the recipe to its end; returns the checkpoint (or state.pt, when stopped).
 
-    data: JSONL files or folders of samples; may be empty when the recipe has a
-    teacher. text: general text, for stages of kind "text". out: the run's folder; a
-    run found there is continued, the checkpoint of a finished one returned. cache:
-    folder of the rewards' caches (default: `out`/cache). server: address of the
-    OpenAI-compatible server of teacher and judge. max_steps: of training, then stop.
-    Ctrl-C saves after the step under way. Raises DataError (what cannot be used, by name), TargetExists, DependencyMissing.
+    data: JSONL files or folders of samples; may be empty when the recipe has a teacher.
+    text: general text, for stages of kind "text". out: the run's folder; a run found
+    there is continued, the checkpoint of a finished one returned. cache: folder of the
+    rewards' caches (default: `out`/cache). server: address of the OpenAI-compatible
+    server of teacher and judge. max_steps: of training, then stop. Ctrl-C saves after
+    the step under way. Raises DataError (what cannot be used, by name), TargetExists,
+    DependencyMissing, CheckpointError (`model.init`), TeacherError, OutOfMemory.
     """
     try:
         import accelerate

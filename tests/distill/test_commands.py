@@ -1,4 +1,4 @@
-"""`edge-slm train` and `edge-slm evaluate`, as a user runs them."""
+"""`edge-slm distill` and `edge-slm evaluate`, as a user runs them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ width = 32
 heads = 2
 positions = 96
 [train]
-tokens = 768
 batch_tokens = 192
 compile = false
+[[stages]]
+tokens = 768
 """
 
 
-def test_train_writes_a_checkpoint_and_says_where(
+def test_distill_writes_a_checkpoint_and_says_where(
     data_file: Path, cache: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE, "utf-8")
-    arguments = ["train", str(tmp_path / "recipe.toml"), "--data", str(data_file)]
+    arguments = ["distill", str(tmp_path / "recipe.toml"), "--data", str(data_file)]
     arguments += ["--out", str(tmp_path / "run"), "--cache", str(cache)]
+    arguments += ["--requests", "0"]
     stopped = CliRunner().invoke(main, [*arguments, "--max-steps", "1", "--json"])
     assert stopped.exit_code == 0, stopped.stderr
     assert json.loads(stopped.stdout)["written"].endswith("state.pt")
     finished = CliRunner().invoke(main, arguments)
     assert finished.stdout.strip() == str(tmp_path / "run" / "checkpoint")
-    assert "train 4/4" in finished.stderr
+    assert "train stage-1 4/4" in finished.stderr
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
 
 
