@@ -74,7 +74,7 @@ def _tile(label: str, estimate: Mapping[str, Any], form: str = ".3f") -> Tile:
 def _length(result: Result) -> Section:
     part = result["length"]
     asked = [int(label) for label in part["confusion"]["labels"]]
-    band = [(words, *tolerance(words)) for words in range(min(asked), max(asked) + 1)]
+    band = [(n, *tolerance(n)) for n in range(min(asked, default=0), max(asked, default=-1) + 1)]
     return Section(
         "Length",
         "Every request at every length that training saw for its task. The model alone: nothing "
@@ -86,7 +86,9 @@ def _length(result: Result) -> Section:
                     part["points"],
                     band,
                     ("words asked", "words got"),
-                ),
+                )
+                if part["points"]
+                else "",
                 "Words asked against words got, model alone. Bubbles: how many answers; green: the "
                 "tolerance.",
             ),
