@@ -14,12 +14,11 @@ from edge_slm_runtime.errors import DependencyMissing
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A headline figure. good: None where there is no target."""
+    """A headline figure."""
 
     label: str
     value: str
     note: str = ""
-    good: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +83,13 @@ _TEMPLATE = """\
 <style>
 :root {
   --paper: #fbfaf7; --card: #ffffff; --ink: #1d2127; --muted: #646b76; --grid: #e4e2dc;
-  --s1: #2563a8; --s2: #c2571a; --s3: #2c8a5b; --s4: #8a4fa3; --good: #23794d; --bad: #b3402a;
+  --s1: #2563a8; --s2: #c2571a; --s3: #2c8a5b; --s4: #8a4fa3;
   --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171c; --card: #1c2027; --ink: #e7e9ec; --muted: #9aa3af; --grid: #31363f;
-    --s1: #6ea8ec; --s2: #f0935a; --s3: #63c493; --s4: #c493dc; --good: #63c493; --bad: #f0846c;
+    --s1: #6ea8ec; --s2: #f0935a; --s3: #63c493; --s4: #c493dc;
   }
 }
 * { box-sizing: border-box; }
@@ -109,7 +108,6 @@ header p, .text, figcaption, caption, footer, .note { color: var(--muted); }
   font-variant-numeric: tabular-nums; }
 .tile span { font-size: .85rem; }
 .tile .note { display: block; font-size: .78rem; }
-.good b { color: var(--good); } .bad b { color: var(--bad); }
 .figures { display: grid; gap: .9rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); align-items: start; }
 figure { margin: 0; padding: .7rem .7rem .8rem; }
@@ -142,7 +140,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid);
 </header>
 <div class="tiles">
 {% for tile in tiles %}
-<div class="tile{{ "" if tile.good is none else " good" if tile.good else " bad" }}">
+<div class="tile">
 <span>{{ tile.label }}</span><b>{{ tile.value }}</b><span class="note">{{ tile.note }}</span>
 </div>
 {% endfor %}

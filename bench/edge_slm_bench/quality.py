@@ -37,7 +37,7 @@ class Estimate:
         return {k: float(v) if np.isfinite(v) else None for k, v in figures.items()} | {"n": self.n}
 
 
-def bootstrap(statistic: Statistic, *arrays: Any, resamples: int = RESAMPLES) -> Estimate:
+def bootstrap(statistic: Statistic, *arrays: Any) -> Estimate:
     """Percentile bootstrap over the first axis (requests) of all arrays together.
 
     Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. A handful
@@ -45,7 +45,7 @@ def bootstrap(statistic: Statistic, *arrays: Any, resamples: int = RESAMPLES) ->
     """
     n = len(arrays[0])
     value = statistic(*arrays) if n else float("nan")
-    values = [statistic(*(a[rows] for a in arrays)) for rows in _draws(n, resamples)]
+    values = [statistic(*(a[rows] for a in arrays)) for rows in _draws(n)]
     return _percentiles(value, np.array(values), n)
 
 
@@ -59,9 +59,9 @@ def bootstrap_ratio(above: Array, below: Array) -> Estimate:
     return _bootstrap_sums(_sums(above), _sums(below))
 
 
-def _draws(n: int, resamples: int = RESAMPLES) -> npt.NDArray[np.int64]:
-    """Row indices [resamples, n]; the same ones for every figure of as many requests."""
-    return np.random.default_rng(0).integers(max(n, 1), size=(resamples if n >= LEAST else 0, n))
+def _draws(n: int) -> npt.NDArray[np.int64]:
+    """Row indices [RESAMPLES, n]; the same ones for every figure of as many requests."""
+    return np.random.default_rng(0).integers(max(n, 1), size=(RESAMPLES if n >= LEAST else 0, n))
 
 
 def _percentiles(value: float, values: Array, n: int) -> Estimate:

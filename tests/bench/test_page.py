@@ -72,7 +72,7 @@ def test_the_page_is_whole_escaped_and_needs_nothing_else() -> None:
     page = render_page(
         "A <title>",
         "and & more",
-        [Tile("hits", "90%", "[80, 95]", good=True), Tile("misses", "10%")],
+        [Tile("hits", "90%", "[80, 95]"), Tile("misses", "10%")],
         [
             Section(
                 "One",

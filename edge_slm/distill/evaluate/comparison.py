@@ -71,10 +71,12 @@ def _row(e: Evidence, embedder: StaticCosine, texts: Texts, model: Texts) -> dic
 
     ratios = {name: bootstrap_ratio(*pair) for name, pair in scored.items()}
     ratios["distinct_2"] = half_samples(
-        lambda a, b: distinct(a) / distinct(b), np.array(mine, object), np.array(theirs, object)
+        lambda a, b: _over(distinct(a), distinct(b)),
+        np.array(mine, object),
+        np.array(theirs, object),
     )
     ratios["self_similarity"] = bootstrap(
-        lambda rows: alike(likeness[0], rows) / alike(likeness[1], rows), index
+        lambda rows: _over(alike(likeness[0], rows), alike(likeness[1], rows)), index
     )
     obedience = {
         "words_hit_rate": bootstrap_mean(within_tolerance(own_words, words)),
@@ -91,3 +93,7 @@ def _row(e: Evidence, embedder: StaticCosine, texts: Texts, model: Texts) -> dic
         "model_ratio": {name: figure.as_dict() for name, figure in ratios.items()},
         "obedience": {name: figure.as_dict() for name, figure in obedience.items()},
     }
+
+
+def _over(above: float, below: float) -> float:
+    return above / below if below else float("nan")
