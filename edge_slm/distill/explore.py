@@ -103,7 +103,7 @@ def _play(
     rows = _read(journal)
     sampler = None
     for start in range(len(rows), len(episodes), _CHUNK):
-        sampler = sampler or Sampler(checkpoint)
+        sampler = sampler or Sampler(checkpoint, bf16=recipe.train.precision == "bf16")
         chunk = episodes[start : start + _CHUNK]
         texts = [
             {

@@ -16,6 +16,7 @@ saved state:
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -88,6 +89,11 @@ def distill(
     # Other processes wait for the first while it writes samples or scores them.
     patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(days=2))
     accelerator = accelerate.Accelerator(kwargs_handlers=[patience])
+    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
+        raise DataError(
+            "torchrun started several processes, but there is no GPU for them",
+            "set ACCELERATE_USE_CPU=true to train on the CPU together",
+        )
     if not accelerator.is_main_process:
         report = silent
     cache = Path(cache) if cache else out / "cache"

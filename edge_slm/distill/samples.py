@@ -34,7 +34,7 @@ _DANGLING = frozenset(
     "a an the is are was were be has have had with of in on at to for from by and or but as that "
     "which who whose his her its their this into over under very".split()
 )
-_CLAUSE_END = re.compile(r"[,;:.!?](?=\s)")
+_CLAUSE_END = re.compile(r"(?:[,;:]|(?<=[.!?]))(?=\s)")
 _PHRASE = re.compile(r"[^,;:.!?\"()\[\]]+")
 
 
@@ -186,7 +186,10 @@ def held_out_samples(
 
 
 def clause_cuts(text: str) -> list[str]:
-    """All proper prefixes of `text` that end at a clause end, shortest first."""
+    """All proper prefixes of `text` that end at a clause end, shortest first.
+
+    A full stop stays: without it a whole sentence would look truncated.
+    """
     return [text[: match.start()].rstrip() for match in _CLAUSE_END.finditer(text)]
 
 

@@ -65,7 +65,7 @@ def test_a_held_out_response_is_not_trained_on_under_another_request() -> None:
 
 def test_cuts_end_at_clause_ends() -> None:
     text = "A fox, red and old; it sits. Snow falls"
-    assert clause_cuts(text) == ["A fox", "A fox, red and old", "A fox, red and old; it sits"]
+    assert clause_cuts(text) == ["A fox", "A fox, red and old", "A fox, red and old; it sits."]
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=80), st.randoms())
