@@ -38,8 +38,8 @@ def error_of(result: Result, code: str, exit_code: int) -> str:
 
 def test_a_recipe_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[train]\ntokens = 1\n", "utf-8")
-    arguments = ("train", recipe, "--data", tmp_path, "--out", tmp_path / "run")
+    recipe.write_text("[[stages]]\ntokens = 1\n", "utf-8")
+    arguments = ("distill", recipe, "--data", tmp_path, "--out", tmp_path / "run")
     assert "data: Field required" in error_of(run(*arguments), "data", 8)
     assert not (tmp_path / "run").exists()
 
