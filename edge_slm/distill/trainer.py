@@ -141,6 +141,7 @@ class Trainer:
         self.total_steps = max(1, stage.tokens // self.tokens_per_step)
         self.at, self.epoch, self.batch_number = 0, 0, 0
         self.last: dict[str, Any] = {}
+        self._board: Any = None  # opened with the first line
 
     # -- the data ---------------------------------------------------------------
 
@@ -240,6 +241,8 @@ class Trainer:
             if self.at % t.save_every == 0 or self.at == stop:
                 self.save()
         batches.close()  # type: ignore[attr-defined]  # a generator
+        if self._board is not None:
+            self._board.close()
         return self.at >= self.total_steps
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -269,7 +272,7 @@ class Trainer:
         row = {"step": self.at, "tokens": self.at * self.tokens_per_step, "epoch": self.epoch}
         with (self.out / f"metrics-{self.stage.name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, **self.last}) + "\n")
-        if not hasattr(self, "_board"):
+        if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(
