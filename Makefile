@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench speed plain-install docs format clean
+# Options: VENV, PYTHON; DATA=samples/ adds fidelity and adherence to `make speed`.
+.PHONY: demo test bench peers speed plain-install docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/edge-slm demo
@@ -16,15 +17,22 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest
 
 bench: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest bench/benchmarks --benchmark-columns=median,iqr,rounds
+	$(VENV)/bin/pytest bench/benchmarks --benchmark-quiet $(BENCH)
 
-# The README's speed table: the reference model beside a random 98M one, in one interleaved run.
-speed: $(VENV)/.installed-demo
+# Engines of others, to measure beside ours; llama.cpp is compiled for this CPU (minutes).
+peers: $(VENV)/.installed-dev
+	$(PIP) --editable '.[dev,peers]'
+
+# The README's speed table: the reference model and a random 98M one, in one interleaved run,
+# with what is installed of the peers.
+speed: $(VENV)/.installed-dev
 	rm -rf runs/speed && mkdir -p runs/speed
 	$(VENV)/bin/python -m edge_slm_converters.synthetic runs/speed/random-98m --like models/reference
 	$(VENV)/bin/edge-slm convert models/reference runs/speed/reference-11m --accept
 	$(VENV)/bin/edge-slm convert runs/speed/random-98m runs/speed/random-98m-bundle --accept
-	$(VENV)/bin/python -m edge_slm_bench.speed runs/speed/reference-11m runs/speed/random-98m-bundle
+	$(VENV)/bin/edge-slm bench runs/speed/reference-11m runs/speed/random-98m-bundle \
+		--peers models/reference --peers runs/speed/random-98m --endurance 1000 \
+		$(if $(DATA),--data $(DATA)) --out runs/speed/report
 
 plain-install:
 	$(PYTHON) bench/plain_install.py

@@ -1,7 +1,12 @@
-"""The process that measures one cell: a JSON job on stdin, its result on the last line of stdout.
+"""The process that measures: a JSON job on stdin, its result on the last line of stdout.
 
-Run by `edge_slm_bench.measure` as `python -m edge_slm_bench.cell`. It imports as
-little as it can, because its own memory is part of the figure.
+Run by `edge_slm_bench.process` as `python -m edge_slm_bench.cell`. It imports as
+little as it can, because its own memory is part of the figure. Jobs, by "kind":
+
+speed      one cell of the sweep in its scenario (`edge_slm_bench.scenarios`)
+answers    commanded requests through our runtime, with their texts and statistics
+logits     teacher-forced predictions of token sequences, to a file
+endurance  many requests, resident memory along the way
 """
 
 from __future__ import annotations
@@ -9,48 +14,78 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from edge_slm_bench.measure import request_of
-from edge_slm_runtime.errors import EdgeSlmError
+from edge_slm_bench.process import rss_mb
+from edge_slm_bench.runners import Prompt, Runner, Spec, open_runner
+from edge_slm_runtime.errors import EdgeSlmError, EngineError
 from edge_slm_runtime.memory import peak_rss_mb
 
+Job = Mapping[str, Any]
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
+
+def run(job: Job) -> dict[str, Any]:
+    """Raises EdgeSlmError."""
     start = time.perf_counter()
-    from edge_slm_runtime import Request, load
-
-    slm = load(
-        job["bundle"], engine=job["engine"], precision=job["precision"], threads=job["threads"]
-    )
+    spec = Spec.of(job["spec"])
+    runner = open_runner(spec, job["threads"])
     load_ms = (time.perf_counter() - start) * 1000
-    with slm:
-        # The longest command: the length promise then keeps every run from ending early.
-        words = slm.schema.axis("words").edges[-1] - 1
+    try:
+        measured = KINDS[job["kind"]](runner, job)
+    finally:
+        runner.close()
+    # The peak is of this process image alone.
+    return {"load_ms": load_ms, "peak_rss_mb": peak_rss_mb(), **measured}
 
-        def count(text: str) -> int:
-            return len(slm.check(Request(text, words=words, max_new_tokens=1)).prompt)
 
-        def timed(request: str, new_tokens: int) -> Any:
-            return slm.generate(request, words=words, max_new_tokens=new_tokens).stats
+def _speed(runner: Runner, job: Job) -> dict[str, Any]:
+    from edge_slm_bench.scenarios import run_scenario
 
-        prompts = {n: request_of(n, count) for n in job["prompt_tokens"]}
-        shortest = prompts[min(prompts)]
-        threads = timed(shortest, 4).threads  # and warm
-        ttft = {
-            n: [timed(prompt, 2).ttft_ms for _ in range(job["samples"])]
-            for n, prompt in prompts.items()
-        }
-        tpot = [timed(shortest, job["new_tokens"]).tpot_ms for _ in range(job["samples"])]
-        generations = [slm.generate(**request).as_dict() for request in job["requests"]]
-    return {
-        "threads": threads,
-        "load_ms": load_ms,
-        "ttft_ms": ttft,
-        "tpot_ms": tpot,
-        "peak_rss_mb": peak_rss_mb(),  # of this process image alone
-        "generations": generations,
-    }
+    return run_scenario(runner, job)
+
+
+def _answers(runner: Any, job: Job) -> dict[str, Any]:
+    """`SLM.generate` of each request, `repetitions` times after one warm-up."""
+    requests = job["requests"]
+    if requests:
+        runner.slm.generate(**{**requests[0], "max_new_tokens": 4})
+    answers = [
+        [runner.slm.generate(**request).as_dict() for request in requests]
+        for _ in range(job.get("repetitions", 1))
+    ]
+    return {"threads": runner.slm.threads, "answers": answers}
+
+
+def _logits(runner: Runner, job: Job) -> dict[str, Any]:
+    """Predictions of ids[prompt:] of each sequence, over the vocabulary of the tokenizer."""
+    import numpy as np
+
+    rows = []
+    for sequence in job["sequences"]:
+        ids, prompt = sequence["ids"], sequence["prompt"]
+        rows.append(runner.logits(ids)[prompt - 1 : len(ids) - 1, : job["vocabulary"]])
+    np.save(job["out"], np.concatenate(rows).astype(np.float32))
+    return {}
+
+
+def _endurance(runner: Runner, job: Job) -> dict[str, Any]:
+    prompts = [Prompt(p["request"], tuple(p["ids"])) for p in job["prompts"]]
+    total, every = job["requests"], max(1, job["requests"] // 50)
+    series = []
+    for done in range(1, total + 1):
+        runner.single(prompts[done % len(prompts)], job["new_tokens"])
+        if done % every == 0 or done in (1, total):
+            series.append((done, rss_mb() or 0.0))
+    return {"rss_mb": series}
+
+
+KINDS: Mapping[str, Callable[[Any, Job], dict[str, Any]]] = {
+    "speed": _speed,
+    "answers": _answers,
+    "logits": _logits,
+    "endurance": _endurance,
+}
 
 
 def main() -> None:
@@ -58,6 +93,8 @@ def main() -> None:
         result = run(json.load(sys.stdin))
     except EdgeSlmError as error:
         result = {"error": [type(error).__name__, error.problem, error.hint]}
+    except MemoryError:
+        result = {"error": [EngineError.__name__, "no memory left", ""]}
     print(f"\n{json.dumps(result)}")
 
 

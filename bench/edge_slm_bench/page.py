@@ -29,11 +29,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The first column names the row; a row that starts with "*" is set in bold."""
+    """The first `names` columns name the row. A cell that starts with "*" is set in bold,
+    the whole row when it is the first. notes: lines below."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    notes: Sequence[str] = ()
+    names: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,18 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Section:
+    """small: its figures are small ones, many in a row. code: something to copy, such as a
+    command. facts: (what, its value), in long lists."""
+
     title: str
     text: str = ""
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     cards: Sequence[Card] = ()
+    tiles: Sequence[Tile] = ()
+    small: bool = False
+    code: str = ""
+    facts: Sequence[tuple[str, str]] = ()
 
 
 def render_page(
@@ -98,30 +108,45 @@ body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.1rem 4rem; background: 
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .4rem; letter-spacing: -.005em; }
 p { margin: .3rem 0 .9rem; max-width: 46rem; }
-header p, .text, figcaption, caption, footer, .note { color: var(--muted); }
-.tiles { display: grid; gap: .7rem; margin: 1.4rem 0 0;
+header p, .text, figcaption, caption, footer, .note, dt { color: var(--muted); }
+.tiles { display: grid; gap: .7rem; margin: 1rem 0 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 10.5rem), 1fr)); }
 .tile, figure, .card { background: var(--card); border: 1px solid var(--grid);
   border-radius: .6rem; }
 .tile { padding: .75rem .9rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.25; font-weight: 600;
-  font-variant-numeric: tabular-nums; }
-.tile span { font-size: .85rem; }
-.tile .note { display: block; font-size: .78rem; }
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.tile span { display: block; font-size: .85rem; line-height: 1.35; }
+.tile .note { font-size: .78rem; }
 .figures { display: grid; gap: .9rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); align-items: start; }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
+.figures.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 figure { margin: 0; padding: .7rem .7rem .8rem; }
-figure svg { display: block; width: 100%; height: auto; max-width: 36rem; margin: 0 auto; }
+figure svg { display: block; width: 100%; height: auto; max-width: 32rem; margin: 0 auto; }
 figcaption { font-size: .85rem; line-height: 1.4; padding: .4rem .3rem 0; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
   min-width: 100%; }
 caption { text-align: left; font-size: .85rem; padding-bottom: .4rem; }
+caption span { display: inline-block; position: sticky; left: 0;
+  max-width: min(100%, calc(100vw - 2.2rem)); }
 th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--grid); }
-th { font-weight: 600; color: var(--muted); font-size: .8rem; }
-th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
-tr.strong td { font-weight: 600; }
+th { font-weight: 600; color: var(--muted); font-size: .8rem; line-height: 1.3;
+  vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: .2rem; position: sticky;
+  left: 0; background: var(--paper); }
+tr.strong td, td.best { font-weight: 600; }
+td.best { color: var(--s3); }
+.scroll + .notes { margin-top: -.6rem; }
+.notes { color: var(--muted); font-size: .8rem; line-height: 1.45; margin: 0 0 1.4rem;
+  padding: 0 .2rem; list-style: none; overflow-wrap: anywhere; }
+pre { background: var(--card); border: 1px solid var(--grid); border-radius: .6rem; margin: 1rem 0;
+  padding: .7rem .9rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+dl { display: grid; gap: .15rem 1.2rem; grid-template-columns: minmax(7rem, max-content) 1fr;
+  font-size: .88rem; line-height: 1.5; margin: 1rem 0; }
+dd { margin: 0; overflow-wrap: anywhere; max-width: 52rem; }
+@media (max-width: 34rem) { dl { display: block; } dd { margin-bottom: .55rem; } }
 .cards { display: grid; gap: .7rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .card { padding: .8rem .95rem; font-size: .92rem; overflow-wrap: anywhere; }
@@ -138,6 +163,8 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid);
 <h1>{{ title }}</h1>
 <p>{{ subtitle }}</p>
 </header>
+{% macro row(tiles) %}
+{% if tiles %}
 <div class="tiles">
 {% for tile in tiles %}
 <div class="tile">
@@ -145,14 +172,21 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid);
 </div>
 {% endfor %}
 </div>
+{% endif %}
+{% endmacro %}
+{{ row(tiles) }}
 {% for section in sections %}
 <section>
 <h2>{{ section.title }}</h2>
+{{ row(section.tiles) }}
 {% if section.text %}
 <p class="text">{{ section.text }}</p>
 {% endif %}
+{% if section.code %}
+<pre><code>{{ section.code }}</code></pre>
+{% endif %}
 {% if section.figures %}
-<div class="figures">
+<div class="figures{{ ' small' if section.small }}">
 {% for figure in section.figures %}
 <figure>{{ figure.svg | safe }}<figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
@@ -161,16 +195,28 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--grid);
 {% for table in section.tables %}
 <div class="scroll" tabindex="0"><table>
 {% if table.caption %}
-<caption>{{ table.caption }}</caption>
+<caption><span>{{ table.caption }}</span></caption>
 {% endif %}
 <thead><tr>{% for cell in table.head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in table.rows %}
 <tr{% if row[0].startswith("*") %} class="strong"{% endif %}>
-{%- for cell in row %}<td>{{ cell.removeprefix("*") }}</td>{% endfor %}</tr>
+{%- for cell in row %}
+<td{% if cell.startswith("*") and not loop.first %} class="best"{% endif %}>
+{{- cell.removeprefix("*") }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
+{% if table.notes %}
+<ul class="notes">{% for note in table.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+{% endif %}
 {% endfor %}
+{% if section.facts %}
+<dl>
+{% for what, value in section.facts %}
+<dt>{{ what }}</dt><dd>{{ value }}</dd>
+{% endfor %}
+</dl>
+{% endif %}
 {% if section.cards %}
 <div class="cards">
 {% for card in section.cards %}

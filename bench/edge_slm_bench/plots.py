@@ -19,23 +19,23 @@ _VARIABLES = {
     "#010101": "--ink", "#010102": "--muted", "#010103": "--grid",
     "#010111": "--s1", "#010112": "--s2", "#010113": "--s3", "#010114": "--s4",
 }  # fmt: skip
-_INK, _MUTED, _GRID, *SERIES = _VARIABLES
+INK, MUTED, GRID, *SERIES = _VARIABLES
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "edge-slm",
     "font.size": 10.5,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _GRID,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "axes.axisbelow": True,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
@@ -115,10 +115,11 @@ def scatter(
     points: Sequence[tuple[float, float, int]],
     band: Sequence[tuple[float, float, float]],
     labels: tuple[str, str],
+    size: tuple[float, float] = (5.2, 3.9),
 ) -> str:
     """(x, y, count) as bubbles on logarithmic axes, over a band of (x, low, high) and the
     diagonal."""
-    with drawn(title) as plot:
+    with drawn(title, size) as plot:
         ax = plot.axes
         x, low, high = np.array(band).T
         ax.fill_between(x, low, high, color=SERIES[2], alpha=0.22, linewidth=0)
@@ -129,6 +130,8 @@ def scatter(
         ax.set_xscale("log")
         ax.set_yscale("log")
         ticks = sorted(set(x))
+        if len(ticks) > 8:
+            ticks = [2.0**n for n in range(12) if ticks[0] <= 2**n <= ticks[-1]]
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(_fixed(ticks))
             axis.set_minor_locator(_fixed([]))
@@ -209,7 +212,7 @@ def forest(title: str, rows: Sequence[Interval], mark: float, label: str) -> str
     step = 0.8 / len(groups)
     with drawn(title, (5.2, 0.9 + 0.16 * len(names) * (len(groups) + 1.4))) as plot:
         ax = plot.axes
-        ax.axvline(mark, color=_MUTED, linewidth=1)
+        ax.axvline(mark, color=MUTED, linewidth=1)
         for row in rows:
             at = groups.index(row.group)
             y = names.index(row.name) + (at - (len(groups) - 1) / 2) * step

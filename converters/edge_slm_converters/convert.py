@@ -10,12 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from edge_slm_bench.examples import Example, Scored, to_scored
 from edge_slm_converters import gate
 from edge_slm_converters.bundle_writer import BundleWriter
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
 from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.files import written_aside
-from edge_slm_converters.gate import Example
 from edge_slm_converters.goldens import goldens, own_answers
 from edge_slm_converters.graph import write_graph
 from edge_slm_runtime.bundle import Manifest, Variant
@@ -90,7 +90,7 @@ def convert(
         if evaluation is None:
             scored = own_answers(folder, written[0], source)
         else:
-            scored = gate.to_scored(evaluation, source)
+            scored = to_scored(evaluation, source.schema, source.codec, source.config.positions)
         written = _measured(written, source, folder, scored)
         refused = gate.refusals(written)
         if refused and not accept and variants is not None:
@@ -121,7 +121,7 @@ def _measured(
     variants: Sequence[Variant],
     source: Checkpoint,
     folder: Path,
-    scored: Sequence[gate.Scored],
+    scored: Sequence[Scored],
 ) -> list[Variant]:
     """The variants with their fidelity; the reference, the first, has none."""
     reference = gate.onnx_logits(folder / REFERENCE, source.config)

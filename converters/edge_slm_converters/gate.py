@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
-from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config
+from edge_slm_converters.checkpoint import Float32, GPT2Config
 from edge_slm_converters.graph import write_all_logits
 from edge_slm_runtime.bundle import Variant
-from edge_slm_runtime.command import Command
-from edge_slm_runtime.draft import END_ID
 from edge_slm_runtime.errors import CheckpointError
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
@@ -36,36 +35,6 @@ BUDGETS: Mapping[str, Budget] = {
     "int8": Budget(top1=0.98, perplexity_ratio=1.01),
     "int4": Budget(top1=0.95, perplexity_ratio=1.03),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A commanded request and the response that is scored."""
-
-    request: str
-    command: Command
-    response: str
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Token ids of prompt and response; scored are the predictions of ids[prompt:]."""
-
-    ids: tuple[int, ...]
-    prompt: int
-
-
-def to_scored(examples: Sequence[Example], source: Checkpoint) -> list[Scored]:
-    """Examples as token ids, cut at the model's context."""
-    schema, codec, positions = source.schema, source.codec, source.config.positions
-    sequences = []
-    for example in examples:
-        command = schema.check(example.command).commanded
-        prompt = schema.encode(example.request, command, codec.encode)
-        ids = [*prompt, *codec.encode(example.response), END_ID][:positions]
-        if len(ids) > len(prompt):
-            sequences.append(Scored(tuple(ids), len(prompt)))
-    return sequences
 
 
 def measure(

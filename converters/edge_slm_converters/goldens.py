@@ -13,8 +13,8 @@ from itertools import cycle
 from pathlib import Path
 
 import edge_slm_runtime
+from edge_slm_bench.examples import Scored
 from edge_slm_converters.checkpoint import Checkpoint
-from edge_slm_converters.gate import Scored
 from edge_slm_runtime.bundle import Golden, Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError

@@ -6,6 +6,7 @@ import click
 
 import edge_slm
 from edge_slm.cli.batch import batch
+from edge_slm.cli.bench import bench
 from edge_slm.cli.console import EXIT_CODES, Commands
 from edge_slm.cli.convert import convert
 from edge_slm.cli.demo import demo
@@ -22,7 +23,7 @@ __all__ = ["main"]
 @click.group(
     cls=Commands,
     epilog=EXIT_CODES,
-    commands=[demo, distill, convert, verify, info, generate, batch, profile, evaluate],
+    commands=[demo, distill, convert, verify, info, generate, batch, profile, bench, evaluate],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(edge_slm.__version__, prog_name="edge-slm")

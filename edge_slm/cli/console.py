@@ -37,6 +37,7 @@ Exit codes:
     8  training or batch data that cannot be used
     9  an output that exists already
    10  a teacher or judge that does not answer
+   11  a benchmark that became worse (bench --compare)
   130  interrupted with Ctrl-C
 """
 

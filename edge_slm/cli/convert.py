@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,7 @@ from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import DataError
 
 if TYPE_CHECKING:
-    from edge_slm_converters.gate import Example
+    from edge_slm_bench.examples import Example
     from edge_slm_runtime.bundle import Manifest, Variant
 
 
@@ -103,25 +103,32 @@ def convert_with_bar(
 
 
 def held_out_examples(checkpoint: Path, data: Sequence[Path]) -> list[Example]:
-    """About 30 held-out pairs per task, under the task and length that they have.
-
-    Held out means what the checkpoint's own recipe says. Raises DataError without one.
-    """
-    from edge_slm.distill.samples import held_out_samples
+    """About 30 held-out pairs per task. Raises DataError when the checkpoint's recipe does
+    not say what was held out."""
     from edge_slm_converters.checkpoint import read_schema
-    from edge_slm_converters.gate import Example
 
     tasks = read_schema(checkpoint).tasks
     try:
         recipe = json.loads((checkpoint / "recipe.json").read_text("utf-8"))
-        percent = recipe["recipe"]["data"]["holdout_percent"]
+        return held_out(data, tasks, recipe, 30 * len(tasks))
     except (OSError, ValueError, KeyError):
         raise DataError(
             f"{checkpoint} has no recipe.json that says what was held out", "leave --data out"
         ) from None
+
+
+def held_out(
+    data: Sequence[Path], tasks: Sequence[str], recipe: Mapping[str, Any], count: int
+) -> list[Example]:
+    """`count` pairs that training by `recipe` (a checkpoint's recipe.json) held out, under
+    the task and length that they have. Raises KeyError when it does not say which."""
+    from edge_slm.distill.samples import held_out_samples
+    from edge_slm_bench.examples import Example
+
+    percent = recipe["recipe"]["data"]["holdout_percent"]
     return [
         Example(s.request, Command(s.task, s.words), s.response)
-        for s in held_out_samples(data, tasks, 30 * len(tasks), percent)
+        for s in held_out_samples(data, tasks, count, percent)
     ]
 
 

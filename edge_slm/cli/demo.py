@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import Any
 
 import click
 
@@ -17,8 +18,7 @@ from edge_slm.cli.options import folder, threads_option
 from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.errors import DependencyMissing, EngineNotInstalled
 
-if TYPE_CHECKING:
-    from edge_slm_bench.measure import Measurement
+Cell = dict[str, Any]  # a variant's `Spec`, and what it answered
 
 REFERENCE = Path(edge_slm.__file__).parents[1] / "models" / "reference"
 
@@ -53,7 +53,7 @@ def demo(checkpoint: Path | None, threads: int | None, as_json: bool) -> None:
     if as_json:
         from edge_slm_bench.machine import machine
 
-        emit_json({"machine": machine().as_dict(), "cells": [cell.as_dict() for cell in cells]})
+        emit_json({"machine": machine().as_dict(), "cells": cells})
     else:
         _print(cells)
 
@@ -78,8 +78,9 @@ def _bundle(checkpoint: Path | None, scratch: Path) -> Path:
     return out
 
 
-def _measured(bundle: Path, threads: int | None) -> list[Measurement]:
-    from edge_slm_bench.measure import measure_variant
+def _measured(bundle: Path, threads: int | None) -> list[Cell]:
+    from edge_slm_bench.process import launch
+    from edge_slm_bench.runners.edge_slm import spec_of
 
     manifest = read_manifest(bundle)
     top = len(manifest.command.axis("relevance").values) - 1
@@ -88,33 +89,52 @@ def _measured(bundle: Path, threads: int | None) -> list[Measurement]:
         for task, text, words in REQUESTS
         if task in manifest.command.tasks and 2 * words + 48 <= manifest.model.positions
     ]
+    job = {"kind": "answers", "threads": threads, "requests": requests}
     cells = []
     with progress_bar() as progress:
         task = progress.add_task("generating", total=len(manifest.variants))
         for variant in manifest.variants:
             progress.update(task, description=f"generating with {variant.name}")
+            spec = spec_of(bundle, variant).as_dict()
             try:
-                cells.append(
-                    measure_variant(bundle, variant.name, threads=threads, requests=requests)
-                )
+                cells.append({**spec, **launch({**job, "spec": spec})})
             except EngineNotInstalled as error:
                 note(f"{variant.name} skipped: {error}")
             progress.advance(task)
     return cells
 
 
-def _print(cells: Sequence[Measurement]) -> None:
-    from edge_slm_bench.report import speed_table
+def _print(cells: Sequence[Cell]) -> None:
+    from rich.table import Table
 
-    shown = next((cell for cell in cells if cell.precision == "int8"), cells[0])
+    shown = next((cell for cell in cells if cell["precision"] == "int8"), cells[0])
     console = stdout_console()
-    console.print(f"[bold]{shown.variant}[/bold] answers")
-    for answer in shown.generations:
+    console.print(f"[bold]{shown['variant']}[/bold] answers")
+    for answer in shown["answers"][0]:
         asked = answer["asked"]
         console.print(
             f"\n[bold]{asked['task']}[/bold], {asked['words']} words: {answer['request']}"
             f"  [dim]→ {answer['words']} words, ended by {answer['finish_reason']}[/dim]"
         )
         console.print(f"  {answer['text']}", markup=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("variant")
+    table.add_column("words asked→got")
+    for heading in ("load ms", "TTFT ms", "ms/token", "tokens/s", "peak RSS MB", "disk MB"):
+        table.add_column(heading, justify="right")
+    for cell in cells:
+        (answers,) = cell["answers"]
+        stats = [answer["stats"] for answer in answers]
+        per_token = median(s["tpot_ms"] for s in stats if s["tpot_ms"])
+        table.add_row(
+            cell["variant"],
+            " ".join(f"{a['asked']['words']}→{a['words']}" for a in answers),
+            f"{cell['load_ms']:.0f}",
+            f"{median(s['ttft_ms'] for s in stats):.1f}",
+            f"{per_token:.2f}",
+            f"{1000 / per_token:.0f}",
+            f"{cell['peak_rss_mb']:.0f}",
+            f"{cell['disk_bytes'] / 1e6:.1f}",
+        )
     console.print()
-    console.print(speed_table(cells))
+    console.print(table)

@@ -76,3 +76,26 @@ sampling_options = _together(
         help="Keep the promise of --words, or let the model decide.",
     ),
 )
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """Comma-separated numbers, each at least `least`."""
+
+    name = "numbers"
+
+    def __init__(self, kind: Callable[[str], float], least: float) -> None:
+        self.kind, self.least = kind, least
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = [self.kind(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,2", param, ctx)
+        if min(numbers) < self.least:
+            self.fail(f"{value!r}: at least {self.least:g}", param, ctx)
+        return tuple(dict.fromkeys(numbers))
+
+
+counts = Numbers(int, 1)

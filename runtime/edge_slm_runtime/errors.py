@@ -17,7 +17,8 @@
     ├── DataError                   exit 8   training or batch data
     ├── OutOfMemory                 exit 1   a step that does not fit into the memory
     ├── TargetExists                exit 9   what would be overwritten
-    └── TeacherError                exit 10  a teacher or judge that does not answer
+    ├── TeacherError                exit 10  a teacher or judge that does not answer
+    └── BenchRegression             exit 11  a benchmark that became worse
 
 `code` is stable: programs may match on it. `str(error)` is one line: what is
 wrong and where, then what to do about it.
@@ -29,6 +30,7 @@ from typing import ClassVar
 
 __all__ = [
     "BadSetting",
+    "BenchRegression",
     "BundleError",
     "BundleNotFound",
     "CheckpointError",
@@ -254,3 +256,10 @@ class TeacherError(EdgeSlmError):
 
     code = "teacher_failed"
     exit_code = 10
+
+
+class BenchRegression(EdgeSlmError):
+    """A comparison of two benchmark reports found figures worse than the tolerance allows."""
+
+    code = "bench_regression"
+    exit_code = 11

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +186,61 @@ def test_convert_then_refuse_to_overwrite(tiny_checkpoint: Path, tmp_path: Path)
 
 
 def test_profile(tiny_bundle: Path) -> None:
-    arguments = ("profile", tiny_bundle, "--variants", "onnx-int8", "--threads", 1)
+    arguments = ("profile", tiny_bundle, "--variants", "onnx-int8", "--threads", 1, "--rounds", 1)
     data = json.loads(run(*arguments, "--json").stdout)
-    (cell,) = data["cells"]
-    assert cell["variant"] == "onnx-int8"
-    assert cell["medians"]["ttft_ms"].keys() == {"16", "64"}  # 256 do not fit
+    (row,) = data["rows"]
+    assert (row["variant"], row["threads"], row["fits"]) == ("onnx-int8", 1, True)
+    assert row["medians"]["answers_ms"].keys() == {"16", "32"}  # 64 words do not fit
+    assert data["advice"]["chosen"]["engine"] == "onnxruntime"
     assert data["machine"]["packages"]["onnxruntime"]
-    assert "onnx-int8" in run(*arguments).stdout
+
+    shown = run(*arguments, "--max-memory-mb", 1, "--max-latency-ms", 0.001)
+    assert shown.exit_code == 0
+    assert "allowed 1; " in shown.stdout  # in the row
+    assert "nothing fits; the closest is onnx-int8 on 1 thread" in shown.stdout
+    assert "--max-latency-ms" in shown.stdout
+
+
+def test_profile_chooses_among_variants_and_threads(tiny_bundle: Path) -> None:
+    chosen = ("--variants", "onnx-int8,onnx-int4", "--threads", "1,2", "--rounds", 1)
+    shown = run("profile", tiny_bundle, *chosen)
+    assert shown.exit_code == 0, shown.stderr
+    for heading in ("threads", "TTFT ms", "ms for 16/32 words", "peak MB", "← choose"):
+        assert heading in shown.stdout
+    assert "choose onnx-int" in shown.stdout
+    assert f"edge_slm.load('{tiny_bundle}', engine='onnxruntime', precision=" in shown.stdout
+
+
+def test_profile_that_cannot_measure(tiny_bundle: Path, tmp_path: Path) -> None:
     error_of(run("profile", tiny_bundle, "--variants", "onnx-int2"), "variant_not_found", 5)
+    error_of(run("profile", tmp_path / "nothing"), "bundle_not_found", 4)
+    error_of(run("profile", tiny_bundle, "--threads", "two"), "usage", 2)
+    late = run("profile", tiny_bundle, "--seconds", 0.01)
+    assert late.exit_code == 5
+    assert "nothing could be measured (no time left: give more --seconds)" in late.stderr
+    assert "onnx-fp32" in late.stdout
+
+
+def test_profile_stopped_by_ctrl_c_shows_what_it_has(tiny_bundle: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    arguments = ["profile", str(tiny_bundle), "--variants", "onnx-int8", "--threads", "1,2"]
+    process = subprocess.Popen(
+        [*EDGE_SLM, *arguments, "--seconds", "300", "--rounds", "500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    seen: set[int] = set()
+    while len(seen) < 2 and process.poll() is None:  # then the first process has ended
+        seen |= {child.pid for child in psutil.Process(process.pid).children()}
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    shown, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.strip() == "error[interrupted]: stopped by Ctrl-C"
+    assert "not measured" in shown
+    assert "choose onnx-int8 on 2 threads" in shown
 
 
 def test_demo_converts_and_measures_every_variant(tiny_checkpoint: Path) -> None:
@@ -199,8 +249,8 @@ def test_demo_converts_and_measures_every_variant(tiny_checkpoint: Path) -> None
     assert {cell["engine"] for cell in cells} == {"onnxruntime", "ctranslate2"}
     assert {cell["precision"] for cell in cells} == {"fp32", "int8", "int4"}
     for cell in cells:
-        assert len({answer["asked"]["task"] for answer in cell["generations"]}) > 1
-        assert len({answer["asked"]["words"] for answer in cell["generations"]}) > 2
+        assert len({answer["asked"]["task"] for answer in cell["answers"][0]}) > 1
+        assert len({answer["asked"]["words"] for answer in cell["answers"][0]}) > 2
 
 
 def test_demo_prints_texts_and_a_table(tiny_checkpoint: Path) -> None:

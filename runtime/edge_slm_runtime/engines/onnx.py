@@ -98,6 +98,13 @@ class OnnxEngine:
             if batch_size == 1 and not self.native.closed:
                 self._spare = [cache]
 
+    def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """The prediction [V] behind each of `ids`, token by token as decoding goes: what
+        fidelity is measured on. The array is reused. Raises as `decode`."""
+        step = _Pass(self, self._lend(1), width=1)
+        for position, token in enumerate(ids):
+            yield step.run([[token]], [position])[0]
+
     def close(self) -> None:
         self.native.close()
         self._spare = []

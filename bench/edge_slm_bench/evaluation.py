@@ -1,0 +1,115 @@
+"""Fidelity and adherence of every variant, from one evaluation set.
+
+Fidelity compares teacher-forced predictions on the responses with those of a
+reference; adherence lets the model alone (no length promise) answer the same
+requests under their own words, and counts what came. Each variant in fresh processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_slm_bench.examples import Example, to_scored
+from edge_slm_bench.fidelity import fidelity
+from edge_slm_bench.process import launch
+from edge_slm_bench.quality import spearman, within_tolerance
+from edge_slm_bench.results import Quality
+from edge_slm_bench.runners import Float32, Spec
+from edge_slm_bench.sweep import Model
+from edge_slm_runtime.bundle import TOKENIZER
+from edge_slm_runtime.command import count_words
+from edge_slm_runtime.errors import EdgeSlmError
+from edge_slm_runtime.text import TextCodec
+
+REFERENCES = ("transformers-fp32", "onnx-fp32")  # the first that a model has
+
+
+def assess(
+    model: Model,
+    examples: Sequence[Example],
+    threads: int,
+    done: Callable[[str], None] = lambda variant: None,
+) -> list[Quality]:
+    """One Quality per variant and peer; what fails becomes its reason.
+
+    done: called with a variant's name after it.
+    """
+    named = {spec.variant: spec for spec in model.specs}
+    reference = next((name for name in REFERENCES if name in named), "")
+    codec = TextCodec(model.bundle / TOKENIZER, model.manifest.command)
+    positions = model.manifest.model.positions
+    scored = to_scored(examples, model.manifest.command, codec, positions)
+    targets = np.array([token for s in scored for token in s.ids[s.prompt :]], np.int64)
+    digest = hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:12]
+    about = f"{len(scored)} responses, {len(targets)} tokens, digest {digest}"
+    texts: dict[str, list[str]] = {}
+    found: list[Quality] = []
+    with tempfile.TemporaryDirectory(prefix="edge-slm-bench-") as scratch:
+
+        def logits(spec: Spec) -> Float32:
+            out = str(Path(scratch) / "logits.npy")
+            job = {"kind": "logits", "spec": spec.as_dict(), "threads": threads, "out": out}
+            launch({**job, "sequences": [asdict(s) for s in scored], "vocabulary": codec.size})
+            rows: Float32 = np.load(out)
+            return rows
+
+        expected = None
+        # The reference first: the others are compared with it.
+        for spec in sorted(model.specs, key=lambda spec: spec.variant != reference):
+            figures: dict[str, Any] = {}
+            try:
+                if reference:
+                    rows = logits(spec)
+                    if expected is None:
+                        expected = rows
+                    else:
+                        figures["fidelity"] = fidelity(expected, rows, targets).as_dict()
+                if not spec.peer:
+                    texts[spec.variant] = _texts(spec, examples, threads)
+            except (EdgeSlmError, ValueError) as error:
+                figures["reason"] = str(error)
+                if spec.variant == reference:
+                    reference = ""
+            if answers := texts.get(spec.variant):
+                figures |= _adherence(examples, answers)
+            found.append(Quality(model.name, spec.variant, spec.peer, reference, about, **figures))
+            done(spec.variant)
+    order = [spec.variant for spec in model.specs]
+    return sorted(found, key=lambda quality: order.index(quality.variant))
+
+
+def _texts(spec: Spec, examples: Sequence[Example], threads: int) -> list[str]:
+    requests = [
+        {
+            "request": example.request,
+            "task": example.command.task,
+            "words": count_words(example.response),
+            "keep_length": False,
+        }
+        for example in examples
+    ]
+    job = {"kind": "answers", "spec": spec.as_dict(), "threads": threads, "requests": requests}
+    (answers,) = launch(job)["answers"]
+    return [answer["text"] for answer in answers]
+
+
+def _adherence(examples: Sequence[Example], texts: Sequence[str]) -> Mapping[str, Any]:
+    asked = np.array([count_words(example.response) for example in examples], float)
+    got = np.array([count_words(text) for text in texts], float)
+    rank = spearman(asked, got)
+    return {
+        "words": tuple((int(a), int(g)) for a, g in zip(asked, got, strict=True)),
+        "adherence": {
+            "answers": len(got),
+            "within": float(within_tolerance(asked, got).mean()),
+            "mae": float(np.abs(asked - got).mean()),
+            **({"spearman": rank} if np.isfinite(rank) else {}),  # of equal lengths there is none
+        },
+    }

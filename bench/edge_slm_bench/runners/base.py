@@ -1,0 +1,72 @@
+"""What an engine, ours or a peer's, is to the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request. request: text, for our own runtime, whose tokenising is part of its
+    TTFT. ids: what the model sees, which peers are given as they are."""
+
+    request: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A greedy answer. seconds: from submission to each token; an engine that reports
+    none in between gives the first and the last alone."""
+
+    ids: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a fresh process needs to open a runner.
+
+    runner: the module beside this one. variant: the row's name. path: the bundle, the
+    checkpoint or the file that it reads. step_bytes: weight bytes that one decode step
+    reads. peer: another engine than ours, on the same weights.
+    """
+
+    runner: str
+    variant: str
+    engine: str
+    precision: str
+    path: str
+    disk_bytes: int
+    step_bytes: int
+    peer: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Spec:
+        return cls(**data)
+
+
+class Runner(Protocol):
+    """A loaded model. Greedy, and never ended by end-of-text: figures need equal work."""
+
+    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+        """One answer of exactly `new_tokens`."""
+
+    def batch(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
+        """Answers of exactly `new_tokens` to prompts of one length, computed together."""
+
+    def logits(self, ids: Sequence[int]) -> Float32:
+        """[S, V]: the predictions behind each of S tokens; V may include padding."""
+
+    def close(self) -> None:
+        """Frees the model."""

@@ -1,0 +1,81 @@
+"""Our own runtime as it ships: tokenising, sampler, length promise and text included.
+
+The longest words command keeps an answer from ending early, so the work per token is
+that of a user's request and its amount is that of the peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from edge_slm_bench.runners.base import Float32, Prompt, Run, Spec
+from edge_slm_runtime import SLM, Request, load
+from edge_slm_runtime.bundle import Variant
+from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.errors import EngineError
+
+
+def spec_of(bundle: str | Path, variant: Variant) -> Spec:
+    return Spec(
+        runner="edge_slm",
+        variant=variant.name,
+        engine=variant.engine,
+        precision=variant.precision,
+        path=str(bundle),
+        disk_bytes=variant.bytes,
+        step_bytes=variant.weight_bytes_per_token,
+        peer=False,
+    )
+
+
+def longest_words(schema: CommandSchema) -> int:
+    return schema.axis("words").edges[-1] - 1
+
+
+def open(spec: Spec, threads: int) -> EdgeSlmRunner:  # noqa: A001
+    return EdgeSlmRunner(load(spec.path, spec.engine, spec.precision, threads))
+
+
+class EdgeSlmRunner:
+    concurrent = True  # `SLM` may be called from several threads
+
+    def __init__(self, slm: SLM) -> None:
+        self.slm = slm
+
+    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+        start = perf_counter()
+        draft = self.slm._draft(self._request(prompt, new_tokens))
+        seconds = [perf_counter() - start for _ in self.slm._engine.decode([draft], 1)]
+        self._check(draft.plan.prompt, prompt)
+        return Run(tuple(draft.ids), tuple(seconds))
+
+    def batch(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
+        requests = [self._request(prompt, new_tokens) for prompt in prompts]
+        return [g.token_ids for g in self.slm.generate_batch(requests, len(requests))]
+
+    def logits(self, ids: Sequence[int]) -> Float32:
+        """Prediction by prediction, by the very steps that decode."""
+        from edge_slm_runtime.engines.onnx import OnnxEngine
+
+        engine = self.slm._engine
+        if isinstance(engine, OnnxEngine):
+            return np.stack([row.copy() for row in engine.logits(ids)])
+        generator = engine._native.get()  # type: ignore[attr-defined]  # CTranslate2's own
+        found: Float32 = np.asarray(generator.forward_batch([list(ids)]), np.float32)[0]
+        return found
+
+    def close(self) -> None:
+        self.slm.close()
+
+    def _request(self, prompt: Prompt, new_tokens: int) -> Request:
+        words = longest_words(self.slm.schema)
+        return Request(prompt.request, words=words, max_new_tokens=new_tokens)
+
+    @staticmethod
+    def _check(found: Sequence[int], prompt: Prompt) -> None:
+        if tuple(found) != prompt.ids:
+            raise EngineError("the runtime saw another prompt than the peers are given")

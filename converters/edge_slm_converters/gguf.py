@@ -1,0 +1,220 @@
+"""Writes a GGUF file: the same weights for llama.cpp, whose GPT-2 graph is the peer's.
+
+What is stored how follows llama.cpp's own tools (`convert_hf_to_gguf.py`,
+`llama-quantize`): matrices in the type asked for; positions, norms and biases in F32; a
+tied embedding once, because the loader takes it as the head when `output.weight` is
+missing. One difference: under Q4_0 `llama-quantize` keeps the head in Q6_K where the
+width is a multiple of 256, and in Q8_0 elsewhere; the `gguf` package cannot make
+K-quants, so ours is always Q8_0 (8.5 bits a weight instead of 6.6).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config, read_json
+from edge_slm_converters.files import refuse_existing
+from edge_slm_runtime.draft import END_ID
+from edge_slm_runtime.errors import CheckpointError, DependencyMissing
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Quantisation = Literal["F32", "F16", "Q8_0", "Q4_0"]
+# (values of a block, bytes of a block). A block lies along a row, which is one output.
+BLOCKS: dict[str, tuple[int, int]] = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "Q8_0": (32, 34),
+    "Q4_0": (32, 18),
+}
+# llama.cpp knows pre-tokenizers by name only; this is the one of GPT-2's byte-level BPE.
+PRE_TOKENIZER = "gpt-2"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+LAYER_TENSORS = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def write_gguf(checkpoint: Checkpoint, file: Path, quantisation: Quantisation) -> int:
+    """Writes `file`; returns the bytes of matrices that one decoding step reads.
+
+    quantisation: a key of `BLOCKS`. Raises CheckpointError for what llama.cpp's GPT-2
+    does not compute, for a tokenizer that it would not split text like, and for rows
+    that are not whole blocks; TargetExists, DependencyMissing.
+    """
+    try:
+        from gguf import GGUFWriter
+    except ImportError:
+        raise DependencyMissing(
+            "writing a GGUF file needs gguf", "pip install 'edge-slm[peers]'"
+        ) from None
+    _check_computation(checkpoint.config)
+    stored = list(_stored(checkpoint, quantisation))
+    merges = _merges(checkpoint)
+    with _written_aside(file) as aside:
+        writer = GGUFWriter(aside, "gpt2")
+        _add_shape(writer, checkpoint, quantisation)
+        _add_tokenizer(writer, checkpoint, merges)
+        _add_tensors(writer, stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return step_bytes(checkpoint.config, quantisation)
+
+
+def head_type(quantisation: Quantisation) -> Quantisation:
+    """The type of the LM head, and of a tied embedding."""
+    return "Q8_0" if quantisation == "Q4_0" else quantisation
+
+
+def plain_attention(config: GPT2Config) -> bool:
+    """Whether every layer divides by √(head width), as GPT-2 itself does."""
+    return set(config.attention_scale) == {config.head_width**-0.5}
+
+
+def step_bytes(config: GPT2Config, quantisation: Quantisation) -> int:
+    """Bytes of matrices that one decoding step reads, by formula."""
+    layer = sum(_bytes(k * n, quantisation) for k, n in config.layer_matrices())
+    return config.layers * layer + _bytes(config.width * config.vocab_size, head_type(quantisation))
+
+
+def _bytes(values: int, kind: str) -> int:
+    size, length = BLOCKS[kind]
+    return values // size * length
+
+
+def _check_computation(config: GPT2Config) -> None:
+    if config.activation != "gelu_tanh":
+        raise CheckpointError(
+            f"llama.cpp's GPT-2 has no {config.activation}", "it computes gelu_tanh alone"
+        )
+    if not plain_attention(config):
+        raise CheckpointError("llama.cpp's GPT-2 scales attention by head width alone")
+
+
+def _stored(
+    checkpoint: Checkpoint, quantisation: Quantisation
+) -> Iterator[tuple[str, Float32, str]]:
+    """(llama.cpp's name, tensor [out, in] or [n], type) of everything that is stored.
+
+    Raises CheckpointError, naming the tensor, for rows that are not whole blocks.
+    """
+    config, tensors = checkpoint.config, checkpoint.tensors
+    head = head_type(quantisation)
+    named: list[tuple[str, str, Quantisation]] = [
+        ("wte.weight", "token_embd.weight", head if config.tied else quantisation),
+        ("wpe.weight", "position_embd.weight", "F32"),
+        ("ln_f.weight", "output_norm.weight", "F32"),
+        ("ln_f.bias", "output_norm.bias", "F32"),
+    ]
+    if not config.tied:
+        named.append(("lm_head.weight", "output.weight", head))
+    for i in range(config.layers):
+        for ours, theirs in LAYER_TENSORS.items():
+            matrix: Quantisation = "F32" if "norm" in theirs else quantisation
+            named.append((f"h.{i}.{ours}.weight", f"blk.{i}.{theirs}.weight", matrix))
+            named.append((f"h.{i}.{ours}.bias", f"blk.{i}.{theirs}.bias", "F32"))
+    for ours, theirs, kind in named:
+        tensor = tensors[ours]
+        if ".c_" in ours:  # GPT-2's Conv1D keeps [in, out]; a bias is the same either way
+            tensor = tensor.T
+        if tensor.shape[-1] % BLOCKS[kind][0]:
+            raise CheckpointError(
+                f"{ours} cannot be stored as {kind}: rows of {tensor.shape[-1]} values "
+                f"are not whole blocks of {BLOCKS[kind][0]}"
+            )
+        yield theirs, tensor, kind
+
+
+def _add_shape(writer: GGUFWriter, checkpoint: Checkpoint, quantisation: Quantisation) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    config = checkpoint.config
+    writer.add_name(checkpoint.path.resolve().name)
+    writer.add_context_length(config.positions)
+    writer.add_embedding_length(config.width)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.inner)
+    writer.add_head_count(config.heads)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    kind = "ALL_F32" if quantisation == "F32" else f"MOSTLY_{quantisation}"
+    writer.add_file_type(LlamaFileType[kind])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint, merges: list[str]) -> None:
+    """Control tokens are typed so: llama.cpp finds them in text only when it is told to
+    parse special tokens, and never prints them."""
+    from gguf import TokenType
+
+    controls, size = checkpoint.codec.controls, len(checkpoint.tokens)
+    padding = range(size, checkpoint.config.vocab_size)
+    kinds = {"CONTROL": controls, "NORMAL": size - controls, "UNUSED": len(padding)}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE_TOKENIZER)
+    writer.add_token_list([*checkpoint.tokens, *(f"<|padding:{i}|>" for i in padding)])
+    writer.add_token_types([TokenType[kind] for kind, count in kinds.items() for _ in range(count)])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(END_ID)
+    writer.add_eos_token_id(END_ID)
+    writer.add_add_bos_token(False)  # the grammar of a prompt is the command schema's
+    writer.add_add_space_prefix(False)
+
+
+def _merges(checkpoint: Checkpoint) -> list[str]:
+    """The merges of the tokenizer, best first, each "left right".
+
+    Raises CheckpointError when llama.cpp has no name for how it splits text.
+    """
+    data = read_json(checkpoint.path / "tokenizer.json")
+    split = {"use_regex": True, **(data.get("pre_tokenizer") or {})}
+    if any(split.get(key) != value for key, value in BYTE_LEVEL.items()):
+        raise CheckpointError(
+            f"tokenizer.json: llama.cpp has no name for pre_tokenizer {split.get('type')!r}",
+            "only a ByteLevel one with GPT-2's regex and without prefix space can be declared",
+        )
+    merges = data["model"].get("merges", [])
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _add_tensors(writer: GGUFWriter, stored: list[tuple[str, Float32, str]]) -> None:
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    for name, tensor, kind in stored:
+        qtype = GGMLQuantizationType[kind]
+        data: Any = quantize(np.ascontiguousarray(tensor), qtype)
+        writer.add_tensor(name, data, raw_dtype=qtype)
+
+
+@contextmanager
+def _written_aside(file: Path) -> Iterator[Path]:
+    """A path beside `file`, renamed to it on success and removed on any error."""
+    refuse_existing(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        yield aside
+        aside.chmod(0o644)  # mkstemp makes it private
+        with aside.open("rb+") as written:
+            os.fsync(written.fileno())
+        refuse_existing(file)
+        aside.rename(file)
+    finally:
+        aside.unlink(missing_ok=True)

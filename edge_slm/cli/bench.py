@@ -1,0 +1,291 @@
+"""`edge-slm bench`: speed, memory, energy, fidelity and adherence of bundles, and of peers."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_slm.cli.console import (
+    emit_json,
+    json_option,
+    note,
+    progress_bar,
+    reporter,
+    stdout_console,
+)
+from edge_slm.cli.options import Numbers, counts, folder
+from edge_slm_runtime.errors import BenchRegression, CheckpointError
+
+if TYPE_CHECKING:
+    from edge_slm_bench.examples import Example
+    from edge_slm_bench.results import Report
+    from edge_slm_bench.sweep import Model, Settings
+
+
+@click.command(short_help="Measure bundles: speed, memory, energy, fidelity, adherence.")
+@click.argument("bundles", nargs=-1, type=folder)
+@click.option("--variants", help="Comma-separated names.  [default: all]")
+@click.option(
+    "--peers",
+    type=folder,
+    multiple=True,
+    metavar="CHECKPOINT",
+    help="Measure other engines too, on the weights that a bundle was made from; repeatable.",
+)
+@click.option("--peer-variants", help="Comma-separated names of peers.  [default: all installed]")
+@click.option("--threads", type=counts, help="[default: the cores this process may use]")
+@click.option("--prompt-tokens", type=counts, default="16,64,256", show_default=True)
+@click.option("--new-tokens", type=counts, default="48", show_default=True)
+@click.option(
+    "--scenario",
+    "scenarios",
+    type=click.Choice(["single-stream", "offline", "server"]),
+    multiple=True,
+    default=["single-stream"],
+    show_default=True,
+    help="Repeatable.",
+)
+@click.option("--batch", type=counts, default="8", show_default=True, help="Rows (offline).")
+@click.option(
+    "--concurrency", type=counts, default="1", show_default=True, help="Workers (server)."
+)
+@click.option(
+    "--rate",
+    type=Numbers(float, 0.001),
+    default="4",
+    show_default=True,
+    help="Requests/s (server).",
+)
+@click.option(
+    "--target-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=500.0,
+    show_default=True,
+    help="Latency that counts as good (server).",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Fresh processes per cell, taken in turn.",
+)
+@click.option(
+    "--repetitions",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Timed requests per process, after a warm-up.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Samples as in training: fidelity and adherence on their held-out pairs.",
+)
+@click.option(
+    "--examples",
+    type=click.IntRange(min=2),
+    default=60,
+    show_default=True,
+    help="Held-out pairs of --data to use.",
+)
+@click.option(
+    "--endurance",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Requests to one process, to see its memory grow; 1000 tells.",
+)
+@click.option("--max-memory-mb", type=click.FloatRange(min=1), help="Kill a process above it.")
+@click.option("--out", type=folder, help="Folder for report.json, .md, .csv, .html and samples.")
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="A.json B.json",
+    help="Measure nothing: compare two reports; exit 11 on a regression.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=0.1,
+    show_default=True,
+    help="Change that --compare lets pass, as a share.",
+)
+@json_option
+def bench(
+    *,
+    bundles: tuple[Path, ...],
+    compare: tuple[Path, Path] | None,
+    tolerance: float,
+    as_json: bool,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Measure every cell of a sweep over BUNDLES in fresh processes that take turns:
+    variants × threads × scenario × prompt length × answer length × batch or concurrency.
+
+    Every sample is kept; what disturbed the machine is flagged. Ctrl-C reports what
+    was measured until then. With --compare, two reports side by side instead.
+    """
+    if compare:
+        _compare(*compare, tolerance, as_json)
+        return
+    if not bundles:
+        raise click.UsageError("give one bundle or more, or --compare")
+    report = _measure(bundles, options, out)
+    if out:
+        _write(report, out)
+    if as_json:
+        emit_json(report.as_dict())
+    else:
+        from edge_slm_bench.tables import show
+
+        show(report, stdout_console())
+    if out:
+        note(f"{out / 'report.html'}, {out / 'report.json'}")
+    if report.interrupted:
+        raise KeyboardInterrupt
+
+
+def _measure(bundles: Sequence[Path], options: dict[str, Any], out: Path | None) -> Report:
+    from edge_slm_bench.bench import run_bench
+    from edge_slm_converters.files import refuse_existing
+
+    if out:
+        refuse_existing(out)
+    with tempfile.TemporaryDirectory(prefix="edge-slm-peers-") as scratch:
+        models = _models(bundles, options, Path(scratch))
+        examples = {model.name: _examples(model, options) for model in models}
+        if out:
+            out.mkdir(parents=True)
+        with reporter() as report:
+            return run_bench(
+                models,
+                _settings(options),
+                command=shlex.join(["edge-slm", *sys.argv[1:]]),
+                examples=examples,
+                endurance_requests=options["endurance"],
+                journal=out / "samples.jsonl" if out else None,
+                report=lambda done, total, what: report("measure", done, total, what),
+            )
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    from edge_slm_bench.sweep import Settings
+    from edge_slm_runtime.memory import default_threads
+
+    return Settings(
+        threads=options["threads"] or (default_threads(),),
+        prompt_tokens=options["prompt_tokens"],
+        new_tokens=options["new_tokens"],
+        scenarios=options["scenarios"],
+        batches=options["batch"],
+        concurrencies=options["concurrency"],
+        rates=options["rate"],
+        repetitions=options["repetitions"],
+        rounds=options["rounds"],
+        target_ms=options["target_ms"],
+        memory_limit_mb=options["max_memory_mb"],
+    )
+
+
+def _models(bundles: Sequence[Path], options: dict[str, Any], scratch: Path) -> list[Model]:
+    """Raises a BundleError, CheckpointError when a checkpoint belongs to none of the bundles."""
+    from dataclasses import replace
+
+    from edge_slm_bench.sweep import model_of
+
+    variants = options["variants"].split(",") if options["variants"] else None
+    names = [path.name for path in bundles]
+    models = [
+        model_of(path, variants, name=path.name if names.count(path.name) == 1 else str(path))
+        for path in bundles
+    ]
+    wanted = options["peer_variants"].split(",") if options["peer_variants"] else None
+    for number, checkpoint in enumerate(options["peers"]):
+        place = _made_from(checkpoint, models)
+        specs, missing = _prepared(checkpoint, scratch / str(number), wanted)
+        models[place] = replace(
+            models[place],
+            specs=(*models[place].specs, *specs),
+            missing={**models[place].missing, **missing},
+        )
+    return models
+
+
+def _made_from(checkpoint: Path, models: Sequence[Model]) -> int:
+    """Peers must run the same weights: the bundle's manifest has the digest of its own."""
+    from edge_slm_converters.checkpoint import read_checkpoint
+
+    digests = read_checkpoint(checkpoint).digests()
+    for place, model in enumerate(models):
+        if model.manifest.provenance.get("checkpoint") == digests:
+            return place
+    raise CheckpointError(
+        f"none of the bundles was made from {checkpoint}",
+        "peers are measured on the same weights: convert it first",
+    )
+
+
+def _prepared(checkpoint: Path, scratch: Path, names: Sequence[str] | None) -> Any:
+    from edge_slm_converters.peers import PEERS, prepare
+
+    chosen = names or list(PEERS)
+    if unknown := [name for name in chosen if name not in PEERS]:
+        raise click.BadParameter(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
+    with progress_bar() as progress:
+        task = progress.add_task("preparing peers", total=len(chosen))
+
+        def step(name: str) -> None:
+            progress.update(task, description=f"preparing {name}")
+            progress.advance(task)
+
+        return prepare(checkpoint, scratch, chosen, step)
+
+
+def _examples(model: Model, options: dict[str, Any]) -> list[Example]:
+    """Held-out pairs of --data, as the bundle's own recipe holds them out; an untrained
+    model has none, and has seen nothing."""
+    from edge_slm.cli.convert import held_out
+    from edge_slm.distill.split import HOLDOUT_PERCENT
+
+    if not options["data"]:
+        return []
+    untrained = {"recipe": {"data": {"holdout_percent": HOLDOUT_PERCENT}}}
+    recipe = model.manifest.provenance.get("recipe") or untrained
+    return held_out(options["data"], model.manifest.command.tasks, recipe, options["examples"])
+
+
+def _write(report: Report, out: Path) -> None:
+    from edge_slm.distill.files import write_json, write_text
+    from edge_slm_bench.html import write_html
+    from edge_slm_bench.tables import csv, markdown
+
+    write_json(report.as_dict(), out / "report.json")
+    write_text(markdown(report), out / "report.md")
+    write_text(csv(report), out / "report.csv")
+    write_html(report, out / "report.html")
+
+
+def _compare(before: Path, after: Path, tolerance: float, as_json: bool) -> None:
+    """Raises BenchRegression."""
+    from edge_slm_bench.compare import compare, show
+    from edge_slm_bench.results import Report
+
+    found = compare(Report.read(before), Report.read(after), tolerance)
+    if as_json:
+        emit_json(found.as_dict())
+    else:
+        show(found, stdout_console())
+    if found.regressions:
+        raise BenchRegression(
+            f"{len(found.regressions)} figures are worse by more than {tolerance:.0%}"
+        )

@@ -1,0 +1,211 @@
+"""The GGUF file: its structure as the gguf package reads it, and what llama.cpp makes of it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_slm_bench.runners import Prompt, Spec, open_runner
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
+from edge_slm_converters.gguf import BLOCKS, head_type, step_bytes, write_gguf
+from edge_slm_runtime.errors import CheckpointError, TargetExists
+from tests.conftest import SENTENCES
+from tests.converters.greedy import greedy_ids
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed ([peers])")
+PROMPT = Prompt("", tuple(range(70, 86)))
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return read_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with an LM head of its own, and biases that are not zero."""
+    draw = np.random.default_rng(5)
+    tensors = {
+        name: draw.normal(0, 0.1, value.shape).astype(np.float32) if "bias" in name else value
+        for name, value in checkpoint.tensors.items()
+    }
+    tensors["lm_head.weight"] = draw.normal(0, 0.2, tensors["wte.weight"].shape).astype(np.float32)
+    return replace(checkpoint, config=replace(checkpoint.config, tied=False), tensors=tensors)
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata values, and tensors by name."""
+    reader = gguf.GGUFReader(file)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    return values, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def test_metadata_says_what_the_checkpoint_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
+    values, _ = read(tmp_path / "m.gguf")
+    assert values["general.architecture"] == "gpt2"
+    shape = {key.removeprefix("gpt2."): value for key, value in values.items() if "gpt2." in key}
+    assert shape == {
+        "vocab_size": 417,
+        "context_length": 128,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 256,
+        "attention.head_count": 4,
+        "attention.layer_norm_epsilon": pytest.approx(1e-5),
+    }
+    assert values["tokenizer.ggml.pre"] == "gpt-2"
+    assert not values["tokenizer.ggml.add_bos_token"]
+    assert "tokenizer.chat_template" not in values
+
+
+def test_control_tokens_and_padding_are_typed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
+    values, _ = read(tmp_path / "m.gguf")
+    tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    controls, size = checkpoint.codec.controls, len(checkpoint.tokens)
+    assert tuple(tokens[:size]) == checkpoint.tokens
+    assert len(set(tokens)) == 417
+    assert set(types[:controls]) == {gguf.TokenType.CONTROL}
+    assert set(types[controls:size]) == {gguf.TokenType.NORMAL}
+    assert set(types[size:]) == {gguf.TokenType.UNUSED}
+
+
+@pytest.mark.parametrize("quantisation", BLOCKS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensors_hold_the_weights_in_the_types_of_llama_quantize(
+    checkpoint: Checkpoint, untied: Checkpoint, tied: bool, quantisation: Any, tmp_path: Path
+) -> None:
+    source = checkpoint if tied else untied
+    per_step = write_gguf(source, tmp_path / "m.gguf", quantisation)
+    _, tensors = read(tmp_path / "m.gguf")
+    assert ("output.weight" in tensors) is not tied
+    matrices = [name for name in tensors if ".attn_qkv.w" in name or ".ffn_" in name]
+    for name, tensor in tensors.items():
+        expected = "F32"
+        if name in ("token_embd.weight", "output.weight"):
+            is_head = tied or name == "output.weight"
+            expected = head_type(quantisation) if is_head else quantisation
+        elif name.endswith("weight") and "norm" not in name and "position" not in name:
+            expected = quantisation
+        assert tensor.tensor_type.name == expected, name
+    assert matrices
+    back = gguf.quants.dequantize(
+        tensors["blk.1.ffn_up.weight"].data, tensors["blk.1.ffn_up.weight"].tensor_type
+    ).reshape(256, 64)
+    error = np.abs(back - source.tensors["h.1.mlp.c_fc.weight"].T).max()
+    assert error <= {"F32": 0, "F16": 1e-3, "Q8_0": 5e-3, "Q4_0": 0.08}[quantisation]
+    read_by_a_step = [
+        t.n_bytes
+        for name, t in tensors.items()
+        if t.data.ndim == 2 and name != "position_embd.weight"
+        if tied or name != "token_embd.weight"
+    ]
+    assert per_step == sum(read_by_a_step) == step_bytes(source.config, quantisation)
+
+
+def test_rows_that_are_not_whole_blocks_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = replace(checkpoint.config, inner=250)
+    tensors = dict(checkpoint.tensors)
+    for i in range(2):
+        tensors[f"h.{i}.mlp.c_fc.weight"] = tensors[f"h.{i}.mlp.c_fc.weight"][:, :250]
+        tensors[f"h.{i}.mlp.c_fc.bias"] = tensors[f"h.{i}.mlp.c_fc.bias"][:250]
+        tensors[f"h.{i}.mlp.c_proj.weight"] = tensors[f"h.{i}.mlp.c_proj.weight"][:250]
+    odd = replace(checkpoint, config=config, tensors=tensors)
+    with pytest.raises(CheckpointError, match=r"h\.0\.mlp\.c_proj\.weight.*250.*blocks of 32"):
+        write_gguf(odd, tmp_path / "m.gguf", "Q4_0")
+    assert not list(tmp_path.iterdir())
+    write_gguf(odd, tmp_path / "m.gguf", "F16")
+
+
+def test_what_llama_cpp_cannot_compute_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for change in ({"activation": "relu"}, {"attention_scale": (0.25, 0.125)}):
+        other = replace(checkpoint, config=replace(checkpoint.config, **change))
+        with pytest.raises(CheckpointError, match=r"llama\.cpp"):
+            write_gguf(other, tmp_path / "m.gguf", "F32")
+
+
+def test_a_pre_tokenizer_without_a_name_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    data = read_json(checkpoint.path / "tokenizer.json")
+    data["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="pre_tokenizer"):
+        write_gguf(replace(checkpoint, path=tmp_path), tmp_path / "m.gguf", "F32")
+
+
+def test_nothing_is_overwritten_or_left_behind(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "m.gguf"
+    write_gguf(checkpoint, file, "Q8_0")
+    assert [path.name for path in file.parent.iterdir()] == ["m.gguf"]
+    with pytest.raises(TargetExists):
+        write_gguf(checkpoint, file, "Q8_0")
+
+
+def test_without_the_package_the_extra_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['gguf'] = None\n"
+        "from pathlib import Path\n"
+        "from edge_slm_converters.checkpoint import read_checkpoint\n"
+        "from edge_slm_converters.gguf import write_gguf\n"
+        f"write_gguf(read_checkpoint({str(tiny_checkpoint)!r}), Path({str(tmp_path)!r}), 'F16')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "DependencyMissing" in ended.stderr
+    assert "pip install 'edge-slm[peers]'" in ended.stderr
+
+
+class TestLlamaCpp:
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed ([peers])")
+
+    @pytest.mark.parametrize("quantisation", ["F32", "F16"])
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_greedy_tokens_are_those_of_our_fp32_graph(
+        self,
+        checkpoint: Checkpoint,
+        untied: Checkpoint,
+        tied: bool,
+        quantisation: Any,
+        tmp_path: Path,
+    ) -> None:
+        source = checkpoint if tied else untied
+        expected = greedy_ids(source, tmp_path / "onnx", PROMPT.ids, NEW_TOKENS)
+        write_gguf(source, tmp_path / "m.gguf", quantisation)
+        runner = open_runner(spec(tmp_path / "m.gguf"), 2)
+        try:
+            assert runner.single(PROMPT, NEW_TOKENS).ids == expected
+        finally:
+            runner.close()
+
+    def test_text_becomes_the_same_ids(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
+        import llama_cpp
+
+        write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
+        runner: Any = open_runner(spec(tmp_path / "m.gguf"), 1)
+        vocabulary = llama_cpp.llama_model_get_vocab(runner._model)
+        room = (ctypes.c_int32 * 512)()
+        spelt = f"{checkpoint.tokens[0]} and {checkpoint.tokens[1]}<|padding:410|>"
+        try:
+            for text in (*SENTENCES, spelt, "it's  3 o'clock,\n\n  we'll see!"):
+                raw = text.encode()
+                # add_special as a program would; parse_special off, as for text
+                count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), room, 512, True, False)
+                assert room[:count] == checkpoint.codec.encode(text)
+        finally:
+            runner.close()
+
+
+def spec(file: Path) -> Spec:
+    return Spec("llama_cpp", "llama.cpp", "llama.cpp", "f16", str(file), 0, 0, True)
