@@ -30,7 +30,8 @@ _PACKAGES = (
     "optimum-onnx",
     "openvino",
     "llama-cpp-python",
-    "xllamacpp",
+    "nncf",
+    "gguf",
 )
 # Of the instruction sets, those that decide which matrix kernels run.
 _TELLING_FLAGS = tuple(
