@@ -17,8 +17,10 @@ from edge_slm_bench.runners import Prompt, Spec, open_runner
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
 from edge_slm_converters.gguf import BLOCKS, head_type, step_bytes, write_gguf
 from edge_slm_runtime.errors import CheckpointError, TargetExists
-from tests.conftest import SENTENCES
-from tests.converters.greedy import greedy_ids
+
+from .greedy import greedy_ids
+
+TEXT = "ein kleines Café in Zürich, 東京の夜景, naïve façade, emoji 🦊🌲"
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed ([peers])")
 PROMPT = Prompt("", tuple(range(70, 86)))
@@ -198,7 +200,7 @@ class TestLlamaCpp:
         room = (ctypes.c_int32 * 512)()
         spelt = f"{checkpoint.tokens[0]} and {checkpoint.tokens[1]}<|padding:410|>"
         try:
-            for text in (*SENTENCES, spelt, "it's  3 o'clock,\n\n  we'll see!"):
+            for text in (TEXT, spelt, "it's  3 o'clock,\n\n  we'll see!"):
                 raw = text.encode()
                 # add_special as a program would; parse_special off, as for text
                 count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), room, 512, True, False)

@@ -17,7 +17,8 @@ from edge_slm_converters import peers
 from edge_slm_converters.checkpoint import read_checkpoint
 from edge_slm_converters.peers import PEERS, prepare
 from edge_slm_runtime.errors import EngineError
-from tests.converters.greedy import greedy_ids
+
+from .greedy import greedy_ids
 
 PROMPT = Prompt("", tuple(range(70, 86)))
 OTHERS = (PROMPT, Prompt("", tuple(range(100, 116))), Prompt("", tuple(range(300, 316))))
