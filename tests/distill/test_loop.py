@@ -101,6 +101,41 @@ def test_ctrl_c_saves_between_steps(
     assert one == two
 
 
+# Whole runs in processes of their own: other tests leave torch's thread settings behind,
+# and with them another order of sums.
+PROCESS = """
+import os, signal, sys
+from edge_slm.distill.loop import distill
+from edge_slm.distill.recipe import Recipe
+
+recipe, data, out, cache, stage, last = sys.argv[1:]
+
+def kill(at, done, *_):
+    if at == stage and done >= int(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+distill(Recipe.model_validate_json(recipe), [data], out, cache=cache, report=kill)
+"""
+
+
+def in_a_process(
+    recipe: Recipe, data: Path, out: Path, cache: Path, stage: str = "", done: int = 0
+) -> int:
+    arguments = [recipe.model_dump_json(), data, out, cache, stage, done]
+    command = [sys.executable, "-W", "ignore", "-c", PROCESS, *map(str, arguments)]
+    return subprocess.run(command, check=False).returncode
+
+
+@pytest.fixture(scope="module")
+def elsewhere(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The checkpoint of an undisturbed run in a process of its own."""
+    out = tmp_path_factory.mktemp("elsewhere")
+    assert in_a_process(recipe, data_file, out, cache) == 0
+    return out / "checkpoint"
+
+
 @pytest.mark.parametrize(
     ("stage", "done"), [("train stage-1", 5), ("explore 1", 0), ("train round-1", 2)]
 )
@@ -110,25 +145,14 @@ def test_a_run_killed_anywhere_continues_to_the_same_weights(
     recipe: Recipe,
     data_file: Path,
     cache: Path,
-    undisturbed: Path,
+    elsewhere: Path,
     tmp_path: Path,
 ) -> None:
-    code = (
-        "import os, signal, sys; from edge_slm.distill.recipe import Recipe;"
-        "from edge_slm.distill.loop import distill;"
-        "kill = lambda stage, done, *_: stage == sys.argv[5] and done >= int(sys.argv[6])"
-        " and os.kill(os.getpid(), signal.SIGKILL);"
-        "distill(Recipe.model_validate_json(sys.argv[1]), [sys.argv[2]], sys.argv[3],"
-        " cache=sys.argv[4], report=kill)"
-    )
-    arguments = [recipe.model_dump_json(), data_file, tmp_path, cache, stage, done]
-    killed = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert in_a_process(recipe, data_file, tmp_path, cache, stage, done) == -signal.SIGKILL
     assert not (tmp_path / "checkpoint").exists()
-    checkpoint = distill(recipe, [data_file], tmp_path, cache=cache)
-    one, two = ((c / "model.safetensors").read_bytes() for c in (undisturbed, checkpoint))
+    assert in_a_process(recipe, data_file, tmp_path, cache) == 0
+    checkpoints = (elsewhere, tmp_path / "checkpoint")
+    one, two = ((c / "model.safetensors").read_bytes() for c in checkpoints)
     assert one == two
     assert not (tmp_path / "round-1.journal").exists()
 
