@@ -47,6 +47,7 @@ def assess(
     positions = model.manifest.model.positions
     scored = to_scored(examples, model.manifest.command, codec, positions)
     targets = np.array([token for s in scored for token in s.ids[s.prompt :]], np.int64)
+    limits = [_limit(model, codec, example) for example in examples]
     digest = hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:12]
     about = f"{len(scored)} responses, {len(targets)} tokens, digest {digest}"
     texts: dict[str, list[str]] = {}
@@ -72,7 +73,7 @@ def assess(
                     else:
                         figures["fidelity"] = fidelity(expected, rows, targets).as_dict()
                 if not spec.peer:
-                    texts[spec.variant] = _texts(spec, examples, threads)
+                    texts[spec.variant] = _texts(spec, examples, limits, threads)
             except (EdgeSlmError, ValueError) as error:
                 figures["reason"] = str(error)
                 if spec.variant == reference:
@@ -85,19 +86,33 @@ def assess(
     return sorted(found, key=lambda quality: order.index(quality.variant))
 
 
-def _texts(spec: Spec, examples: Sequence[Example], threads: int) -> list[str]:
+def _texts(
+    spec: Spec, examples: Sequence[Example], limits: Sequence[int], threads: int
+) -> list[str]:
     requests = [
         {
             "request": example.request,
             "task": example.command.task,
             "words": count_words(example.response),
             "keep_length": False,
+            "max_new_tokens": limit,
         }
-        for example in examples
+        for example, limit in zip(examples, limits, strict=True)
     ]
     job = {"kind": "answers", "spec": spec.as_dict(), "threads": threads, "requests": requests}
     (answers,) = launch(job)["answers"]
     return [answer["text"] for answer in answers]
+
+
+def _limit(model: Model, codec: TextCodec, example: Example) -> int:
+    """Tokens of an answer: what the context has room for, and far more than was asked; a
+    model that has learnt nothing never ends by itself."""
+    schema = model.manifest.command
+    command = schema.check(example.command).commanded
+    room = model.manifest.model.positions - len(
+        schema.encode(example.request, command, codec.encode)
+    )
+    return max(1, min(room, 4 * count_words(example.response) + 32))
 
 
 def _adherence(examples: Sequence[Example], texts: Sequence[str]) -> Mapping[str, Any]:
