@@ -45,6 +45,10 @@ def compare(before: Report, after: Report, tolerance: float) -> Comparison:
     the tolerance where there are too few processes for an interval), or a cell that broke.
     Cells that were disturbed in either report are shown and never a regression.
 
+    Peers are the control: their code is the same in both, so what they lost is the
+    machine's doing. It is no regression of theirs, and a speed of ours must be worse than
+    theirs became by as much as said above.
+
     Raises DataError when the reports have no cell and no quality in common.
     """
     pairs, notes = _matched(before, after)
@@ -62,6 +66,8 @@ def compare(before: Report, after: Report, tolerance: float) -> Comparison:
         else:
             continue
         seen.add(id(a))
+    changes, control = _controlled(changes, before, tolerance)
+    notes += control
     known = {(q.model, q.variant): q for q in before.quality}
     for q in after.quality:
         old = known.get((q.model, q.variant))
@@ -147,6 +153,31 @@ def _cell_changes(a: CellResult, b: CellResult, tolerance: float) -> Iterator[Ch
         if "flagged" in (a.status, b.status):
             change = replace(change, verdict="disturbed", regression=False)
         yield change
+
+
+def _controlled(
+    changes: Sequence[Change], before: Report, tolerance: float
+) -> tuple[list[Change], list[str]]:
+    """Speeds held against what the peers' became, and what that was."""
+    names = {(r.cell.model, r.cell.variant) for r in before.cells if r.peer}
+    peers = [c for c in changes if (c.cell["model"], c.cell["variant"]) in names]
+    theirs = [c.worse for c in peers if c.figure in _SPEEDS and c.verdict != "disturbed"]
+    if not theirs:
+        return list(changes), []
+    machine = max(1.0, median(theirs) or 1.0)
+
+    def held(change: Change) -> Change:
+        if change.regression and change.figure in (*_SPEEDS, "load_ms"):
+            higher, ends = FIGURES[change.figure].higher_is_better, (change.low, change.high)
+            end = ends[1] if higher else ends[0]
+            least = change.worse if end is None else (1 / end if higher else end)
+            sure = least > machine and change.worse > machine * (1 + tolerance)
+            if change in peers or not sure:
+                return replace(change, verdict="unsure", regression=False)
+        return change
+
+    note = f"the peers, whose code is the same, took {median(theirs):.2f}× the time of before"
+    return [held(change) for change in changes], [note]
 
 
 def _per_process(result: CellResult, name: str) -> Processes:

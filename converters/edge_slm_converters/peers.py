@@ -44,13 +44,14 @@ class Peer:
 
 
 _TORCH, _GGUF = ("torch", "transformers"), ("gguf", "llama-cpp-python")
+# Names differ from those of a bundle's variants: CTranslate2 is both.
 PEERS: Mapping[str, Peer] = {
     "transformers-fp32": Peer("transformers", "transformers", "fp32", _TORCH),
     "torch-int8": Peer("transformers", "torch", "int8", _TORCH),
     "optimum-fp32": Peer("optimum", "optimum", "fp32", ("optimum-onnx",)),
     "optimum-int8": Peer("optimum", "optimum", "int8", ("optimum-onnx",)),
-    "ctranslate2-fp32": Peer("ctranslate2", "ctranslate2", "fp32", ("ctranslate2",)),
-    "ctranslate2-int8": Peer("ctranslate2", "ctranslate2", "int8", ("ctranslate2",)),
+    "ct2-fp32": Peer("ctranslate2", "ctranslate2", "fp32", ("ctranslate2",)),
+    "ct2-int8": Peer("ctranslate2", "ctranslate2", "int8", ("ctranslate2",)),
     "openvino-fp32": Peer("openvino", "openvino", "fp32", ("openvino",)),
     "openvino-int8": Peer("openvino", "openvino", "int8", ("openvino", "nncf")),
     "llama.cpp-F16": Peer("llama_cpp", "llama.cpp", "f16", _GGUF),

@@ -303,3 +303,18 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
 def test_students_quantiles() -> None:
     for freedom, exact in ((3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)):
         assert student(freedom) == pytest.approx(exact, rel=0.015)
+
+
+# -- peers as the control -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ours", "found"), [(1.3, False), (1.9, True)])
+def test_what_the_peers_lost_too_is_the_machine(ours: float, found: bool) -> None:
+    peer = replace(result(cell=replace(CELL, variant="llama.cpp-Q8_0")), peer=True)
+    slower = replace(result(1.3, cell=peer.cell), peer=True)
+    compared = compare(report(result(), peer), report(result(ours), slower), TOLERANCE)
+    assert bool(compared.regressions) == found
+    assert all(c.cell["variant"] == "onnx-int8" for c in compared.regressions)  # type: ignore[union-attr]
+    assert any("1.30× the time of before" in note for note in compared.notes)
+    # Without them nothing tells the machine from the code.
+    assert compare(report(result()), report(result(ours)), TOLERANCE).regressions

@@ -115,7 +115,7 @@ def test_specs_say_what_is_read(name: str, prepared: Peers) -> None:
 
 
 def test_a_fresh_process_opens_what_was_prepared(prepared: Peers) -> None:
-    spec = prepared.spec("ctranslate2-int8")
+    spec = prepared.spec("ct2-int8")
     job = {
         "kind": "speed",
         "scenario": "single-stream",
@@ -146,9 +146,9 @@ def test_an_export_that_fails_is_a_reason_and_leaves_nothing(
     broken = tmp_path / "broken"
     shutil.copytree(tiny_checkpoint, broken)
     (broken / "model.safetensors").write_bytes(b"no tensors")
-    specs, missing = prepare(broken, tmp_path / "out", ["ctranslate2-fp32"])
+    specs, missing = prepare(broken, tmp_path / "out", ["ct2-fp32"])
     assert not specs
-    assert "not a safetensors file" in missing["ctranslate2-fp32"]
+    assert "not a safetensors file" in missing["ct2-fp32"]
     assert not list((tmp_path / "out").iterdir())
 
 
