@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm_bench.sysfs import fields, number, text
+from edge_slm_runtime.cores import control_groups, cpu_quota
 
 _ROOT = Path("/")
 _PACKAGES = (
@@ -130,7 +131,7 @@ def machine(root: Path = _ROOT) -> Machine:
         isa=tuple(flag for flag in _TELLING_FLAGS if flag in flags),
         cores=cores,
         usable_cores=_count(status.get("Cpus_allowed_list")) or _affinity() or cores,
-        cpu_quota=_cpu_quota(root),
+        cpu_quota=cpu_quota(root),
         governor=", ".join(sorted(map(str, governors))) or None,
         mhz=max(current, default=None) or _cpuinfo_mhz(processors),
         min_mhz=min(lowest, default=None),
@@ -178,7 +179,7 @@ def memory_limit_mb(root: Path = _ROOT) -> int | None:
     near 2⁶³."""
     limits = (
         number(group / name)
-        for group in _control_groups(root, "memory")
+        for group in control_groups("memory", root)
         for name in ("memory.max", "memory.limit_in_bytes")
     )
     return min((limit >> 20 for limit in limits if limit and limit < 1 << 60), default=None)
@@ -217,33 +218,6 @@ def _count(ranges: str | None) -> int | None:
 
 def _affinity() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-
-
-def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders that hold this process, and those above, of either version of cgroups."""
-    for line in (text(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        mounts = ("", "unified") if not controllers else (controllers, controller)
-        if controllers and controller not in controllers.split(","):
-            continue
-        for mount in mounts:
-            top = root / "sys/fs/cgroup" / mount
-            group = top / path.lstrip("/")
-            # Inside a container the path may be the host's: what exists of it counts.
-            yield from (g for g in (group, *group.parents) if g.is_relative_to(top))
-
-
-def _cpu_quota(root: Path) -> float | None:
-    """Version 2 says `quota period` or `max period` in one file, version 1 in two."""
-    quotas = []
-    for group in _control_groups(root, "cpu"):
-        quota, _, period = (text(group / "cpu.max") or "").partition(" ")
-        if quota.isdigit() and period.isdigit():
-            quotas.append(int(quota) / int(period))
-        used, span = number(group / "cpu.cfs_quota_us"), number(group / "cpu.cfs_period_us")
-        if used and span and used > 0:
-            quotas.append(used / span)
-    return min(quotas, default=None)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from edge_slm_bench.runners import Spec
 from edge_slm_bench.runners.edge_slm import longest_words, spec_of
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command
+from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.errors import (
     BadSetting,
     DependencyMissing,
@@ -25,7 +26,6 @@ from edge_slm_runtime.errors import (
     OutOfMemory,
     VariantNotFound,
 )
-from edge_slm_runtime.memory import default_threads
 
 REQUEST = "a red fox in the snow"
 ROUNDS = 7  # more would only take time

@@ -97,6 +97,14 @@ class GPT2Config:
             shapes["lm_head.weight"] = (self.vocab_size, d)
         return shapes
 
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """Name (without `.weight`) → (inputs, outputs) of the matrices of all layers."""
+        return {
+            name.removesuffix(".weight"): shape
+            for name, shape in self.shapes().items()
+            if ".c_" in name and name.endswith(".weight")
+        }
+
     def layer_matrices(self) -> tuple[tuple[int, int], ...]:
         """(inputs, outputs) of the four matrices of a layer."""
         d = self.width

@@ -16,8 +16,10 @@ from edge_slm_converters.bundle_writer import BundleWriter
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
 from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.files import written_aside
-from edge_slm_converters.goldens import goldens, own_answers
+from edge_slm_converters.goldens import goldens, own_answers, sampled_answers
 from edge_slm_converters.graph import write_graph
+from edge_slm_converters.mixed import int4
+from edge_slm_converters.quantise import Precision
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.errors import CheckpointError, GateRefused
 
@@ -80,10 +82,16 @@ def convert(
         recipe = _recipe(source)
         writer = BundleWriter(folder, source, name or out.name)
         # The reference is always written, measured against, and dropped if not asked for.
-        written = []
+        written: list[Variant] = []
+        forms: dict[str, Any] = {}
         for variant in dict.fromkeys((REFERENCE, *chosen)):
             say(f"writing {variant}")
-            written.append(_write(variant, source, folder))
+            precision: str | Precision = VARIANTS[variant].precision
+            if precision == "int4":
+                writer.write_manifest(written)
+                texts = sampled_answers(folder, written[0], source)
+                precision, forms[variant] = int4(source, texts)
+            written.append(_write(variant, source, folder, precision))
         writer.write_manifest(written)
 
         say("measuring fidelity")
@@ -105,14 +113,18 @@ def convert(
         say("recording goldens")
         writer.write_manifest(written)
         found = goldens(folder, written, source)
-        return writer.write_manifest(written, found, _provenance(source, recipe, refused, accept))
+        provenance = _provenance(source, recipe, refused, accept) | {"quantisation": forms}
+        return writer.write_manifest(written, found, provenance)
 
 
-def _write(name: str, source: Checkpoint, folder: Path) -> Variant:
+def _write(name: str, source: Checkpoint, folder: Path, precision: str | Precision) -> Variant:
+    """precision: a name, or the int4 model."""
     target, place = VARIANTS[name], folder / name
     place.mkdir()
-    write = write_graph if target.engine == "onnxruntime" else write_ctranslate2
-    per_token = write(source, target.precision, place)
+    if isinstance(precision, str) and target.engine == "ctranslate2":
+        per_token = write_ctranslate2(source, precision, place)
+    else:
+        per_token = write_graph(source, precision, place)
     size = sum(file.stat().st_size for file in place.iterdir())
     return Variant(name, target.engine, target.precision, name, size, per_token)
 

@@ -15,8 +15,7 @@ import numpy as np
 from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
 from edge_slm_converters.checkpoint import Float32, GPT2Config
-from edge_slm_converters.graph import write_all_logits
-from edge_slm_runtime.bundle import Variant
+from edge_slm_runtime.bundle import SPECULATIVE_FILE, Variant
 from edge_slm_runtime.errors import CheckpointError
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
@@ -77,25 +76,22 @@ def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
     """Logits of every position from the very weights that ship."""
     import onnxruntime
 
-    model = write_all_logits(folder)
-    try:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(
-            str(model), options, providers=["CPUExecutionProvider"]
-        )
-    finally:
-        model.unlink()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        str(folder / SPECULATIVE_FILE), options, providers=["CPUExecutionProvider"]
+    )
     caches = [i.name for i in session.get_inputs() if i.name.startswith("past_key_values.")]
 
     def logits(ids: Sequence[int]) -> Float32:
         length = len(ids)
-        empty = np.zeros((1, config.heads, length, config.head_width), np.float32)
+        empty = np.zeros((1, config.heads, length + 1, config.head_width), np.float32)
         feed = {
             "input_ids": np.array([ids], np.int64),
             "position_ids": np.arange(length, dtype=np.int64)[None],
             "seqlens_k": np.array([length - 1], np.int32),
             "total_sequence_length": np.array(length, np.int32),
+            "keep": np.arange(length),
             **dict.fromkeys(caches, empty),
         }
         result: Float32 = session.run(["logits"], feed)[0][0]

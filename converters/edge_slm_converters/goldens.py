@@ -1,8 +1,9 @@
-"""Greedy answers of a bundle's variants, through the runtime that ships.
+"""Answers of a bundle's variants, through the runtime that ships.
 
-They serve twice: the fp32 model's own answers are what fidelity is measured on
-when the caller has no evaluation texts, and the token ids go into the manifest so
-that a device can check that it computes what was converted.
+They serve three times: greedy ones of the fp32 model are what fidelity is measured on when
+the caller has no evaluation texts; sampled ones are what quantisation is calibrated on;
+and token ids go into the manifest so that a device can check that it computes what was
+converted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.bundle import Golden, Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.records import Request
 
 REQUESTS = (
     "a cosy cabin in the snow",
@@ -32,6 +34,7 @@ REQUESTS = (
 WORDS = (12, 24, 40)
 EXAMPLES, EXAMPLE_TOKENS = 24, 48
 GOLDENS, GOLDEN_TOKENS = 4, 24
+SAMPLES, SAMPLE_TOKENS, SAMPLE_ROWS = 128, 64, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,35 @@ def own_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[Scor
         for one, ids in zip(asked, answers, strict=True)
         if ids
     ]
+
+
+def sampled_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[Scored]:
+    """Answers as various as the model gives: drawn at temperature 1, the seeds fixed."""
+    tokens = min(SAMPLE_TOKENS, source.config.positions // 2)
+    asked = commanded_requests(source, SAMPLES, tokens)
+    requests = [
+        Request(
+            one.request,
+            one.command.task,
+            one.command.words,
+            one.command.relevance,
+            temperature=1.0,
+            no_repeat_ngram_size=0,
+            seed=seed,
+            max_new_tokens=tokens,
+            keep_length=False,
+        )
+        for seed, one in enumerate(asked)
+    ]
+    with edge_slm_runtime.load(
+        bundle, engine=variant.engine, precision=variant.precision, verify=False
+    ) as slm:
+        answers = slm.generate_batch(requests, SAMPLE_ROWS)
+        return [
+            Scored((*one.prompt, *answer.token_ids), len(one.prompt))
+            for one, answer in zip(asked, answers, strict=True)
+            if answer.token_ids
+        ]
 
 
 def goldens(bundle: Path, variants: Sequence[Variant], source: Checkpoint) -> list[Golden]:

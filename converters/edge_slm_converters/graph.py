@@ -29,43 +29,88 @@ from edge_slm_converters.onnx_writer import (
     import_onnx,
 )
 from edge_slm_converters.quantise import PRECISIONS, Precision, step_bytes, stored_bytes
+from edge_slm_runtime.bundle import SPECULATIVE_FILE
 from edge_slm_runtime.errors import CheckpointError
 
 LAST_POSITION = ("last.attention", "last.residual")  # the nodes that keep only one position
 HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head
 
 
-def write_graph(checkpoint: Checkpoint, precision: str, folder: Path) -> int:
-    """Writes `folder/model.onnx` and `folder/model.data`.
+def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
+    """Writes `folder/model.onnx`, `speculative.onnx` and the `model.data` of both.
 
-    Returns the bytes of weights that one decoding step reads. Raises
-    CheckpointError for a shape that the operators cannot run, DependencyMissing.
+    precision: one of `PRECISIONS`, or what `mixed` made. Returns the bytes of weights that
+    one decoding step reads. Raises CheckpointError for a shape that the operators cannot
+    run, DependencyMissing.
     """
     config = checkpoint.config
+    if isinstance(precision, str):
+        precision = PRECISIONS[precision]
     if config.head_width % HEAD_WIDTH_STEP:
         raise CheckpointError(
             f"heads {config.head_width} wide cannot be converted to ONNX",
             f"n_embd / n_head must be a multiple of {HEAD_WIDTH_STEP}",
         )
     graph = GraphWriter(folder)
-    GPT2Graph(checkpoint, PRECISIONS[precision], graph).build()
+    GPT2Graph(checkpoint, precision, graph).build()
     graph.save("gpt2")
-    _check(checkpoint, PRECISIONS[precision], graph)
+    write_speculative(folder)
+    _check(checkpoint, precision, graph)
     return step_bytes(config, precision)
 
 
-def write_all_logits(folder: Path, name: str = "all_logits.onnx") -> Path:
-    """Writes, beside `model.onnx` and over the same weights, the graph whose logits
-    are [B,S,V], one row per position: what fidelity is measured on."""
+def write_speculative(folder: Path) -> Path:
+    """Writes, beside `model.onnx` and over the same weights, the graph that checks guesses.
+
+    It has one more input, keep int64 [K]: which of the S positions get logits [B,K,V]; B
+    is 1 and T one more than the tokens. In it a token gets the same numbers however many
+    are computed at once: a lone query would be multiplied by other kernels, which round
+    differently, so attention gets a copy of the last query. The copy's key and value
+    lie where those of the next token will.
+    """
     onnx = import_onnx()
+    helper = onnx.helper
     model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
-    for node in model.graph.node:
-        if node.name in LAST_POSITION:
-            source, target = node.input[0], node.output[0]
-            node.CopyFrom(onnx.helper.make_node("Identity", [source], [target]))
-    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "S"
-    (folder / name).write_bytes(model.SerializeToString(deterministic=True))
-    return folder / name
+    plain = model.graph
+    one, last, first, axis = constants = [
+        onnx.numpy_helper.from_array(array, f"speculative.{name}")
+        for name, array in (
+            ("one", np.array(1, np.int32)),
+            ("last", np.array([-1])),
+            ("first", np.array([0])),
+            ("axis", np.array([1])),
+        )
+    ]
+    lengths = ("seqlens_k", "total_sequence_length")
+    nodes = [helper.make_node("Add", [name, one.name], [f"{name}.more"]) for name in lengths]
+    for node in plain.node:
+        if node.op_type != "GroupQueryAttention":
+            if node.name in LAST_POSITION:
+                node.input[1] = "keep"
+            nodes.append(node)
+            continue
+        x, out = node.input[0], node.output[0]
+        node.input[0], node.output[0] = f"{out}.more", f"{out}.mixed"
+        node.input[-2:] = [f"{name}.more" for name in lengths]
+        nodes += [
+            helper.make_node("Gather", [x, last.name], [f"{out}.copy"], axis=1),
+            helper.make_node("Concat", [x, f"{out}.copy"], [f"{out}.more"], axis=1),
+            node,
+            helper.make_node("Slice", [f"{out}.mixed", first.name, last.name, axis.name], [out]),
+        ]
+    keep = helper.make_tensor_value_info("keep", onnx.TensorProto.INT64, ["K"])
+    plain.output[0].type.tensor_type.shape.dim[1].dim_param = "K"
+    graph = helper.make_graph(
+        nodes,
+        plain.name,
+        [*plain.input, keep],
+        plain.output,
+        [*plain.initializer, *constants],
+    )
+    model.graph.CopyFrom(graph)
+    path = folder / SPECULATIVE_FILE
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return path
 
 
 class GPT2Graph:
@@ -126,8 +171,7 @@ class GPT2Graph:
     def feed_forward(self, i: int, x: str) -> str:
         x = self.linear(x, f"h.{i}.mlp.c_fc")
         x = self.activation(x, self.weight(f"h.{i}.mlp.c_fc.bias"), f"h.{i}.mlp.act")
-        one_sided = self.config.activation != "tanh"
-        return self.linear(x, f"h.{i}.mlp.c_proj", one_sided)
+        return self.linear(x, f"h.{i}.mlp.c_proj")
 
     def activation(self, x: str, bias: str, name: str) -> str:
         """The config's activation of x + bias."""
@@ -158,9 +202,8 @@ class GPT2Graph:
         )
         return out, total
 
-    def linear(self, x: str, name: str, one_sided: bool = False) -> str:
-        weight = self.tensors[f"{name}.weight"]
-        return self.precision.linear(self.graph, x, name, weight, one_sided)
+    def linear(self, x: str, name: str) -> str:
+        return self.precision.linear(self.graph, x, name, self.tensors[f"{name}.weight"])
 
     def weight(self, name: str) -> str:
         return self.graph.constant(name, self.tensors[name])
@@ -169,8 +212,8 @@ class GPT2Graph:
 def _check(checkpoint: Checkpoint, precision: Precision, graph: GraphWriter) -> None:
     """Every matrix was written in its precision, and none was stored twice."""
     config = checkpoint.config
-    expected = precision.multiplications(config.layers)
-    if (found := {op: graph.operators[op] for op in expected}) != expected:
-        raise AssertionError(f"the graph multiplies with {found}, not {expected}")
-    if graph.weight_bytes > (most := stored_bytes(config, precision.name)):
+    found, expected = graph.operators[precision.operator], 4 * config.layers + 1
+    if found != expected:
+        raise AssertionError(f"{found} matrices are {precision.name}, not {expected}")
+    if graph.weight_bytes > (most := stored_bytes(config, precision)):
         raise AssertionError(f"{DATA_FILE} has {graph.weight_bytes} bytes of weights, not {most}")

@@ -180,7 +180,7 @@ def _measure(bundles: Sequence[Path], options: dict[str, Any], out: Path | None)
 
 def _settings(options: dict[str, Any]) -> Settings:
     from edge_slm_bench.sweep import Settings
-    from edge_slm_runtime.memory import default_threads
+    from edge_slm_runtime.cores import default_threads
 
     return Settings(
         threads=options["threads"] or (default_threads(),),

@@ -9,8 +9,8 @@ import click
 import edge_slm
 from edge_slm.cli.console import emit_json, json_option, note
 from edge_slm.cli.options import folder
+from edge_slm_runtime import verify as verify_files
 from edge_slm_runtime.bundle import Manifest
-from edge_slm_runtime.bundle import verify as verify_files
 from edge_slm_runtime.errors import BundleError, EngineNotInstalled
 
 

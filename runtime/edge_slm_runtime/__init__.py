@@ -7,11 +7,13 @@ import os
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["ORT_TELEMETRY_DISABLED"] = "1"
 
-from edge_slm_runtime.bundle import read_manifest, verify
+from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.command import Command, CommandSchema
 from edge_slm_runtime.errors import EdgeSlmError
-from edge_slm_runtime.generate import SLM, Stream, load
+from edge_slm_runtime.generate import SLM, Stream
+from edge_slm_runtime.integrity import verify
 from edge_slm_runtime.length import tolerance
+from edge_slm_runtime.loading import load
 from edge_slm_runtime.records import Generation, Request, Stats
 
 __all__ = [

@@ -4,9 +4,8 @@
     tokenizer.json
     onnx-int8/…, ctranslate2-int8/…   one folder per variant
 
-`verify` reads every byte before any native loader sees one: the engines load a
-flipped weight byte without a word, and their parsers are the attack surface.
-This module owns the format for readers and writers alike.
+This module owns the format for readers and writers alike; `integrity` compares a
+folder with its manifest.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
@@ -26,10 +24,7 @@ from edge_slm_runtime.command import Command, CommandSchema
 from edge_slm_runtime.errors import (
     BundleError,
     BundleNotFound,
-    FileAltered,
     FileMissing,
-    FileTruncated,
-    FileUnlisted,
     ManifestAltered,
     ManifestInvalid,
     PathEscape,
@@ -38,13 +33,14 @@ from edge_slm_runtime.errors import (
     SymlinkRefused,
     shown,
 )
-from edge_slm_runtime.onnx_paths import external_locations
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SCHEMA_VERSION = 1
 # The file each engine opens inside a variant's folder.
 MAIN_FILE = {"onnxruntime": "model.onnx", "ctranslate2": "model.bin"}
+# A second graph over the same weights, opened in its stead for speculative decoding.
+SPECULATIVE_FILE = "speculative.onnx"
 
 _MANIFEST_LIMIT = 16 << 20  # bytes; a real one is some kilobytes
 
@@ -106,6 +102,11 @@ class Manifest:
     @property
     def digest(self) -> str:
         return str(self.to_json()["digest"])
+
+    def files_of(self, variant: Variant) -> list[str]:
+        """The listed files that loading `variant` reads, the tokenizer included."""
+        below = f"{variant.path}/"
+        return [path for path in self.files if path == TOKENIZER or path.startswith(below)]
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -186,12 +187,12 @@ def manifest_digest(data: Mapping[str, Any]) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """sha256 and size of a file, read in chunks."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
+    """sha256 and size of a file, read piece by piece: a mapped one would count as memory."""
+    digest, size, piece = hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            size += count
     return FileEntry(digest.hexdigest(), size)
 
 
@@ -203,7 +204,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """
     root = Path(bundle)
     path = root / MANIFEST
-    with _reading(path):
+    with reading(path):
         if not root.is_dir():
             raise BundleNotFound(
                 f"no bundle folder at {root}", "give the folder with manifest.json"
@@ -222,25 +223,8 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     return Manifest.from_json(data)
 
 
-def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
-    """Checks the whole folder against its manifest and returns the manifest.
-
-    With `hashes=False` all but the sha256 sums is checked (names, kinds, sizes,
-    where ONNX weights point), which is quick and finds accidents, not attacks.
-
-    Raises what `read_manifest` raises, SymlinkRefused, FileUnlisted,
-    FileMissing, FileTruncated, FileAltered, PathEscape, and BundleError when a
-    file cannot be read.
-    """
-    root = Path(bundle)
-    manifest = read_manifest(root)
-    with _reading(root):
-        _check_files(root, manifest, hashes)
-    return manifest
-
-
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """No permission, a disk error, removed meanwhile: a BundleError that names the file."""
     try:
         yield
@@ -249,60 +233,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise BundleError(f"{where} cannot be read: {why}") from None
 
 
-def _check_files(root: Path, manifest: Manifest, hashes: bool) -> None:
-    sizes = dict(_regular_files(root))
-    for path in sizes:
-        if path != MANIFEST and path not in manifest.files:
-            raise FileUnlisted(f"{path} is not in the manifest", "remove it")
-    for path, entry in manifest.files.items():
-        if path not in sizes:
-            raise FileMissing(f"{path} is missing", "get the bundle again")
-        if sizes[path] != entry.size:
-            raise FileTruncated(
-                f"{path} has {sizes[path]} bytes, not {entry.size}", "get the bundle again"
-            )
-        if hashes and file_entry(root / path) != entry:
-            raise FileAltered(f"{path} is not the file that was listed", "get the bundle again")
-    for path in manifest.files:
-        if path.endswith(".onnx"):
-            _check_external_data(root, path, manifest)
-
-
-def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
-    """(posix path, size) of every file; a symlink or special file is refused."""
-    with os.scandir(root / below) as entries:
-        for entry in entries:
-            path = f"{below}/{entry.name}" if below else entry.name
-            info = entry.stat(follow_symlinks=False)
-            if stat.S_ISLNK(info.st_mode):
-                raise SymlinkRefused(f"{path} is a symlink", "a bundle holds plain files only")
-            if stat.S_ISDIR(info.st_mode):
-                yield from _regular_files(root, path)
-            elif stat.S_ISREG(info.st_mode):
-                yield path, info.st_size
-            else:
-                raise FileUnlisted(f"{path} is not a plain file", "remove it")
-
-
-def _check_external_data(root: Path, path: str, manifest: Manifest) -> None:
-    """ONNX weights may lie in another file; it must be a listed one.
-
-    onnxruntime before 1.24 follows any path. A listed file is inside the
-    bundle, of known content, and no symlink: that is the whole promise.
-    """
-    try:
-        locations = external_locations((root / path).read_bytes())
-    except ValueError as error:
-        raise ManifestInvalid(f"{path} is not an ONNX model: {error}") from None
-    for location in locations:
-        _plain_path(location, f"{path} keeps weights at")
-        if str(PurePosixPath(path).parent / location) not in manifest.files:
-            raise FileMissing(f"{path} keeps weights at {location!r}, which is not in the manifest")
-
-
 def _check_paths(manifest: Manifest) -> None:
     for path in manifest.files:
-        _plain_path(path, f"{MANIFEST} lists")
+        plain_path(path, f"{MANIFEST} lists")
     if MANIFEST in manifest.files:
         raise ManifestInvalid(f"{MANIFEST} lists itself")
     names = [variant.name for variant in manifest.variants]
@@ -310,7 +243,7 @@ def _check_paths(manifest: Manifest) -> None:
         raise ManifestInvalid(f"{MANIFEST} names a variant twice")
     needed = [TOKENIZER]
     for variant in manifest.variants:
-        _plain_path(variant.path, f"variant {variant.name} is at")
+        plain_path(variant.path, f"variant {variant.name} is at")
         if variant.engine not in MAIN_FILE:
             raise ManifestInvalid(f"variant {variant.name} is for engine {variant.engine!r}")
         needed.append(f"{variant.path}/{MAIN_FILE[variant.engine]}")
@@ -319,7 +252,7 @@ def _check_paths(manifest: Manifest) -> None:
             raise FileMissing(f"{path} is not in the manifest", "convert again")
 
 
-def _plain_path(path: str, what: str) -> None:
+def plain_path(path: str, what: str) -> None:
     """A relative posix path that stays where it is, on every platform."""
     bad = (
         not path

@@ -58,6 +58,8 @@ class Draft:
         self.ids: list[int] = []
         self.text = ""
         self.finish: FinishReason | None = None
+        # Tokens of the prompt that the engine did not have to compute; tokens it guessed right.
+        self.cached = self.guessed = 0
         # perf_counter() of submission, first and last token, and end; less `away`,
         # the seconds in which the reader kept the engine waiting.
         self.started = self.first = self.last = self.ended = started

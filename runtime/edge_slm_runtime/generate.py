@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Literal
 
-from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
-from edge_slm_runtime.bundle import verify as verify_bundle
+from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
 from edge_slm_runtime.draft import Draft, Plan, Step
-from edge_slm_runtime.engines import open_engine, pick_variant
 from edge_slm_runtime.engines.base import Engine
-from edge_slm_runtime.errors import BadSetting, ManifestInvalid, RequestTooLong, shown
+from edge_slm_runtime.errors import BadSetting, OutOfMemory, RequestTooLong, shown
 from edge_slm_runtime.length import tolerance
-from edge_slm_runtime.memory import default_threads, peak_rss_mb
+from edge_slm_runtime.memory import peak_rss_mb
 from edge_slm_runtime.records import Generation, Request, Stats
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
 from edge_slm_runtime.text import TextCodec
 
-_THREADS_MAX = 1024
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
@@ -63,13 +58,21 @@ class SLM:
     """A loaded bundle; made by `load`. Its calls may come from several threads."""
 
     def __init__(
-        self, manifest: Manifest, variant: Variant, codec: TextCodec, engine: Engine, load_ms: float
+        self,
+        manifest: Manifest,
+        variant: Variant,
+        codec: TextCodec,
+        engine: Engine,
+        load_ms: float,
+        most_rows: int | None = None,
     ) -> None:
+        """most_rows: of a batch, by memory; None is any."""
         self.manifest = manifest
         self.variant = variant
         self._codec = codec
         self._engine = engine
         self._load_ms = load_ms
+        self._most_rows = most_rows
 
     @property
     def schema(self) -> CommandSchema:
@@ -167,6 +170,11 @@ class SLM:
         """
         if not is_count(batch_size) or batch_size < 1:
             raise BadSetting(f"batch_size is {shown(batch_size)}", "allowed: 1 or more, whole")
+        if self._most_rows and batch_size > self._most_rows:
+            raise OutOfMemory(
+                f"a batch_size of {shown(batch_size)} needs more than max_memory_mb",
+                f"at most {self._most_rows}",
+            )
         return self._batch(requests, batch_size)
 
     def check(self, request: Request) -> Plan:
@@ -283,7 +291,9 @@ class SLM:
             precision=self.variant.precision,
             threads=self._engine.threads,
             prompt_tokens=len(plan.prompt),
+            cached_tokens=draft.cached,
             new_tokens=count,
+            guessed_tokens=draft.guessed,
             ttft_ms=(draft.first - draft.started) * 1e3,
             tpot_ms=(draft.last - draft.first) * 1e3 / (count - 1) if count > 1 else None,
             tokens_per_second=count / total,
@@ -304,36 +314,3 @@ class SLM:
             warnings=plan.warnings,
             stats=stats,
         )
-
-
-def load(
-    path: str | os.PathLike[str],
-    engine: str = "auto",
-    precision: str = "auto",
-    threads: int | None = None,
-    verify: bool = True,
-) -> SLM:
-    """Verifies a bundle and loads one of its variants.
-
-    engine: "onnxruntime", "ctranslate2" or "auto" (the first installed).
-    precision: "int8", "int4", "fp32" or "auto" (the first present). threads:
-    None is the cores that this process may use, at most 8. verify=False leaves
-    out the sha256 sums, which read every byte; only for a folder that was
-    verified before and that nobody else can write.
-
-    Raises a BundleError (see `bundle.verify`), VariantNotFound,
-    EngineNotInstalled, EngineError, BadSetting.
-    """
-    started = perf_counter()
-    if threads is not None and not (is_count(threads) and 1 <= threads <= _THREADS_MAX):
-        raise BadSetting(f"threads is {shown(threads)}", f"allowed: 1 … {_THREADS_MAX}, whole")
-    root = Path(path)
-    manifest = verify_bundle(root, hashes=verify)
-    variant = pick_variant(manifest, engine, precision)
-    codec = TextCodec(root / TOKENIZER, manifest.command)
-    if codec.size > manifest.model.vocab_size:
-        raise ManifestInvalid(
-            f"{TOKENIZER} has {codec.size} tokens, the model {manifest.model.vocab_size}"
-        )
-    loaded = open_engine(root / variant.path, manifest, variant, threads or default_threads())
-    return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3)

@@ -72,10 +72,12 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
-        self.seed = None if sampling.greedy else sampling.seed
-        if self.seed is None and not sampling.greedy:
-            self.seed = secrets.randbits(53)  # survives a trip through JSON numbers
-        self._random = np.random.Generator(np.random.PCG64(self.seed or 0))
+        self.seed: int | None = None
+        self._random: np.random.Generator | None = None  # greedy answers import no numpy.random
+        if not sampling.greedy:
+            # 53 bits survive a trip through JSON numbers.
+            self.seed = secrets.randbits(53) if sampling.seed is None else sampling.seed
+            self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._seen = set(prompt)
         self._answer: list[int] = []
         self._after: dict[tuple[int, ...], list[int]] = {}  # n - 1 tokens → what followed them
@@ -88,7 +90,7 @@ class Sampler:
         last = tuple(self._answer[len(self._answer) - size + 1 :]) if size else ()
         if size:
             logits[self._after.get(last, [])] = -np.inf
-        if self._sampling.greedy:
+        if self._random is None:
             token = int(logits.argmax())
         else:
             steps = np.cumsum(probabilities(logits, self._sampling))

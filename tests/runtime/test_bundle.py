@@ -217,7 +217,7 @@ def test_a_file_that_cannot_be_read(bundle: Path, monkeypatch: pytest.MonkeyPatc
         path.unlink()
         return file_entry(path)
 
-    monkeypatch.setattr("edge_slm_runtime.bundle.file_entry", removed_meanwhile)
+    monkeypatch.setattr("edge_slm_runtime.integrity.file_entry", removed_meanwhile)
     with pytest.raises(BundleError, match=r"bundle/.* cannot be read: No such file"):
         verify(bundle)
 

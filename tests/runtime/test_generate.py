@@ -309,10 +309,10 @@ def test_at_most_one_cache_is_kept(tiny_bundle: Path) -> None:
             next(stream)
         for stream in streams[:2]:
             stream.close()
-        assert len(slm._engine._spare) == 1  # type: ignore[attr-defined]
+        assert len(slm._engine._shelf._kept) == 1  # type: ignore[attr-defined]
         slm.close()
         streams[2].close()
-        assert slm._engine._spare == []  # type: ignore[attr-defined]
+        assert slm._engine._shelf._kept == []  # type: ignore[attr-defined]
 
 
 def test_a_slow_reader_does_not_slow_the_model_in_the_figures(tiny_bundle: Path) -> None:

@@ -42,8 +42,15 @@ def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
     raise EngineNotInstalled(f"{missing} is not installed", _INSTALL[missing])
 
 
-def open_engine(folder: Path, manifest: Manifest, variant: Variant, threads: int) -> Engine:
-    """Loads a variant from its folder.
+def open_engine(
+    folder: Path,
+    manifest: Manifest,
+    variant: Variant,
+    threads: int,
+    kept_bytes: int = 0,
+    speculate: bool = False,
+) -> Engine:
+    """Loads a variant from its folder. kept_bytes, speculate: see `OnnxEngine`.
 
     Raises EngineError when the engine refuses it, ManifestInvalid when it is not
     the model of the manifest, EngineNotInstalled when the package is broken.
@@ -52,7 +59,7 @@ def open_engine(folder: Path, manifest: Manifest, variant: Variant, threads: int
         if variant.engine == "onnxruntime":
             from edge_slm_runtime.engines.onnx import OnnxEngine
 
-            return OnnxEngine(folder, manifest.model, threads)
+            return OnnxEngine(folder, manifest.model, threads, kept_bytes, speculate)
         from edge_slm_runtime.engines.ct2 import CTranslate2Engine
 
         return CTranslate2Engine(folder, manifest.model, variant.precision, threads)

@@ -1,0 +1,97 @@
+"""The model's own forward pass, in numpy: what its matrices see in use.
+
+Conversion does without torch, and the graph that ships hands out neither the inputs of a
+matrix nor a place to swap one, so GPT-2 is computed here once more, a layer at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from edge_slm_bench.examples import Scored
+from edge_slm_converters.checkpoint import Float32, GPT2Config
+
+# (name of a matrix, its inputs [T,K]) → the matrix [K,N] to multiply them with
+MatrixOf = Callable[[str, Float32], Float32]
+
+
+class ForwardPass:
+    """GPT-2 over several texts at once; x is [T,width], the positions of all texts in a row.
+
+    rows: the positions that predict a response.
+    """
+
+    def __init__(
+        self, config: GPT2Config, tensors: Mapping[str, Float32], texts: Sequence[Scored]
+    ) -> None:
+        self.config, self._tensors = config, tensors
+        self._ids = np.concatenate([text.ids for text in texts])
+        self._ends = np.cumsum([len(text.ids) for text in texts])
+        starts = self._ends - [len(text.ids) for text in texts]
+        self._spans = list(zip(starts, self._ends, strict=True))
+        self.rows = np.concatenate(
+            [
+                np.arange(start + text.prompt - 1, end - 1)
+                for text, (start, end) in zip(texts, self._spans, strict=True)
+            ]
+        )
+
+    def embedded(self) -> Float32:
+        positions = np.concatenate([np.arange(end - start) for start, end in self._spans])
+        x: Float32 = self._tensors["wte.weight"][self._ids]
+        x += self._tensors["wpe.weight"][positions]
+        return x
+
+    def layer(self, i: int, x: Float32, matrix_of: MatrixOf) -> Float32:
+        """The residual behind layer i; matrix_of is asked for its four matrices in turn."""
+
+        def linear(x: Float32, name: str) -> Float32:
+            return x @ matrix_of(name, x) + self._tensors[f"{name}.bias"]
+
+        qkv = linear(self._norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
+        x = x + linear(self._attention(i, qkv), f"h.{i}.attn.c_proj")
+        inner = linear(self._norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        return x + linear(ACTIVATIONS[self.config.activation](inner), f"h.{i}.mlp.c_proj")
+
+    def logits(self, x: Float32, head: Float32) -> Float32:
+        """[rows, V], with `head` [V,width]."""
+        logits: Float32 = self._norm(x[self.rows], "ln_f") @ head.T
+        return logits
+
+    def _attention(self, i: int, qkv: Float32) -> Float32:
+        """Causal, within each text."""
+        config = self.config
+        mixed = np.empty((len(qkv), config.width), np.float32)
+        for start, end in self._spans:
+            parts = qkv[start:end].reshape(end - start, 3, config.heads, config.head_width)
+            query, key, value = parts.transpose(1, 2, 0, 3)
+            score = query @ key.transpose(0, 2, 1) * np.float32(config.attention_scale[i])
+            score[:, ~np.tri(end - start, dtype=bool)] = -np.inf
+            share = np.exp(score - score.max(-1, keepdims=True))
+            share /= share.sum(-1, keepdims=True)
+            mixed[start:end] = (share @ value).transpose(1, 0, 2).reshape(end - start, -1)
+        return mixed
+
+    def _norm(self, x: Float32, name: str) -> Float32:
+        x = x - x.mean(-1, keepdims=True)
+        variance = np.square(x).mean(-1, keepdims=True)
+        x /= np.sqrt(variance + np.float32(self.config.layer_norm_epsilon))
+        return x * self._tensors[f"{name}.weight"] + self._tensors[f"{name}.bias"]
+
+
+def _gelu_tanh(x: Float32) -> Float32:
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    gelu: Float32 = np.float32(0.5) * x * (1 + np.tanh(inner))
+    return gelu
+
+
+ACTIVATIONS: Mapping[str, Callable[[Float32], Float32]] = {
+    "gelu_tanh": _gelu_tanh,
+    "gelu": _gelu_tanh,  # within 0.0005: near enough for statistics, and numpy has no erf
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+}

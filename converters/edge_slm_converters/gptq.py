@@ -1,0 +1,99 @@
+"""GPTQ: 4-bit blocks whose rounding errors make up for each other.
+
+Frantar et al. (arXiv 2210.17323) minimise what the *outputs* lose, ‖X (W − Ŵ)‖², over the
+inputs X [T,K] that a matrix W [K,N] gets in use. With the second moment of the inputs
+M = XᵀX / T = U D Uᵀ, U upper triangular with a diagonal of ones, the loss per position and
+output is
+
+    Σₖ Dₖ (Eₖ + Σ_{i<k} Uᵢₖ Eᵢ)²          E = W − Ŵ
+
+so row k is rounded not at Wₖ but at Wₖ + Σ_{i<k} Uᵢₖ Eᵢ: the errors so far, carried over to
+where the inputs are alike. This form needs no inverse; that it gives GPTQ's numbers is
+theorem 6 of Chee et al. (arXiv 2307.13304).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from edge_slm_converters.blocks import Blocks, best_scale, to_steps
+from edge_slm_converters.checkpoint import Float32
+
+# Added to the diagonal of M, as a share of its mean: what was seen of the inputs is a
+# sample. Measured with 4,000 and 8,000 positions: KL 11% and 2% lower than with the 0.01 of the
+# paper.
+DAMPING = 0.1
+
+
+def gptq(weight: Float32, moment: Float32, size: int) -> Blocks:
+    """`weight` [K,N] in blocks of `size`, for inputs with the second moment `moment` [K,K]."""
+    damping = DAMPING * moment.diagonal().mean() + np.float32(1e-12)
+    damped = moment + damping * np.eye(len(moment), dtype=np.float32)
+    return polished(carried(weight, damped, size), weight, damped)
+
+
+def carried(weight: Float32, moment: Float32, size: int) -> Blocks:
+    """One pass over the rows of `weight`, errors carried over."""
+    carry, importance = _factor(moment)
+    steps, errors, scales = np.empty_like(weight), np.empty_like(weight), []
+    for start in range(0, len(weight), size):
+        end = min(start + size, len(weight))
+        target = weight[start:end] + carry[:start, start:end].T @ errors[:start]
+        scale, zero = best_scale(target, importance[start:end])
+        scales.append((scale, zero))
+        for k in range(start, end):
+            row = target[k - start] + carry[start:k, k] @ errors[start:k]
+            steps[k] = to_steps(row, scale, zero)
+            errors[k] = weight[k] - steps[k] * scale
+    return Blocks(4, size, steps, *map(np.stack, zip(*scales, strict=True)))
+
+
+def polished(blocks: Blocks, weight: Float32, moment: Float32) -> Blocks:
+    """The same zero points; all scales of an output refitted together, then each level
+    chosen once more, with all others as they are. Neither can add to the loss."""
+    size, zero = blocks.size, blocks.zero
+    blocks = replace(blocks, scale=_refitted(blocks, weight, moment))
+    steps, scale = blocks.steps.copy(), blocks.scale
+    errors = weight - blocks.matrix()
+    for i, start in enumerate(range(0, len(weight), size)):
+        end = min(start + size, len(weight))
+        slope = moment[start:end] @ errors
+        for k in range(start, end):
+            ideal = steps[k] + slope[k - start] / (moment[k, k] * scale[i])
+            moved = to_steps(ideal * scale[i], scale[i], zero[i]) - steps[k]
+            steps[k] += moved
+            errors[k] -= moved * scale[i]
+            slope -= np.outer(moment[start:end, k], moved * scale[i])
+    return replace(blocks, steps=steps)
+
+
+def loss(weight: Float32, found: Float32, moment: Float32) -> float:
+    """What the outputs lose, a position: the sum of squares of x · (weight − found)."""
+    errors = weight - found
+    return float(np.sum(errors * (moment @ errors), dtype=np.float64))
+
+
+def _refitted(blocks: Blocks, weight: Float32, moment: Float32) -> Float32:
+    """Scales [blocks, N] of least loss for the steps as they are: for every output a
+    system of as many equations as it has blocks. One that turns negative stays."""
+    size, steps, starts = blocks.size, blocks.steps, range(0, len(weight), blocks.size)
+    count, outputs = blocks.scale.shape
+    left = np.empty((outputs, count, count))
+    for i, start in enumerate(starts):
+        rows = slice(start, start + size)
+        left[:, i] = np.add.reduceat(steps * (moment[:, rows] @ steps[rows]), starts).T
+    right = np.add.reduceat(steps * (moment @ weight), starts).T
+    diagonal = np.einsum("nii->ni", left)
+    diagonal += 1e-6 * diagonal.mean(-1, keepdims=True) + 1e-12  # a block of zeros
+    scale = np.linalg.solve(left, right[..., None])[..., 0].T.astype(np.float32)
+    return np.where(scale > 0, scale, blocks.scale)
+
+
+def _factor(moment: Float32) -> tuple[Float32, Float32]:
+    """(U, the diagonal of D) of M = U D Uᵀ: a Cholesky factor from the other end."""
+    lower = np.linalg.cholesky(moment[::-1, ::-1].astype(np.float64))
+    upper = lower[::-1, ::-1]
+    diagonal = upper.diagonal()
+    return (upper / diagonal).astype(np.float32), np.square(diagonal).astype(np.float32)

@@ -1,0 +1,155 @@
+"""How many bits each matrix of an int4 model gets: a rule, measured for every checkpoint.
+
+Some matrices bear 4 bits far worse than others. So each is rounded alone, the others left
+in float32, and the KL to the float32 predictions is what it costs. All start in the form
+of fewest bytes; then the change that gains most KL for a byte is made, again and again,
+as long as a step reads no more bytes than llama.cpp's Q4_0 of the same model would
+(4.5 bits a weight, 8.5 in the head). What stays in 4 bits is then quantised by GPTQ, layer
+by layer, each on inputs that come out of the quantised layers before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edge_slm_bench.examples import Scored
+from edge_slm_bench.fidelity import log_softmax
+from edge_slm_converters import gguf
+from edge_slm_converters.blocks import Blocks, block_bytes, bytewise, nearest
+from edge_slm_converters.calibration import ForwardPass
+from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config
+from edge_slm_converters.gptq import gptq
+from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
+
+Costs = Mapping[str, Sequence[float]]  # matrix → mean KL in nats, in each of FORMS
+PROBE_TEXTS = 12  # on how many texts the costs are measured
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a matrix is stored: `block` inputs share a scale."""
+
+    bits: int
+    block: int
+
+    def bytes(self, inputs: int, outputs: int) -> int:
+        return block_bytes(inputs, outputs, self.bits, self.block)
+
+    def rounded(self, weight: Float32) -> Float32:
+        """The matrix [K,N] rounded to nearest, its scales plainly the largest values."""
+        if self.bits == 8:
+            return bytewise(weight, self.block).matrix()
+        return nearest(weight, self.block, ranges=(np.float32(1),)).matrix()
+
+
+FORMS = (Form(4, 128), Form(4, 64), Form(4, 32), Form(8, BYTE_BLOCK))
+PROBED = Form(4, 64)  # the form in which KL is measured; the others' follows from it
+
+
+def int4(checkpoint: Checkpoint, texts: Sequence[Scored]) -> tuple[Quantised, dict[str, Any]]:
+    """The int4 model of a checkpoint, calibrated on `texts`, and what was chosen, as JSON."""
+    config = checkpoint.config
+    measured = costs(checkpoint, texts[:PROBE_TEXTS])
+    head = Quantised("int4").head_bytes(config.width, config.vocab_size)
+    limit = gguf.step_bytes(config, "Q4_0") - head
+    forms = choose(measured, config, limit)
+    blocks = quantised(checkpoint, texts, forms)
+    record = {
+        "method": "gptq",
+        "texts": len(texts),
+        "positions": sum(len(text.ids) for text in texts),
+        "byte_limit": limit,
+        "matrices": {
+            name: {
+                "bits": form.bits,
+                "block": form.block,
+                "kl": float(f"{measured[name][FORMS.index(form)]:.3g}"),
+            }
+            for name, form in forms.items()
+        },
+    }
+    return Quantised("int4", blocks), record
+
+
+def quantised(
+    checkpoint: Checkpoint, texts: Sequence[Scored], forms: Mapping[str, Form]
+) -> dict[str, Blocks]:
+    """The matrices that `forms` puts in blocks."""
+    blocks = {}
+
+    def matrix_of(name: str, x: Float32) -> Float32:
+        weight, form = checkpoint.tensors[f"{name}.weight"], forms[name]
+        if form.bits == 8:
+            return form.rounded(weight)
+        blocks[name] = gptq(weight, x.T @ x / np.float32(len(x)), form.block)
+        return blocks[name].matrix()
+
+    model = ForwardPass(checkpoint.config, checkpoint.tensors, texts)
+    x = model.embedded()
+    for i in range(checkpoint.config.layers):
+        x = model.layer(i, x, matrix_of)
+    return blocks
+
+
+def costs(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Costs:
+    """The KL that each matrix costs, rounded to nearest, in each of FORMS.
+
+    Measured in one form, and in the others proportional to the squared error of the
+    rounding, each input weighted by its mean square.
+    """
+    config, tensors = checkpoint.config, checkpoint.tensors
+    model = ForwardPass(config, tensors, texts)
+    before, mean_square = [model.embedded()], {}
+
+    def unchanged(name: str, x: Float32) -> Float32:
+        mean_square[name] = np.square(x).mean(0)[:, None]
+        return tensors[f"{name}.weight"]
+
+    for i in range(config.layers):
+        before.append(model.layer(i, before[-1], unchanged))
+    expected = log_softmax(model.logits(before[-1], checkpoint.head))
+
+    def kl(name: str, matrix: Float32) -> float:
+        first = int(name.split(".")[1])
+        x = before[first]
+        for i in range(first, config.layers):
+            x = model.layer(
+                i, x, lambda other, _: matrix if other == name else tensors[f"{other}.weight"]
+            )
+        found = log_softmax(model.logits(x, checkpoint.head))
+        return float((np.exp(expected) * (expected - found)).sum(-1).mean())
+
+    found = {}
+    for name in config.matrices():
+        weight = tensors[f"{name}.weight"]
+        rounded = [form.rounded(weight) for form in FORMS]
+        errors = [float((np.square(r - weight) * mean_square[name]).sum()) for r in rounded]
+        probed = FORMS.index(PROBED)
+        rate = kl(name, rounded[probed]) / errors[probed] if errors[probed] else 0.0
+        found[name] = [rate * error for error in errors]
+    return found
+
+
+def choose(costs: Costs, config: GPT2Config, limit: int) -> dict[str, Form]:
+    """The form of each matrix, `limit` bytes together if there are forms so small."""
+    sizes = {
+        name: [form.bytes(*shape) for form in FORMS] for name, shape in config.matrices().items()
+    }
+    chosen = {name: int(np.argmin(size)) for name, size in sizes.items()}
+    left = limit - sum(sizes[name][form] for name, form in chosen.items())
+    while True:
+        changes = [
+            ((costs[name][now] - costs[name][new]) / more, name, new)
+            for name, now in chosen.items()
+            for new in range(len(FORMS))
+            if 0 < (more := sizes[name][new] - sizes[name][now]) <= left
+        ]
+        gain, name, new = max(changes, default=(0.0, "", 0))
+        if gain <= 0:
+            return {name: FORMS[form] for name, form in chosen.items()}
+        left -= sizes[name][new] - sizes[name][chosen[name]]
+        chosen[name] = new

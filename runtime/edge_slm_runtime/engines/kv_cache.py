@@ -1,0 +1,132 @@
+"""Keys and values of answers being written, kept for prompts that begin alike.
+
+A prompt whose first tokens are those of an earlier one finds their keys and values still
+there, and only the rest is computed: a request under another command or seed, the
+candidates of one request, the fixed preamble of an app. Nothing is stored for it but the
+caches that answers were written with, and what is kept of these is bounded.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+from math import prod
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_slm_runtime.errors import EngineError
+
+# [2 × layers, rows, heads, positions, head size]; a layer's keys come before its values.
+Shape = tuple[int, int, int, int, int]
+Array = NDArray[np.float32]
+_FLOAT = 4  # bytes
+_LEAST = 4  # tokens in common that are worth a copy; every prompt begins with the same one
+
+
+class KVCache:
+    """prompts: per row, the tokens whose keys and values stand at its first positions."""
+
+    def __init__(self, shape: Shape) -> None:
+        """Raises EngineError when there is no memory for it."""
+        self.array = _pages(shape)
+        self.prompts: list[tuple[int, ...]] = [()] * shape[1]
+
+    def begin(self, row: int, prompt: Sequence[int]) -> int:
+        """Brings as much of `prompt` into `row` as any row still holds, except its last
+        two tokens, which are to be computed: one would do, but a token computed alone gets
+        slightly other numbers than one in a prompt. Returns how many tokens that is."""
+        rows = (row, *range(len(self.prompts)))  # the first of equals is taken
+        source = max(rows, key=lambda r: _shared(self.prompts[r], prompt))
+        self.copy(row, self, source, min(_shared(self.prompts[source], prompt), len(prompt) - 2))
+        return len(self.prompts[row])
+
+    def copy(self, row: int, source: KVCache, source_row: int, positions: int) -> None:
+        """Makes the first `positions` of `row` those of another row."""
+        if source is not self or source_row != row:
+            self.array[:, row, :, :positions] = source.array[:, source_row, :, :positions]
+        self.prompts[row] = source.prompts[source_row][:positions]
+
+
+class Shelf:
+    """Caches of single answers between their uses. May be used from several threads.
+
+    When the positions written in them take more than `limit` bytes, those that were not
+    used for longest are freed, except the last; a `limit` of 0 keeps none.
+    """
+
+    def __init__(self, shape: Shape, limit: int) -> None:
+        """`shape` has one row."""
+        self._shape, self._limit = shape, limit
+        self._position_bytes = prod(shape) // shape[3] * _FLOAT
+        self._kept: list[tuple[KVCache, int]] = []  # and positions written; last used, last
+        self._lock = Lock()
+
+    @property
+    def bytes(self) -> int:
+        """What the kept caches take."""
+        return self._position_bytes * sum(positions for _, positions in self._kept)
+
+    def lend(self, prompt: Sequence[int]) -> KVCache:
+        """A cache for an answer to `prompt`; `begin` tells what it knows of it.
+
+        Raises EngineError when there is no memory for another one.
+        """
+        with self._lock:
+            best = max(self._kept, key=lambda kept: _known(kept[0], prompt), default=None)
+            if best is None:
+                return KVCache(self._shape)
+            cache, known = best[0], _known(best[0], prompt)
+            full = self.bytes + self._position_bytes * len(prompt) > self._limit
+            if full or 2 * known >= len(cache.prompts[0]):
+                self._kept.remove(best)
+                return cache
+            fresh = KVCache(self._shape)
+            fresh.copy(0, cache, 0, known)
+            return fresh
+
+    def take_back(self, cache: KVCache, positions: int) -> None:
+        """Keeps a cache whose first `positions` were written."""
+        with self._lock:
+            self._kept.append((cache, positions))
+            while self.bytes > self._limit and len(self._kept) > min(self._limit, 1):
+                self._kept.pop(0)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept = []
+
+
+def _known(cache: KVCache, prompt: Sequence[int]) -> int:
+    return _shared(cache.prompts[0], prompt)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two prompts begin with alike; 0 when it is too few to matter."""
+    length = min(len(a), len(b))
+    count = next((i for i in range(length) if a[i] != b[i]), length)
+    return count if count >= _LEAST else 0
+
+
+def _pages(shape: Shape) -> Array:
+    """An array whose memory is taken page by page, as its positions are written.
+
+    numpy asks for huge pages, with which a short answer takes the memory of a long one.
+    """
+    size = prod(shape) * _FLOAT
+    try:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            pages = mmap.mmap(-1, size)
+    except (OSError, OverflowError, ValueError, MemoryError):
+        raise EngineError(
+            f"no memory for the cache of {shape[1]} answers of {shape[3]} positions",
+            "choose a smaller batch_size",
+        ) from None
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, np.float32).reshape(shape)

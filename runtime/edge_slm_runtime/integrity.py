@@ -1,0 +1,115 @@
+"""Whether a bundle's folder is what its manifest says.
+
+Every byte that a native loader will see is read and compared first: the engines load
+a flipped weight byte without a word, and their parsers are the attack surface.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from edge_slm_runtime.bundle import (
+    MANIFEST,
+    Manifest,
+    file_entry,
+    plain_path,
+    read_manifest,
+    reading,
+)
+from edge_slm_runtime.errors import (
+    FileAltered,
+    FileMissing,
+    FileTruncated,
+    FileUnlisted,
+    ManifestInvalid,
+    SymlinkRefused,
+)
+from edge_slm_runtime.onnx_paths import external_locations
+
+
+def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
+    """Checks the whole folder against its manifest and returns the manifest.
+
+    With `hashes=False` all but the sha256 sums is checked (names, kinds, sizes,
+    where ONNX weights point), which is quick and finds accidents, not attacks.
+
+    Raises what `verify_structure` and `verify_contents` raise.
+    """
+    root = Path(bundle)
+    manifest = verify_structure(root)
+    verify_contents(root, manifest, manifest.files, hashes=hashes)
+    return manifest
+
+
+def verify_structure(bundle: str | os.PathLike[str]) -> Manifest:
+    """The manifest, and that the folder holds plain files of its names and sizes only.
+
+    Raises what `read_manifest` raises, SymlinkRefused, FileUnlisted, FileMissing,
+    FileTruncated, and BundleError when the folder cannot be read.
+    """
+    root = Path(bundle)
+    manifest = read_manifest(root)
+    with reading(root):
+        sizes = dict(_regular_files(root))
+    for path in sizes:
+        if path != MANIFEST and path not in manifest.files:
+            raise FileUnlisted(f"{path} is not in the manifest", "remove it")
+    for path, entry in manifest.files.items():
+        if path not in sizes:
+            raise FileMissing(f"{path} is missing", "get the bundle again")
+        if sizes[path] != entry.size:
+            raise FileTruncated(
+                f"{path} has {sizes[path]} bytes, not {entry.size}", "get the bundle again"
+            )
+    return manifest
+
+
+def verify_contents(
+    root: Path, manifest: Manifest, paths: Iterable[str], *, hashes: bool = True
+) -> None:
+    """The sha256 sums of the listed files `paths`, and where the ONNX ones keep weights.
+
+    Raises FileAltered, FileMissing, PathEscape, ManifestInvalid, and BundleError when
+    a file cannot be read.
+    """
+    for path in paths:
+        with reading(root / path):
+            if hashes and file_entry(root / path) != manifest.files[path]:
+                raise FileAltered(f"{path} is not the file that was listed", "get the bundle again")
+            if path.endswith(".onnx"):
+                _check_external_data(root, path, manifest)
+
+
+def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
+    """(posix path, size) of every file; a symlink or special file is refused."""
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            info = entry.stat(follow_symlinks=False)
+            if stat.S_ISLNK(info.st_mode):
+                raise SymlinkRefused(f"{path} is a symlink", "a bundle holds plain files only")
+            if stat.S_ISDIR(info.st_mode):
+                yield from _regular_files(root, path)
+            elif stat.S_ISREG(info.st_mode):
+                yield path, info.st_size
+            else:
+                raise FileUnlisted(f"{path} is not a plain file", "remove it")
+
+
+def _check_external_data(root: Path, path: str, manifest: Manifest) -> None:
+    """ONNX weights may lie in another file; it must be a listed one of the same folder.
+
+    onnxruntime before 1.24 follows any path. A listed file is inside the
+    bundle, of known content, and no symlink: that is the whole promise.
+    """
+    try:
+        locations = external_locations((root / path).read_bytes())
+    except ValueError as error:
+        raise ManifestInvalid(f"{path} is not an ONNX model: {error}") from None
+    for location in locations:
+        plain_path(location, f"{path} keeps weights at")
+        if str(PurePosixPath(path).parent / location) not in manifest.files:
+            raise FileMissing(f"{path} keeps weights at {location!r}, which is not in the manifest")

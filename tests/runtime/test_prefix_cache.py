@@ -1,0 +1,227 @@
+"""A prompt that begins like an earlier one is computed only from there on, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_slm_runtime import SLM, Request, load
+from edge_slm_runtime.engines.kv_cache import KVCache, Shelf
+from edge_slm_runtime.engines.onnx import OnnxEngine
+from edge_slm_runtime.errors import BadSetting, EngineError
+
+PREAMBLE = "a cosy cabin in the snow, warm light in the windows"
+TEXTS = (PREAMBLE, PREAMBLE + ", soft evening sky", "neon street in the rain", "a misty forest")
+SHAPE = (2, 1, 1, 16, 1)  # 8 bytes a position
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+def pair(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[tuple[SLM, SLM]]:
+    """The same variant with and without a prefix cache."""
+    with (
+        load(tiny_bundle, "onnxruntime", request.param, threads=1) as kept,
+        load(tiny_bundle, "onnxruntime", request.param, threads=1, prefix_cache_mb=0) as fresh,
+    ):
+        yield kept, fresh
+
+
+def prompt_logits(slm: SLM, prompt: list[int]) -> Any:
+    """Logits behind a prompt, through the shelf as an answer does it; and the tokens reused."""
+    engine = slm._engine
+    assert isinstance(engine, OnnxEngine)
+    cache = engine._shelf.lend(prompt)
+    plan = slm.check(Request("a cat"))
+    from dataclasses import replace
+    from time import perf_counter
+
+    from edge_slm_runtime.draft import Draft
+
+    draft = Draft(replace(plan, prompt=tuple(prompt)), slm._codec, perf_counter())
+    logits = engine._prefill(cache, 0, draft).copy()
+    engine._shelf.take_back(cache, len(prompt))
+    return logits, draft.cached
+
+
+def test_same_request_other_command(pair: tuple[SLM, SLM]) -> None:
+    kept, fresh = pair
+    for text in (*TEXTS, TEXTS[0]):
+        for words, seed in ((5, None), (9, 3), (5, None)):
+            asked: dict[str, Any] = {"words": words, "max_new_tokens": 30}
+            if seed:
+                asked |= {"temperature": 1.2, "seed": seed}
+            a, b = kept.generate(text, **asked), fresh.generate(text, **asked)
+            assert (a.token_ids, a.text, a.seed) == (b.token_ids, b.text, b.seed)
+            assert b.stats.cached_tokens == 0
+    again = kept.generate(TEXTS[0], words=3, max_new_tokens=5)
+    assert again.stats.prompt_tokens - 6 < again.stats.cached_tokens < again.stats.prompt_tokens
+
+
+def test_rows_of_a_batch_share_too(pair: tuple[SLM, SLM]) -> None:
+    kept, _ = pair
+    requests = [Request(TEXTS[i % 2], words=1 + i, max_new_tokens=8 + 5 * (i % 3)) for i in range(9)]
+    alone = [kept.generate(r.request, words=r.words, max_new_tokens=r.max_new_tokens) for r in requests]
+    batch = list(kept.generate_batch(requests, 3))
+    assert [b.token_ids for b in batch] == [a.token_ids for a in alone]
+    assert batch[0].stats.cached_tokens == 0
+    assert all(b.stats.cached_tokens > 10 for b in batch[1:])
+
+
+def test_candidates_of_one_request(pair: tuple[SLM, SLM]) -> None:
+    kept, fresh = pair
+    asked = [Request(PREAMBLE, temperature=1.5, seed=s, max_new_tokens=12) for s in range(4)]
+    for batch_size in (1, 4):
+        a, b = (list(slm.generate_batch(asked, batch_size)) for slm in pair)
+        assert [x.token_ids for x in a] == [x.token_ids for x in b]
+        assert all(x.stats.cached_tokens == x.stats.prompt_tokens - 2 for x in a[1:])
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(2, 60), st.lists(st.integers(60, 399), max_size=9)),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_logits_are_those_of_the_whole_prompt(
+    pair: tuple[SLM, SLM], prompts: list[tuple[int, int, list[int]]]
+) -> None:
+    """Bit by bit in int8: integer products, and rows that know nothing of each other."""
+    kept, fresh = pair
+    heads = np.random.default_rng(5).integers(60, 400, (4, 60)).tolist()
+    for head, length, tail in prompts:
+        prompt = heads[head][:length] + tail
+        got, cached = prompt_logits(kept, prompt)
+        whole, none = prompt_logits(fresh, prompt)
+        assert none == 0
+        assert cached <= len(prompt) - 2
+        if kept.variant.precision == "int8":
+            assert np.array_equal(got, whole)
+        np.testing.assert_allclose(got, whole, rtol=0, atol=2e-2)
+
+
+def test_a_long_prompt_is_computed_in_parts(
+    pair: tuple[SLM, SLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fresh = pair
+    prompt = np.random.default_rng(1).integers(60, 400, 100).tolist()
+    whole, _ = prompt_logits(fresh, prompt)
+    for most in (7, 33, 99):
+        monkeypatch.setattr("edge_slm_runtime.engines.onnx.PREFILL", most)
+        parts, _ = prompt_logits(fresh, prompt)
+        if fresh.variant.precision == "int8":
+            assert np.array_equal(parts, whole)
+        np.testing.assert_allclose(parts, whole, rtol=0, atol=2e-2)
+
+
+def test_threads_share_prefixes(pair: tuple[SLM, SLM]) -> None:
+    kept, fresh = pair
+    texts = [TEXTS[i % 4] for i in range(24)]
+    alone = [fresh.generate(text, max_new_tokens=15).token_ids for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda t: kept.generate(t, max_new_tokens=15).token_ids, texts))
+    assert found == alone
+
+
+def test_an_abandoned_stream_leaves_a_sound_prefix(pair: tuple[SLM, SLM]) -> None:
+    kept, fresh = pair
+    stream = kept.stream(PREAMBLE + " again", max_new_tokens=30)
+    next(stream)
+    stream.close()
+    a = kept.generate(PREAMBLE + " again", max_new_tokens=30)
+    assert a.stats.cached_tokens == a.stats.prompt_tokens - 2
+    assert a.token_ids == fresh.generate(PREAMBLE + " again", max_new_tokens=30).token_ids
+
+
+@pytest.mark.parametrize("size", [-1, float("nan"), float("inf"), True, "16"])
+def test_size_of_the_prefix_cache_is_checked(tiny_bundle: Path, size: Any) -> None:
+    with pytest.raises(BadSetting, match="prefix_cache_mb"):
+        load(tiny_bundle, prefix_cache_mb=size)
+
+
+# -- what is kept ---------------------------------------------------------------
+
+
+def used(shelf: Shelf, prompt: list[int], positions: int = 0) -> int:
+    """An answer to `prompt`; how many of its tokens were known."""
+    cache = shelf.lend(prompt)
+    known = cache.begin(0, prompt)
+    cache.prompts[0] = tuple(prompt)
+    shelf.take_back(cache, positions or len(prompt))
+    return known
+
+
+def test_the_longest_unused_goes_first() -> None:
+    shelf = Shelf(SHAPE, limit=3 * 8 * 8)  # three prompts of 8
+    a, b, c, d = ([token] * 8 for token in range(4))
+    for prompt in (a, b, c, a, d):  # d takes the place of b
+        used(shelf, prompt)
+    assert [used(shelf, p) for p in (a, c, d)] == [6, 6, 6]
+    assert used(shelf, b) == 0
+    assert shelf.bytes <= 3 * 8 * 8
+
+
+def test_a_common_beginning_is_copied_while_there_is_room() -> None:
+    shelf = Shelf(SHAPE, limit=1 << 20)
+    a, b = [1] * 5 + [2] * 9, [1] * 5 + [3] * 9
+    assert [used(shelf, p) for p in (a, b, a, b)] == [0, 5, 12, 12]
+
+
+def test_three_tokens_in_common_are_not_worth_it() -> None:
+    shelf = Shelf(SHAPE, limit=1 << 20)
+    assert [used(shelf, p) for p in ([1, 1, 1, 2, 2], [1, 1, 1, 3, 3])] == [0, 0]
+
+
+def test_the_last_one_is_kept_however_long() -> None:
+    shelf = Shelf(SHAPE, limit=8)
+    assert [used(shelf, [1] * 12) for _ in range(2)] == [0, 10]
+    assert used(shelf, [2] * 12) == 0
+    assert shelf.bytes == 12 * 8
+
+
+def test_nothing_is_kept_without_a_limit() -> None:
+    shelf = Shelf(SHAPE, limit=0)
+    assert [used(shelf, [1] * 12) for _ in range(2)] == [0, 0]
+    assert shelf.bytes == 0
+
+
+@settings(deadline=None)
+@given(
+    limit=st.integers(0, 400),
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=16), max_size=30),
+)
+def test_what_is_known_is_true_and_bounded(limit: int, prompts: list[list[int]]) -> None:
+    """Each position holds its token as if that were its key."""
+    shelf = Shelf(SHAPE, limit)
+    for prompt in prompts:
+        cache = shelf.lend(prompt)
+        known = cache.begin(0, prompt)
+        assert known <= len(prompt) - 2
+        assert cache.array[0, 0, 0, :known, 0].tolist() == prompt[:known]
+        cache.array[0, 0, 0, : len(prompt), 0] = prompt
+        cache.prompts[0] = tuple(prompt)
+        shelf.take_back(cache, len(prompt))
+        assert shelf.bytes <= max(limit, 8 * len(prompt))
+
+
+def test_memory_is_taken_as_positions_are_written() -> None:
+    from edge_slm_bench.process import rss_mb
+
+    before = rss_mb()
+    cache = KVCache((2, 1, 64, 4096, 64))  # 128 MiB
+    assert before is not None
+    assert (rss_mb() or 0) < before + 8
+    cache.array[:, :, :, :16] = 1
+    assert (rss_mb() or 0) < before + 8
+
+
+def test_more_than_there_are_addresses() -> None:
+    with pytest.raises(EngineError, match="no memory for the cache of 2 answers"):
+        KVCache((2, 2, 64, 10**18, 64))
