@@ -17,7 +17,13 @@ from edge_slm_converters.checkpoint import Checkpoint, Float32, read_checkpoint
 from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.graph import write_graph
 from edge_slm_converters.onnx_writer import DATA_FILE, MODEL_FILE
-from edge_slm_converters.quantise import PRECISIONS, Int4, Precision, step_bytes, stored_bytes
+from edge_slm_converters.quantise import (
+    PRECISIONS,
+    Precision,
+    Quantised,
+    step_bytes,
+    stored_bytes,
+)
 from edge_slm_runtime.errors import CheckpointError
 
 from .conftest import IDS, Original, logits_of
@@ -52,7 +58,8 @@ def precision_of(source: Checkpoint, name: str) -> Precision:
     if name in PRECISIONS:
         return PRECISIONS[name]
     in_blocks = list(source.config.matrices())[1:]
-    return Int4({name: nearest(source.tensors[f"{name}.weight"], 32) for name in in_blocks})
+    blocks = {name: nearest(source.tensors[f"{name}.weight"], 32) for name in in_blocks}
+    return Quantised("int4", blocks)
 
 
 def onnx_logits(path: Path, precision: str, folder: Path) -> Float32:
@@ -142,16 +149,17 @@ def test_step_bytes_by_hand(original: Maker) -> None:
     source = read_checkpoint(original(n_embd=64, n_inner=72, vocab_size=417).path)
     config = source.config
     d, inner, vocabulary = 64, 72, 417
-    columns = 2 * (3 * d + d + inner + d)
+    from_width = 2 * (3 * d + d + inner)  # outputs of the matrices with 64 inputs
+    from_inner = 2 * d
     layers = 2 * (3 * d * d + d * d + 2 * d * inner)
-    head = d * vocabulary
-    assert step_bytes(config, "fp32") == 4 * (layers + head)
-    assert step_bytes(config, "int8") == layers + 4 * columns + head + 4 * vocabulary
-    first = 3 * d * (d + 4)  # stays int8
-    padded = layers - 3 * d * d + 2 * d * (96 - 72)  # 72 inputs fill three blocks of 32
-    zeros = 2 * (d + inner + 2 * d) + 3 * d  # of 2 or 3 blocks an output, two a byte
-    int4 = step_bytes(config, precision_of(source, "int4"))
-    assert int4 == first + padded // 2 + 4 * padded // 32 + zeros + head + 4 * vocabulary
+    assert step_bytes(config, "fp32") == 4 * (layers + d * vocabulary)
+    head = vocabulary * (64 + 4)  # one block of 64 an output
+    int8 = from_width * (64 + 4) + from_inner * 2 * (64 + 4)  # 72 inputs fill two blocks
+    assert step_bytes(config, "int8") == int8 + head
+    first = 3 * d * (64 + 4)  # stays in 8 bits
+    in_two, in_three = 2 * (16 + 4) + 1, 3 * (16 + 4) + 2  # blocks of 32; two zeros a byte
+    int4 = (from_width - 3 * d) * in_two + from_inner * in_three
+    assert step_bytes(config, precision_of(source, "int4")) == first + int4 + head
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from edge_slm_converters.blocks import RANGES, TOP_LEVEL, Blocks, block_bytes, nearest
+from edge_slm_converters.blocks import RANGES, TOP_LEVEL, Blocks, block_bytes, bytewise, nearest
 from edge_slm_converters.checkpoint import Float32
 from edge_slm_converters.gptq import carried, gptq, loss
 from edge_slm_converters.onnx_writer import MODEL_FILE, GraphWriter
-from edge_slm_converters.quantise import INT8_LIMIT, Int4, quantise_columns
+from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
 
 matrices = arrays(
     np.float32,
@@ -25,10 +26,17 @@ matrices = arrays(
 
 def unpacked(blocks: Blocks) -> Float32:
     """The matrix, from the bytes that are written."""
-    levels, scale, zero = blocks.packed()
+    packed = blocks.packed()
+    levels, scale = packed["weight"].astype("f4"), packed["scale"]
     inputs, outputs = blocks.steps.shape
-    steps = _halves(levels) - _halves(zero)[:, : len(blocks.scale), None]
-    assert levels.nbytes + scale.nbytes + zero.nbytes == block_bytes(inputs, outputs, blocks.size)
+    size = block_bytes(inputs, outputs, blocks.bits, blocks.size)
+    assert sum(part.nbytes for part in packed.values()) == size
+    if blocks.bits == 4:
+        zero = _halves(packed["zero"])[:, : len(blocks.scale), None]
+        steps = _halves(packed["weight"]) - zero
+    else:
+        assert "zero" not in packed
+        steps = levels - 128
     padded = (steps * scale[..., None]).reshape(outputs, -1).T
     assert not padded[inputs:].any()  # the padding stays zero
     result: Float32 = padded[:inputs]
@@ -40,20 +48,20 @@ def _halves(packed: np.ndarray) -> Float32:
 
 
 @settings(max_examples=60, deadline=None)
-@given(matrices)
-def test_int8_is_within_half_a_step(weight: Float32) -> None:
-    quantised, scale = quantise_columns(weight)
-    assert quantised.dtype == np.int8
-    assert np.abs(quantised).max() <= INT8_LIMIT
-    assert np.isfinite(scale).all()
-    assert (scale > 0).all()
-    error = np.abs(quantised * scale - weight)
-    assert (error <= scale * 0.501).all()
+@given(matrices, st.sampled_from([16, 32, 64]))
+def test_8_bits_are_within_half_a_step(weight: Float32, size: int) -> None:
+    blocks = bytewise(weight, size)
+    np.testing.assert_array_equal(unpacked(blocks), blocks.matrix())
+    assert np.abs(blocks.steps).max() <= 127
+    assert np.isfinite(blocks.scale).all()
+    assert (blocks.scale > 0).all()
+    step = np.repeat(blocks.scale, size, 0)[: len(weight)]
+    assert (np.abs(blocks.matrix() - weight) <= step * 0.501).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(matrices, st.sampled_from([16, 32, 64]))
-def test_int4_is_no_worse_than_the_plain_scale(weight: Float32, size: int) -> None:
+def test_4_bits_are_no_worse_than_the_plain_scale(weight: Float32, size: int) -> None:
     blocks = nearest(weight, size)
     np.testing.assert_array_equal(unpacked(blocks), blocks.matrix())
     assert np.isfinite(blocks.scale).all()
@@ -70,37 +78,46 @@ def test_int4_is_no_worse_than_the_plain_scale(weight: Float32, size: int) -> No
 
 def test_zero_and_one_hot_matrices_survive() -> None:
     zero = np.zeros((40, 3), np.float32)
-    assert not quantise_columns(zero)[0].any()
+    assert not bytewise(zero, 32).matrix().any()
     assert not nearest(zero, 32).matrix().any()
     hot = zero.copy()
     hot[37, 1] = -2.5
     np.testing.assert_allclose(nearest(hot, 32).matrix(), hot, rtol=1e-6)
+    np.testing.assert_allclose(bytewise(hot, 32).matrix(), hot, rtol=1e-6)
     moment = np.zeros((40, 40), np.float32)  # inputs that are never used
     moment[37, 37] = 1
     np.testing.assert_allclose(gptq(hot, moment, 32).matrix(), hot, rtol=1e-6)
     assert not gptq(zero, moment, 32).matrix().any()
 
 
-@pytest.mark.parametrize(("inputs", "size"), [(64, 64), (100, 32), (33, 32), (20, 128)])
-def test_the_operator_multiplies_with_these_blocks(
-    tmp_path: Path, inputs: int, size: int
-) -> None:
+def multiplied(blocks: Blocks, folder: Path, x: Float32) -> Float32:
+    """x [B,S,K] times a matrix, by the operator that ships."""
     import onnxruntime
 
-    weight = np.random.default_rng(0).standard_normal((inputs, 24)).astype(np.float32)
-    blocks = nearest(weight + np.float32(0.3), size)  # 0.3: no zero point in the middle
-    graph = GraphWriter(tmp_path)
-    x = graph.input("x", np.float32, [1, "S", inputs])
-    graph.output("y", np.float32, [1, "S", 24])
-    y = Int4({"w": blocks}).linear(graph, x, "w", weight)
+    inputs, outputs = blocks.steps.shape
+    graph = GraphWriter(folder)
+    graph.input("x", np.float32, ["B", "S", inputs])
+    graph.output("y", np.float32, ["B", "S", outputs])
+    y = Quantised("mixed", {"w": blocks}).linear(graph, "x", "w", blocks.matrix())
     graph.node("Identity", [y], "y")
     graph.save("one")
     session = onnxruntime.InferenceSession(
-        str(tmp_path / MODEL_FILE), providers=["CPUExecutionProvider"]
+        str(folder / MODEL_FILE), providers=["CPUExecutionProvider"]
     )
+    result: Float32 = session.run(None, {"x": x})[0]
+    return result
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(64, 64), (100, 32), (33, 32), (20, 128)])
+@pytest.mark.parametrize("quantise", [nearest, bytewise])
+def test_the_operator_multiplies_with_these_blocks(
+    tmp_path: Path, inputs: int, size: int, quantise: Callable[[Float32, int], Blocks]
+) -> None:
+    weight = np.random.default_rng(0).standard_normal((inputs, 24)).astype(np.float32)
+    blocks = quantise(weight + np.float32(0.3), size)  # 0.3: no zero point in the middle
     # Each input alone: a single value is exact in the operator's int8 activations.
     every = np.eye(inputs, dtype=np.float32)[None]
-    np.testing.assert_allclose(session.run(None, {"x": every})[0][0], blocks.matrix(), atol=1e-5)
+    np.testing.assert_allclose(multiplied(blocks, tmp_path, every)[0], blocks.matrix(), atol=1e-5)
 
 
 def correlated(inputs: int, seed: int) -> Float32:
@@ -135,19 +152,15 @@ def test_gptq_of_unrelated_inputs_is_rounding() -> None:
     assert loss(weight, gptq(weight, apart, 32).matrix(), apart) <= least
 
 
-def test_saturation_is_rarer_at_our_limit() -> None:
-    """Pairs of products in a saturating 16-bit sum, as AVX2 without VNNI adds them."""
-    rng = np.random.default_rng(0)
-    x = np.clip(np.rint(rng.standard_normal((256, 512)) * 127 / 3.5) + 128, 1, 255)
-    w = rng.standard_normal((512, 64))
-
-    def error(limit: int) -> float:
-        scale = np.abs(w).max(0) / limit
-        q = np.rint(w / scale)
-        pairs = x[:, 0::2, None] * q[None, 0::2] + x[:, 1::2, None] * q[None, 1::2]
-        exact = pairs.sum(1)
-        saturated = np.clip(pairs, -32768, 32767).sum(1)
-        return float(np.square((saturated - exact) * scale).mean())
-
-    assert error(64) == 0
-    assert error(INT8_LIMIT) < error(127) / 20
+@pytest.mark.parametrize("inputs", [64, 100, 384])
+def test_8_bits_give_the_same_bits_however_many_rows(tmp_path: Path, inputs: int) -> None:
+    """What prefix caching, batching and speculation rest on."""
+    rng = np.random.default_rng(inputs)
+    blocks = bytewise(rng.standard_normal((inputs, 40)).astype(np.float32), BYTE_BLOCK)
+    x = rng.standard_normal((1, 21, inputs)).astype(np.float32)
+    whole = multiplied(blocks, tmp_path, x)
+    for width in (1, 2, 3, 8):
+        for start in range(0, 21 - width + 1, width):
+            (folder := tmp_path / f"{width}-{start}").mkdir()
+            part = multiplied(blocks, folder, x[:, start : start + width])
+            np.testing.assert_array_equal(part, whole[:, start : start + width])
