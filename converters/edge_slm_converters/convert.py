@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm_bench.examples import Example, Scored, to_scored
-from edge_slm_converters import gate
+from edge_slm_converters import adherence, gate
+from edge_slm_converters.adherence import Judge
 from edge_slm_converters.bundle_writer import BundleWriter
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
 from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.files import written_aside
-from edge_slm_converters.goldens import goldens, own_answers, sampled_answers
+from edge_slm_converters.goldens import (
+    EXAMPLES,
+    commanded_requests,
+    goldens,
+    own_answers,
+    sampled_answers,
+)
 from edge_slm_converters.graph import write_graph
 from edge_slm_converters.mixed import int4
 from edge_slm_converters.quantise import Precision
 from edge_slm_runtime.bundle import Manifest, Variant
+from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.errors import CheckpointError, GateRefused
 
 
@@ -51,17 +59,19 @@ def convert(
     *,
     name: str | None = None,
     evaluation: Sequence[Example] | None = None,
+    judge: Judge | None = None,
     accept: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Converts the folder `checkpoint` to the bundle folder `out`.
 
-    variants: names of VARIANTS, all of which must keep their fidelity budget; None is
+    variants: names of VARIANTS, all of which must keep their budget; None is
     the default ones whose engine is installed, without those outside their budget
     (the manifest's provenance says which were left out, and their figures).
     name: the bundle's, by default the folder's. evaluation: texts on which
-    fidelity to fp32 is measured; by default the fp32 model's own greedy answers to
-    commanded requests. accept: ship variants outside their budget too, and say so
+    fidelity and adherence are measured against fp32; by default the fp32 model's own greedy
+    answers to commanded requests. judge: of relevance and tasks; without one, adherence is
+    that of lengths alone. accept: ship variants outside their budget too, and say so
     in the manifest. progress: called with a line before each step.
 
     Raises CheckpointError, GateRefused, TargetExists, DependencyMissing,
@@ -100,7 +110,9 @@ def convert(
         else:
             scored = to_scored(evaluation, source.schema, source.codec, source.config.positions)
         written = _measured(written, source, folder, scored)
-        refused = gate.refusals(written)
+        say("measuring adherence")
+        written, disobedient = _answered(written, source, folder, evaluation, judge)
+        refused = gate.refusals(written, disobedient)
         if refused and not accept and variants is not None:
             raise GateRefused(
                 "; ".join(refused.values()), "accept it explicitly to ship it all the same"
@@ -148,6 +160,32 @@ def _measured(
     return measured
 
 
+def _answered(
+    variants: Sequence[Variant],
+    source: Checkpoint,
+    folder: Path,
+    evaluation: Sequence[Example] | None,
+    judge: Judge | None,
+) -> tuple[list[Variant], dict[str, list[str]]]:
+    """The variants with their adherence, and what falls behind the first, by name."""
+    if evaluation is None:
+        tokens = source.config.positions // 2
+        own = commanded_requests(source, EXAMPLES, tokens)
+        asked = [(one.request, one.command) for one in own]
+    else:
+        asked = [(e.request, Command(e.command.task, count_words(e.response))) for e in evaluation]
+    requests = adherence.requests(source, asked)
+    answers = [adherence.answer(folder, variant, requests, judge) for variant in variants]
+    faults = {
+        variant.name: adherence.faults(answers[0], found)
+        for variant, found in zip(variants, answers, strict=True)
+    }
+    return [
+        replace(variant, adherence=found.figures())
+        for variant, found in zip(variants, answers, strict=True)
+    ], faults
+
+
 def _recipe(source: Checkpoint) -> dict[str, Any] | None:
     """Training leaves it there; other checkpoints have none. Raises CheckpointError."""
     file = source.path / "recipe.json"
@@ -163,6 +201,7 @@ def _provenance(
         "packages": {package: _version(package) for package in PACKAGES},
         "gate": {
             "budgets": {precision: asdict(b) for precision, b in gate.BUDGETS.items()},
+            "adherence": adherence.ALLOWED,
             "accepted": list(refused.values()) if accept else [],
             "left_out": [] if accept else list(refused.values()),
         },

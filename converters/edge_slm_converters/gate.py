@@ -1,4 +1,4 @@
-"""The gate: a variant whose predictions drift too far from fp32 is refused.
+"""The gate: a variant that drifts too far from fp32, or obeys less, is refused.
 
 Fidelity is measured on commanded prompts, at the positions of the response only:
 training asks nothing of the others. The reference is our fp32 graph.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -55,20 +56,28 @@ def measure(
         raise CheckpointError(f"fidelity cannot be measured: {error}") from None
 
 
-def refusals(variants: Sequence[Variant]) -> dict[str, str]:
-    """Name → the figures, of each measured variant that is outside its budget."""
+def refusals(
+    variants: Sequence[Variant], disobedient: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> dict[str, str]:
+    """Name → the figures, of each measured variant that is outside its budget.
+
+    disobedient: name → what `adherence.faults` told of it.
+    """
     refused = {}
     for variant in variants:
         budget, figures = BUDGETS[variant.precision], variant.fidelity
-        if figures is None:
-            continue
-        top1, ratio = figures["top1"], figures["perplexity_ratio"]
-        if not (top1 >= budget.top1 and ratio <= budget.perplexity_ratio):  # NaN is refused
-            refused[variant.name] = (
-                f"{variant.name}: top-1 agreement {top1:.4f} (at least {budget.top1}), "
-                f"perplexity ratio {ratio:.4f} (at most {budget.perplexity_ratio}) "
-                f"over {figures['positions']} positions"
-            )
+        told = list(disobedient.get(variant.name, ()))
+        if figures is not None:
+            top1, ratio = figures["top1"], figures["perplexity_ratio"]
+            if not (top1 >= budget.top1 and ratio <= budget.perplexity_ratio):  # NaN is refused
+                told.insert(
+                    0,
+                    f"top-1 agreement {top1:.4f} (at least {budget.top1}), "
+                    f"perplexity ratio {ratio:.4f} (at most {budget.perplexity_ratio}) "
+                    f"over {figures['positions']} positions",
+                )
+        if told:
+            refused[variant.name] = f"{variant.name}: {', '.join(told)}"
     return refused
 
 

@@ -12,10 +12,11 @@ import click
 from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar, warn
 from edge_slm.cli.options import folder
 from edge_slm_runtime.command import Command
-from edge_slm_runtime.errors import DataError
+from edge_slm_runtime.errors import DataError, DependencyMissing
 
 if TYPE_CHECKING:
     from edge_slm_bench.examples import Example
+    from edge_slm_converters.adherence import Judge
     from edge_slm_runtime.bundle import Manifest, Variant
 
 
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
     "--data",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Samples as in training: fidelity is measured on their held-out pairs.  "
+    help="Samples as in training: fidelity and adherence are measured on their held-out pairs.  "
     "[default: the fp32 model's own answers to built-in requests]",
 )
-@click.option("--accept", is_flag=True, help="Ship variants outside their fidelity budget too.")
+@click.option("--accept", is_flag=True, help="Ship variants outside their budget too.")
 @json_option
 def convert(
     *,
@@ -50,22 +51,23 @@ def convert(
 ) -> None:
     """Convert the Hugging Face GPT-2 folder CHECKPOINT to the bundle folder OUT.
 
-    Each variant's predictions are measured against fp32. Without --variants those
+    Each variant's predictions and its obedience are measured against fp32. Without --variants those
     outside their budget are left out with a warning; one asked for by name is refused
     (exit 7) unless --accept. OUT appears whole or not at all.
     """
     names = variants.split(",") if variants else None
     evaluation = held_out_examples(checkpoint, data) if data else None
+    judge = judge_of(checkpoint, data) if data else None
     manifest = convert_with_bar(
-        checkpoint, out, names, name=name, evaluation=evaluation, accept=accept
+        checkpoint, out, names, name=name, evaluation=evaluation, judge=judge, accept=accept
     )
     for figures in manifest.provenance["gate"]["left_out"]:
-        warn(f"left out, outside its fidelity budget: {figures}")
+        warn(f"left out, outside its budget: {figures}")
     if as_json:
         emit_json(manifest.to_json())
         return
     for variant in manifest.variants:
-        click.echo(f"{variant.name}: {human_bytes(variant.bytes)}{_fidelity(variant)}")
+        click.echo(f"{variant.name}: {human_bytes(variant.bytes)}{_measured(variant)}")
     click.echo(f"{out}: {manifest.digest}")
 
 
@@ -76,6 +78,7 @@ def convert_with_bar(
     *,
     name: str | None = None,
     evaluation: Sequence[Example] | None = None,
+    judge: Judge | None = None,
     accept: bool = False,
 ) -> Manifest:
     """`edge_slm_converters.convert`, its steps shown on stderr."""
@@ -85,7 +88,7 @@ def convert_with_bar(
     chosen = variants or DEFAULT_VARIANTS
     with progress_bar() as progress:
         # Around the variants: reading, measuring, recording goldens.
-        task = progress.add_task("converting", total=len({REFERENCE, *chosen}) + 3)
+        task = progress.add_task("converting", total=len({REFERENCE, *chosen}) + 4)
 
         def step(line: str) -> None:
             progress.update(task, description=line)
@@ -97,6 +100,7 @@ def convert_with_bar(
             variants,
             name=name,
             evaluation=evaluation,
+            judge=judge,
             accept=accept,
             progress=step,
         )
@@ -132,10 +136,41 @@ def held_out(
     ]
 
 
-def _fidelity(variant: Variant) -> str:
-    if variant.fidelity is None:
-        return ""
-    return (
-        ", top-1 {top1:.2%}, perplexity ratio {perplexity_ratio:.4f}, mean KL {kl_mean:.5f} "
-        "over {positions} positions".format(**variant.fidelity)
-    )
+def judge_of(checkpoint: Path, data: Sequence[Path]) -> Judge | None:
+    """Of relevance and tasks, from the training side of `data`; None, with a warning, when
+    its packages are not installed."""
+    from edge_slm.distill.evaluate.scorers import TextJudge
+    from edge_slm.distill.samples import divide, read_samples
+    from edge_slm_converters.checkpoint import read_schema
+
+    recipe = json.loads((checkpoint / "recipe.json").read_text("utf-8"))
+    pairs = [sample for sample in read_samples(data) if sample.request]
+    train, _ = divide(pairs, recipe["recipe"]["data"]["holdout_percent"])
+    try:
+        return TextJudge(train, read_schema(checkpoint).tasks)
+    except DependencyMissing as error:
+        warn(f"adherence is measured of lengths alone: {error}")
+        return None
+
+
+def _measured(variant: Variant) -> str:
+    told = ""
+    if variant.fidelity is not None:
+        told = (
+            ", top-1 {top1:.2%}, perplexity ratio {perplexity_ratio:.4f}, mean KL {kl_mean:.5f} "
+            "over {positions} positions".format(**variant.fidelity)
+        )
+    if variant.adherence is None:
+        return told
+    names = {
+        "within": "{:.1%} in tolerance",
+        "length_mae": "off by {:.2f} words",
+        "relevance": "relevance {:.3f}",
+        "task_accuracy": "task {:.1%}",
+    }
+    parts = [
+        form.format(variant.adherence[name])
+        for name, form in names.items()
+        if name in variant.adherence
+    ]
+    return f"{told}; {variant.adherence['answers']:.0f} answers: {', '.join(parts)}"

@@ -60,7 +60,9 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One engine × precision of the model. Sizes in bytes; `fidelity` against fp32."""
+    """One engine × precision of the model. Sizes in bytes; `fidelity` against fp32,
+    `adherence` to commands by itself; both as measured when it was converted.
+    peak_rss_mb: MiB, by `memory.memory_estimate` when it was converted."""
 
     name: str
     engine: str
@@ -69,6 +71,8 @@ class Variant:
     bytes: int
     weight_bytes_per_token: int
     fidelity: Mapping[str, float] | None = None
+    adherence: Mapping[str, float] | None = None
+    peak_rss_mb: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +285,11 @@ def _record(cls: type, data: Any) -> Any:
         value = getattr(record, item.name)
         if kind := _KINDS.get(str(item.type)):
             _typed(value, kind)
-        if isinstance(value, int) and value < 0:
+        if item.name == "peak_rss_mb" and value is not None:
+            _typed(value, float | int)
+        if isinstance(value, float | int) and value < 0:
             raise ValueError(f"{item.name} is negative")
-        if item.name == "fidelity" and value is not None:
+        if item.name in ("fidelity", "adherence") and value is not None:
             for figure in _typed(value, dict).values():
                 _typed(figure, float | int)
     return record

@@ -71,7 +71,7 @@ def stored(config: GPT2Config, forms: dict[str, Form]) -> int:
 
 def test_bits_go_where_they_gain_most() -> None:
     config = shape()
-    even = {name: (0.4, 0.39, 0.38, 0.01) for name in config.matrices()}
+    even = dict.fromkeys(config.matrices(), (0.4, 0.39, 0.38, 0.01))
     least = stored(config, dict.fromkeys(even, FORMS[0]))
     assert set(choose(even, config, least).values()) == {FORMS[0]}
     assert set(choose(even, config, 0).values()) == {FORMS[0]}  # nothing is smaller
@@ -88,14 +88,14 @@ def test_bits_go_where_they_gain_most() -> None:
 
 def test_what_costs_nothing_gets_nothing() -> None:
     config = shape()
-    free = {name: (0.0, 0.0, 0.0, 0.0) for name in config.matrices()}
+    free = dict.fromkeys(config.matrices(), (0.0, 0.0, 0.0, 0.0))
     assert set(choose(free, config, 10**9).values()) == {FORMS[0]}
 
 
 def test_padding_is_not_taken_for_small() -> None:
     """72 inputs fill 128 places of one block, so blocks of 32 are the smaller form."""
     config = shape(1, 72)
-    free = {name: (0.0, 0.0, 0.0, 0.0) for name in config.matrices()}
+    free = dict.fromkeys(config.matrices(), (0.0, 0.0, 0.0, 0.0))
     assert choose(free, config, 0)["h.0.attn.c_proj"] == Form(32)
 
 
@@ -104,7 +104,7 @@ def test_at_98m_the_limit_leaves_room_for_a_tenth_in_8_bits() -> None:
     head = config.width * config.vocab_size
     limit = gguf.step_bytes(config, "Q4_0") - head - 4 * config.vocab_size
     first = {name: (9.0, 8.0, 7.0, 0.1) for name in config.matrices() if name.startswith("h.0.")}
-    measured = {name: (1.0, 0.9, 0.8, 0.01) for name in config.matrices()} | first
+    measured = dict.fromkeys(config.matrices(), (1.0, 0.9, 0.8, 0.01)) | first
     found = choose(measured, config, limit)
     assert limit - 300_000 < stored(config, found) <= limit
     assert BITS_8 in found.values()

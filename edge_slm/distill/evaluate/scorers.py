@@ -104,3 +104,25 @@ class TaskClassifier:
     def predict(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Indices into `tasks`, [len(texts)]."""
         return np.asarray(self._model.predict(list(texts)), np.int64)
+
+
+class TextJudge:
+    """What the converters' gate asks about texts: relevance by `StaticCosine`, the task by a
+    classifier."""
+
+    def __init__(self, samples: Sequence[Sample], tasks: Sequence[str]) -> None:
+        """samples: of the training side. Raises DependencyMissing."""
+        self._scorer, self._classifier = StaticCosine(), TaskClassifier(samples, tasks)
+
+    def relevance(self, requests: Sequence[str], texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        left, right = self._scorer.embed(requests), self._scorer.embed(texts)
+        return np.asarray((left * right).sum(1), np.float64)
+
+    def of_task(self, tasks: Sequence[str], texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """1.0, 0.0, or nan where the classifier does not know the task."""
+        named = self._classifier.tasks
+        if len(named) < 2:
+            return np.full(len(texts), np.nan)
+        found = self._classifier.predict(texts)
+        pairs = zip(tasks, found, strict=True)
+        return np.array([float(named[i] == t) if t in named else np.nan for t, i in pairs])

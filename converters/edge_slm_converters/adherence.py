@@ -1,0 +1,133 @@
+"""Does a variant still obey? Its own answers to commanded requests, beside those of fp32.
+
+Two models that predict nearly the same may still write different texts, token upon token.
+So every variant answers the same requests, greedily and without the length promise, and
+what it does with the commands is compared answer by answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+import edge_slm_runtime
+from edge_slm_bench.quality import within_tolerance
+from edge_slm_converters.checkpoint import Checkpoint
+from edge_slm_runtime.bundle import Variant
+from edge_slm_runtime.command import Command, count_words
+from edge_slm_runtime.records import Request
+
+Array = npt.NDArray[np.float64]
+
+LEVELLED = 16  # requests that are asked at every level of relevance
+ROWS = 16  # answered together
+
+# How far a mean may fall behind fp32's: shares of answers, a cosine, words.
+ALLOWED = {"within": 0.05, "task_accuracy": 0.05, "relevance": 0.02, "length_mae": 0.5}
+
+
+class Judge(Protocol):
+    """What needs more than counting; lives on a higher floor."""
+
+    def relevance(self, requests: Sequence[str], texts: Sequence[str]) -> Array:
+        """How well each text goes with its request, higher is better."""
+
+    def of_task(self, tasks: Sequence[str], texts: Sequence[str]) -> Array:
+        """1.0 where a text is of its task, else 0.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one variant wrote: figure → a value per answer, nan where it says nothing.
+
+    within: 1 in the tolerance of the words asked. length_mae: |asked − written| words.
+    relevance and task_accuracy: the judge's. levels: the level asked, nan for none.
+    """
+
+    values: Mapping[str, Array]
+    levels: Array
+
+    def figures(self) -> dict[str, float]:
+        """Means; `relevance_L` is what was attained under level L."""
+        found = {"answers": float(len(self.levels))}
+        for name, values in self.values.items():
+            if np.isfinite(values).any():
+                found[name] = float(np.nanmean(values))
+        if "relevance" in found:
+            for level in np.unique(self.levels[np.isfinite(self.levels)]):
+                attained = self.values["relevance"][self.levels == level]
+                found[f"relevance_{level:.0f}"] = float(attained.mean())
+        return found
+
+
+def requests(source: Checkpoint, asked: Sequence[tuple[str, Command]]) -> list[Request]:
+    """Each request under its command; the first ones at every level of relevance too. What
+    the context has no room for is left out."""
+    schema = source.schema
+    levels = range(len(schema.axis("relevance").values))
+    levelled = [(text, replace(c, relevance=n)) for text, c in asked[:LEVELLED] for n in levels]
+    found = []
+    for text, command in [*asked, *levelled]:
+        prompt = schema.encode(text, schema.check(command).commanded, source.codec.encode)
+        # A model that has learnt nothing never ends by itself.
+        tokens = min(source.config.positions - len(prompt), 3 * (command.words or 0) + 16)
+        if tokens > 0:
+            found.append(
+                Request(
+                    text,
+                    command.task,
+                    command.words,
+                    command.relevance,
+                    max_new_tokens=tokens,
+                    keep_length=False,
+                )
+            )
+    return found
+
+
+def answer(
+    bundle: Path, variant: Variant, asked: Sequence[Request], judge: Judge | None
+) -> Answers:
+    """Raises what `edge_slm_runtime.load` raises."""
+    with edge_slm_runtime.load(
+        bundle, engine=variant.engine, precision=variant.precision, verify=False
+    ) as slm:
+        texts = [out.text for out in slm.generate_batch(asked, ROWS)]
+    words = np.array([request.words for request in asked], float)
+    written = np.array([count_words(text) for text in texts], float)
+    values = {
+        "within": within_tolerance(words, written).astype(float),
+        "length_mae": np.abs(words - written),
+    }
+    if judge:
+        values["relevance"] = judge.relevance([request.request for request in asked], texts)
+        values["task_accuracy"] = judge.of_task([r.task or "" for r in asked], texts)
+    levels = [math.nan if r.relevance is None else r.relevance for r in asked]
+    return Answers(values, np.array(levels, float))
+
+
+def faults(reference: Answers, found: Answers) -> list[str]:
+    """The figures by which `found` is surely outside ALLOWED: beyond what two standard
+    errors of the paired difference explain."""
+    told = []
+    for name, allowed in ALLOWED.items():
+        if name not in found.values:
+            continue
+        before, after = reference.values[name], found.values[name]
+        lost = (after - before) * (1 if name == "length_mae" else -1)
+        lost = lost[np.isfinite(lost)]
+        if len(lost) < 2:
+            continue
+        error = float(lost.std(ddof=1)) / math.sqrt(len(lost))
+        if lost.mean() - 2 * error > allowed:
+            told.append(
+                f"{name} {np.nanmean(after):.3f} against {np.nanmean(before):.3f} "
+                f"(at most {allowed} worse)"
+            )
+    return told
