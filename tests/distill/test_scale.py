@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,13 @@ def read(path: Path) -> list[dict[str, object]]:
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if "MapBatches(_Worker)" in " ".join(p.cmdline())]
+    """Those alive: Ray has ended some by the time that they are looked at."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "MapBatches(_Worker)" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 EPISODES = [
