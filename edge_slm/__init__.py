@@ -13,6 +13,7 @@ from pathlib import Path
 
 import edge_slm_runtime
 from edge_slm_runtime import SLM, Command, EdgeSlmError, Generation, Request, Stats, Stream
+from edge_slm_runtime.memory import PREFIX_CACHE_MB
 
 __all__ = [
     "SLM",
@@ -40,6 +41,9 @@ def load(
     precision: str = "auto",
     threads: int | None = None,
     verify: bool = True,
+    prefix_cache_mb: float = PREFIX_CACHE_MB,
+    speculate: bool = False,
+    max_memory_mb: float | None = None,
 ) -> SLM:
     """`edge_slm_runtime.load`, with the shipped bundle when no path is given."""
     return edge_slm_runtime.load(
@@ -48,4 +52,7 @@ def load(
         precision=precision,
         threads=threads,
         verify=verify,
+        prefix_cache_mb=prefix_cache_mb,
+        speculate=speculate,
+        max_memory_mb=max_memory_mb,
     )

@@ -38,6 +38,7 @@ Exit codes:
     9  an output that exists already
    10  a teacher or judge that does not answer
    11  a benchmark that became worse (bench --compare)
+   12  what does not fit into the memory
   130  interrupted with Ctrl-C
 """
 

@@ -15,10 +15,10 @@
     ├── CheckpointError             exit 6   what is converted (raised by the converters)
     ├── GateRefused                 exit 7   a variant outside its fidelity budget
     ├── DataError                   exit 8   training or batch data
-    ├── OutOfMemory                 exit 1   a step that does not fit into the memory
     ├── TargetExists                exit 9   what would be overwritten
     ├── TeacherError                exit 10  a teacher or judge that does not answer
-    └── BenchRegression             exit 11  a benchmark that became worse
+    ├── BenchRegression             exit 11  a benchmark that became worse
+    └── OutOfMemory                 exit 12  what does not fit into the memory
 
 `code` is stable: programs may match on it. `str(error)` is one line: what is
 wrong and where, then what to do about it.
@@ -239,9 +239,11 @@ class DataError(EdgeSlmError):
 
 
 class OutOfMemory(EdgeSlmError):
-    """The memory of the device does not suffice; the hint names the setting to change."""
+    """The memory of the device, or what the caller allows of it, does not suffice; the hint
+    names the setting to change, or what would fit."""
 
     code = "out_of_memory"
+    exit_code = 12
 
 
 class TargetExists(EdgeSlmError):

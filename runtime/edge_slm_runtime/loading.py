@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
@@ -20,6 +23,7 @@ from edge_slm_runtime.memory import PREFIX_CACHE_MB, memory_estimate
 from edge_slm_runtime.text import TextCodec
 
 _THREADS_MAX = 1024
+_ROWS_MAX = 1 << 16
 
 
 def load(
@@ -41,10 +45,12 @@ def load(
     package checks every file. verify=False leaves out the sums, which read every byte;
     only for a folder that was verified before and that nobody else can write.
     prefix_cache_mb: MiB of keys and values kept for prompts that begin alike
-    (onnxruntime only); 0 keeps none. speculate: guess tokens and
-    check several at once, which is faster for single answers but decodes a batch one by one
-    (onnxruntime only, and bundles that have the graph for it). max_memory_mb: MiB that the
-    process may come to, by `memory_estimate`; also a bound on the batch_size.
+    (onnxruntime only); 0 keeps none, and the last answer's are kept however long.
+    speculate: guess tokens and check several at once, which pays when answers repeat what
+    was written before, and decodes a batch one by one (onnxruntime only, and bundles that
+    have the graph for it). max_memory_mb: MiB that the process may come to, by
+    `memory.memory_estimate` for prompts and answers as long as the model takes; also a
+    bound on the batch_size.
 
     Raises a BundleError (see `integrity.verify`), VariantNotFound,
     EngineNotInstalled, EngineError, BadSetting, OutOfMemory.
@@ -60,15 +66,19 @@ def load(
     if max_memory_mb is not None:
         _check_size("max_memory_mb", max_memory_mb)
         most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
-    ahead = Thread(target=_import, args=(variant.engine,), daemon=True)
-    ahead.start()  # hashing leaves Python free for it
-    verify_contents(root, manifest, manifest.files_of(variant), hashes=verify)
-    codec = TextCodec(root / TOKENIZER, manifest.command)
+    verify_contents(root, manifest, [TOKENIZER], hashes=verify)
+    weights = [path for path in manifest.files_of(variant) if path != TOKENIZER]
+    verified = _meanwhile(partial(verify_contents, root, manifest, weights, hashes=verify))
+    try:  # hashing leaves Python free for it
+        with suppress(Exception):  # the engine's own import raises it again
+            importlib.import_module(variant.engine)
+        codec = TextCodec(root / TOKENIZER, manifest.command)
+    finally:
+        verified()
     if codec.size > manifest.model.vocab_size:
         raise ManifestInvalid(
             f"{TOKENIZER} has {codec.size} tokens, the model {manifest.model.vocab_size}"
         )
-    ahead.join()
     loaded = open_engine(
         root / variant.path,
         manifest,
@@ -93,20 +103,46 @@ def _most_rows(
 
     Raises OutOfMemory when not one does, with the variants of which one would.
     """
-    need = memory_estimate(manifest, variant, prefix_cache_mb=prefix_cache_mb)
-    if need > limit:
-        least = {v: memory_estimate(manifest, v) for v in manifest.variants}
-        fitting = [f"{v.engine} {v.precision} ({mb:.0f})" for v, mb in least.items() if mb <= limit]
-        smaller = f", or {', '.join(fitting)} without a prefix cache" if fitting else ""
-        raise OutOfMemory(
-            f"{variant.engine} {variant.precision} needs up to {need:.0f} MiB of memory, "
-            f"more than the {limit:g} allowed",
-            f"allow as much{smaller}",
+
+    def need(rows: int) -> float:
+        return memory_estimate(manifest, variant, rows, prefix_cache_mb=prefix_cache_mb)
+
+    rows = bisect_right(range(1, _ROWS_MAX + 1), limit, key=need)
+    if not rows:
+        least = sorted(
+            (memory_estimate(manifest, v), f"{v.engine} {v.precision}") for v in manifest.variants
         )
-    row = memory_estimate(manifest, variant, rows=2, prefix_cache_mb=prefix_cache_mb) - need
-    return 1 + int((limit - need) / row) if variant.engine == "onnxruntime" else None
+        fitting = [one for one in least if one[0] <= limit]
+        told = ", ".join(f"{name} ({mb:.0f} MiB)" for mb, name in fitting or least[:1])
+        raise OutOfMemory(
+            f"{variant.engine} {variant.precision} needs up to {need(1):.0f} MiB of memory, "
+            f"more than the {limit:g} allowed",
+            f"without a prefix cache this fits: {told}"
+            if fitting
+            else f"the least that this bundle needs is {told}, without a prefix cache",
+        )
+    return rows if variant.engine == "onnxruntime" else None
 
 
-def _import(engine: str) -> None:
-    with suppress(Exception):  # the engine's own import raises it again
-        importlib.import_module(engine)
+def _meanwhile(work: Callable[[], None]) -> Callable[[], None]:
+    """Starts `work` in a thread; what is returned waits for its end and raises its error.
+
+    `concurrent.futures` would take longer to import than is won.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+
+    def wait() -> None:
+        thread.join()
+        for error in errors:
+            raise error
+
+    return wait

@@ -23,6 +23,7 @@ Logits = NDArray[np.float32]
 # Small models fall into loops when they are greedy; a repeat of this many tokens
 # (three to four words) is hardly ever meant in a text of at most 160 words.
 NO_REPEAT_NGRAM_SIZE = 5
+_BLOCK = 128  # tokens
 _INT_MAX = 2**31 - 1  # what the engines count with
 
 
@@ -88,13 +89,12 @@ class Sampler:
             penalise(logits, self._seen, self._sampling.repetition_penalty)
         size = self._sampling.no_repeat_ngram_size
         last = tuple(self._answer[len(self._answer) - size + 1 :]) if size else ()
-        if size:
-            logits[self._after.get(last, [])] = -np.inf
+        if size and (banned := self._after.get(last)):
+            logits[banned] = -np.inf
         if self._random is None:
             token = int(logits.argmax())
         else:
-            steps = np.cumsum(probabilities(logits, self._sampling))
-            token = int(np.searchsorted(steps, self._random.random() * steps[-1], side="right"))
+            token = drawn(probabilities(logits, self._sampling), self._random.random())
         self._seen.add(token)
         self._answer.append(token)
         if size and len(last) == size - 1:
@@ -111,18 +111,48 @@ def penalise(logits: Logits, seen: set[int], penalty: float) -> None:
 
 def probabilities(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
     """What tokens [V] are drawn with, after temperature, top-k and top-p."""
-    scores = logits.astype(np.float64) / sampling.temperature
-    if 0 < sampling.top_k < scores.size:
-        scores[scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]] = -np.inf
-    chances: NDArray[np.float64] = np.exp(scores - scores.max())
+    if not 0 < sampling.top_k < logits.size:
+        return _nucleus(logits, sampling)
+    # Negated: numpy is 30 times slower when the many equal ones, -inf, are not the largest.
+    least = -np.partition(-logits, sampling.top_k - 1)[sampling.top_k - 1]
+    kept = np.flatnonzero(logits >= least)
+    chances = np.zeros(logits.size)
+    chances[kept] = _nucleus(logits[kept], sampling)
+    return chances
+
+
+def _nucleus(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
+    """Probabilities [V] after temperature and top-p."""
+    chances = logits.astype(np.float64)
+    chances /= sampling.temperature  # in place: new arrays of this size cost more than the sums
+    chances -= chances.max()
+    np.exp(chances, out=chances)
     chances /= chances.sum()
     if sampling.top_p < 1:
-        rising = np.argsort(chances, kind="stable")
-        tail = np.cumsum(chances[rising]) <= 1 - sampling.top_p
-        tail[-1] = False  # the most likely token always stays
-        chances[rising[tail]] = 0
+        tail = 1 - sampling.top_p
+        # Those that are less than the tail all together need no sorting.
+        rising = np.sort(chances[chances > tail / chances.size])
+        below = tail - (1 - rising.sum())
+        first = np.searchsorted(np.cumsum(rising), below, side="right")
+        # The most likely token always stays, and so do those as likely as the last that does.
+        chances *= chances >= rising[min(first, rising.size - 1)]
         chances /= chances.sum()
     return chances
+
+
+def drawn(chances: NDArray[np.float64], point: float) -> int:
+    """The token at `point`, 0 … 1, of the `chances` [V] laid end to end.
+
+    First its block, then its place there: adding all chances up one by one would take
+    longer than all the rest.
+    """
+    steps = np.cumsum(np.add.reduceat(chances, np.arange(0, chances.size, _BLOCK)))
+    point = min(point * steps[-1], np.nextafter(steps[-1], 0))
+    block = int(np.searchsorted(steps, point, side="right"))
+    piece = chances[block * _BLOCK : (block + 1) * _BLOCK]
+    before = steps[block - 1] if block else 0.0
+    place = np.searchsorted(np.cumsum(piece), point - before, side="right")
+    return block * _BLOCK + int(min(place, np.flatnonzero(piece)[-1]))  # sums may round apart
 
 
 def log_probability(logits: Logits, token: int) -> float:

@@ -49,6 +49,18 @@ def test_untouched_bundle_verifies(tiny_bundle: Path) -> None:
     assert verify(tiny_bundle, hashes=False) == manifest
 
 
+def test_peak_memory_is_optional(bundle: Path) -> None:
+    def write(data: dict[str, Any]) -> None:
+        for variant in data["variants"]:
+            del variant["peak_rss_mb"]
+        data["variants"][0]["peak_rss_mb"] = 81.5
+
+    rewrite(bundle, write)
+    manifest = verify(bundle)
+    assert [v.peak_rss_mb for v in manifest.variants] == [81.5, None, None, None, None]
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
 def test_missing_file(bundle: Path) -> None:
     (bundle / "onnx-int8/model.data").unlink()
     with pytest.raises(FileMissing, match=r"onnx-int8/model\.data"):
@@ -69,6 +81,17 @@ def test_flipped_byte(bundle: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(FileAltered, match=r"onnx-int8/model\.data"):
         load(bundle)
+
+
+def test_load_reads_what_it_loads_and_verify_everything(bundle: Path) -> None:
+    path = bundle / "onnx-fp32/model.data"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    load(bundle, "onnxruntime", "int8", threads=1).close()
+    for wrong in (lambda: verify(bundle), lambda: load(bundle, "onnxruntime", "fp32")):
+        with pytest.raises(FileAltered, match=r"onnx-fp32/model\.data"):
+            wrong()
 
 
 @pytest.mark.parametrize("name", ["extra.txt", "onnx-int8/.hidden", "new/deep/file"])
@@ -180,6 +203,9 @@ def test_manifest_with_a_duplicate_variant(bundle: Path) -> None:
     [
         ("variants", {"fidelity": "x"}),
         ("variants", {"fidelity": {"top1": "high"}}),
+        ("variants", {"peak_rss_mb": "100"}),
+        ("variants", {"peak_rss_mb": -0.5}),
+        ("variants", {"peak_rss_mb": True}),
         ("variants", {"bytes": -1}),
         ("goldens", {"command": {"task": "poem"}}),
         ("goldens", {"command": {"words": "3"}}),

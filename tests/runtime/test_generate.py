@@ -302,14 +302,17 @@ def test_what_the_engine_cannot_compute_is_an_engine_error(
                 slm.generate(REQUEST, **free)  # type: ignore[arg-type]
 
 
-def test_at_most_one_cache_is_kept(tiny_bundle: Path) -> None:
-    with load(tiny_bundle, "onnxruntime", "fp32", threads=1) as slm:
+@pytest.mark.parametrize(("megabytes", "kept"), [(0, 0), (0.001, 1), (16, 2)])
+def test_caches_are_kept_up_to_their_bytes_and_not_after_close(
+    tiny_bundle: Path, megabytes: float, kept: int
+) -> None:
+    with load(tiny_bundle, "onnxruntime", "fp32", threads=1, prefix_cache_mb=megabytes) as slm:
         streams = [slm.stream(REQUEST, max_new_tokens=9) for _ in range(3)]
         for stream in streams:
             next(stream)
         for stream in streams[:2]:
             stream.close()
-        assert len(slm._engine._shelf._kept) == 1  # type: ignore[attr-defined]
+        assert len(slm._engine._shelf._kept) == kept  # type: ignore[attr-defined]
         slm.close()
         streams[2].close()
         assert slm._engine._shelf._kept == []  # type: ignore[attr-defined]

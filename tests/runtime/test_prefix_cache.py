@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,13 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_slm_runtime import SLM, Request, load
+from edge_slm_runtime.draft import Draft
 from edge_slm_runtime.engines.kv_cache import KVCache, Shelf
 from edge_slm_runtime.engines.onnx import OnnxEngine
-from edge_slm_runtime.errors import BadSetting, EngineError
+from edge_slm_runtime.errors import BadSetting, EmptyRequest, EngineError
 
 PREAMBLE = "a cosy cabin in the snow, warm light in the windows"
 TEXTS = (PREAMBLE, PREAMBLE + ", soft evening sky", "neon street in the rain", "a misty forest")
-SHAPE = (2, 1, 1, 16, 1)  # 8 bytes a position
+POSITION = 2 * mmap.PAGESIZE  # a page of keys and one of values
+SHAPE = (2, 1, 1, 16, mmap.PAGESIZE // 4)
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
@@ -38,15 +43,15 @@ def prompt_logits(slm: SLM, prompt: list[int]) -> Any:
     assert isinstance(engine, OnnxEngine)
     cache = engine._shelf.lend(prompt)
     plan = slm.check(Request("a cat"))
-    from dataclasses import replace
-    from time import perf_counter
-
-    from edge_slm_runtime.draft import Draft
-
     draft = Draft(replace(plan, prompt=tuple(prompt)), slm._codec, perf_counter())
     logits = engine._prefill(cache, 0, draft).copy()
     engine._shelf.take_back(cache, len(prompt))
     return logits, draft.cached
+
+
+def most_known(prompt: int) -> int:
+    """All but the last two or three tokens: kernels take rows in pairs."""
+    return (prompt - 2) // 2 * 2
 
 
 def test_same_request_other_command(pair: tuple[SLM, SLM]) -> None:
@@ -65,8 +70,12 @@ def test_same_request_other_command(pair: tuple[SLM, SLM]) -> None:
 
 def test_rows_of_a_batch_share_too(pair: tuple[SLM, SLM]) -> None:
     kept, _ = pair
-    requests = [Request(TEXTS[i % 2], words=1 + i, max_new_tokens=8 + 5 * (i % 3)) for i in range(9)]
-    alone = [kept.generate(r.request, words=r.words, max_new_tokens=r.max_new_tokens) for r in requests]
+    requests = [
+        Request(TEXTS[i % 2], words=1 + i, max_new_tokens=8 + 5 * (i % 3)) for i in range(9)
+    ]
+    alone = [
+        kept.generate(r.request, words=r.words, max_new_tokens=r.max_new_tokens) for r in requests
+    ]
     batch = list(kept.generate_batch(requests, 3))
     assert [b.token_ids for b in batch] == [a.token_ids for a in alone]
     assert batch[0].stats.cached_tokens == 0
@@ -74,18 +83,19 @@ def test_rows_of_a_batch_share_too(pair: tuple[SLM, SLM]) -> None:
 
 
 def test_candidates_of_one_request(pair: tuple[SLM, SLM]) -> None:
-    kept, fresh = pair
     asked = [Request(PREAMBLE, temperature=1.5, seed=s, max_new_tokens=12) for s in range(4)]
     for batch_size in (1, 4):
         a, b = (list(slm.generate_batch(asked, batch_size)) for slm in pair)
         assert [x.token_ids for x in a] == [x.token_ids for x in b]
-        assert all(x.stats.cached_tokens == x.stats.prompt_tokens - 2 for x in a[1:])
+        assert all(x.stats.cached_tokens == most_known(x.stats.prompt_tokens) for x in a[1:])
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     prompts=st.lists(
-        st.tuples(st.integers(0, 3), st.integers(2, 60), st.lists(st.integers(60, 399), max_size=9)),
+        st.tuples(
+            st.integers(0, 3), st.integers(2, 60), st.lists(st.integers(60, 399), max_size=9)
+        ),
         min_size=2,
         max_size=6,
     )
@@ -93,7 +103,7 @@ def test_candidates_of_one_request(pair: tuple[SLM, SLM]) -> None:
 def test_logits_are_those_of_the_whole_prompt(
     pair: tuple[SLM, SLM], prompts: list[tuple[int, int, list[int]]]
 ) -> None:
-    """Bit by bit in int8: integer products, and rows that know nothing of each other."""
+    """Bit by bit."""
     kept, fresh = pair
     heads = np.random.default_rng(5).integers(60, 400, (4, 60)).tolist()
     for head, length, tail in prompts:
@@ -102,9 +112,7 @@ def test_logits_are_those_of_the_whole_prompt(
         whole, none = prompt_logits(fresh, prompt)
         assert none == 0
         assert cached <= len(prompt) - 2
-        if kept.variant.precision == "int8":
-            assert np.array_equal(got, whole)
-        np.testing.assert_allclose(got, whole, rtol=0, atol=2e-2)
+        assert np.array_equal(got, whole)
 
 
 def test_a_long_prompt_is_computed_in_parts(
@@ -116,9 +124,7 @@ def test_a_long_prompt_is_computed_in_parts(
     for most in (7, 33, 99):
         monkeypatch.setattr("edge_slm_runtime.engines.onnx.PREFILL", most)
         parts, _ = prompt_logits(fresh, prompt)
-        if fresh.variant.precision == "int8":
-            assert np.array_equal(parts, whole)
-        np.testing.assert_allclose(parts, whole, rtol=0, atol=2e-2)
+        assert np.array_equal(parts, whole)
 
 
 def test_threads_share_prefixes(pair: tuple[SLM, SLM]) -> None:
@@ -136,8 +142,20 @@ def test_an_abandoned_stream_leaves_a_sound_prefix(pair: tuple[SLM, SLM]) -> Non
     next(stream)
     stream.close()
     a = kept.generate(PREAMBLE + " again", max_new_tokens=30)
-    assert a.stats.cached_tokens == a.stats.prompt_tokens - 2
+    assert a.stats.cached_tokens == most_known(a.stats.prompt_tokens)
     assert a.token_ids == fresh.generate(PREAMBLE + " again", max_new_tokens=30).token_ids
+
+
+def test_a_bad_request_in_a_batch_leaves_a_sound_prefix(pair: tuple[SLM, SLM]) -> None:
+    kept, fresh = pair
+    asked = [Request(PREAMBLE + " twice", max_new_tokens=9), Request("")]
+    with pytest.raises(EmptyRequest):
+        list(kept.generate_batch(asked, 1))
+    a, b = (next(slm.generate_batch(asked, 1)) for slm in pair)
+    assert a.stats.cached_tokens == most_known(a.stats.prompt_tokens)
+    assert (
+        a.token_ids == b.token_ids == fresh.generate(asked[0].request, max_new_tokens=9).token_ids
+    )
 
 
 @pytest.mark.parametrize("size", [-1, float("nan"), float("inf"), True, "16"])
@@ -159,23 +177,23 @@ def used(shelf: Shelf, prompt: list[int], positions: int = 0) -> int:
 
 
 def test_the_longest_unused_goes_first() -> None:
-    shelf = Shelf(SHAPE, limit=3 * 8 * 8)  # three prompts of 8
+    shelf = Shelf(SHAPE, limit=3 * 8 * POSITION)  # three prompts of 8
     a, b, c, d = ([token] * 8 for token in range(4))
     for prompt in (a, b, c, a, d):  # d takes the place of b
         used(shelf, prompt)
     assert [used(shelf, p) for p in (a, c, d)] == [6, 6, 6]
     assert used(shelf, b) == 0
-    assert shelf.bytes <= 3 * 8 * 8
+    assert shelf.bytes <= 3 * 8 * POSITION
 
 
 def test_a_common_beginning_is_copied_while_there_is_room() -> None:
-    shelf = Shelf(SHAPE, limit=1 << 20)
+    shelf = Shelf(SHAPE, limit=1 << 30)
     a, b = [1] * 5 + [2] * 9, [1] * 5 + [3] * 9
-    assert [used(shelf, p) for p in (a, b, a, b)] == [0, 5, 12, 12]
+    assert [used(shelf, p) for p in (a, b, a, b)] == [0, 4, 12, 12]
 
 
 def test_three_tokens_in_common_are_not_worth_it() -> None:
-    shelf = Shelf(SHAPE, limit=1 << 20)
+    shelf = Shelf(SHAPE, limit=1 << 30)
     assert [used(shelf, p) for p in ([1, 1, 1, 2, 2], [1, 1, 1, 3, 3])] == [0, 0]
 
 
@@ -183,7 +201,23 @@ def test_the_last_one_is_kept_however_long() -> None:
     shelf = Shelf(SHAPE, limit=8)
     assert [used(shelf, [1] * 12) for _ in range(2)] == [0, 10]
     assert used(shelf, [2] * 12) == 0
-    assert shelf.bytes == 12 * 8
+    assert shelf.bytes == 12 * POSITION
+
+
+def test_what_a_longer_answer_wrote_counts() -> None:
+    shelf = Shelf(SHAPE, limit=1 << 30)
+    used(shelf, [1] * 4, positions=16)
+    used(shelf, [1] * 4)
+    assert shelf.bytes == 16 * POSITION
+
+
+def test_copying_from_a_cache_is_a_use_of_it() -> None:
+    shelf = Shelf(SHAPE, limit=28 * POSITION)
+    a, b = [1] * 9, [2] * 9
+    for prompt in (a, b, [1] * 4 + [3] * 4):  # the beginning of a is copied, so b goes
+        used(shelf, prompt)
+    used(shelf, [4] * 9)
+    assert [cache.prompts[0][0] for cache in shelf._kept].count(2) == 0
 
 
 def test_nothing_is_kept_without_a_limit() -> None:
@@ -194,7 +228,7 @@ def test_nothing_is_kept_without_a_limit() -> None:
 
 @settings(deadline=None)
 @given(
-    limit=st.integers(0, 400),
+    limit=st.integers(0, 50 * POSITION),
     prompts=st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=16), max_size=30),
 )
 def test_what_is_known_is_true_and_bounded(limit: int, prompts: list[list[int]]) -> None:
@@ -208,7 +242,8 @@ def test_what_is_known_is_true_and_bounded(limit: int, prompts: list[list[int]])
         cache.array[0, 0, 0, : len(prompt), 0] = prompt
         cache.prompts[0] = tuple(prompt)
         shelf.take_back(cache, len(prompt))
-        assert shelf.bytes <= max(limit, 8 * len(prompt))
+        assert shelf.bytes <= max(limit, POSITION * cache.written)
+        assert cache.written >= len(prompt)
 
 
 def test_memory_is_taken_as_positions_are_written() -> None:

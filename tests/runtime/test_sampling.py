@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_slm_runtime.errors import BadSetting
-from edge_slm_runtime.sampling import Sampler, Sampling, log_probability, penalise, probabilities
+from edge_slm_runtime.sampling import (
+    Sampler,
+    Sampling,
+    drawn,
+    log_probability,
+    penalise,
+    probabilities,
+)
 
 
 def make_logits(seed: int, size: int = 50) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -57,6 +64,19 @@ def test_draws_follow_the_probabilities() -> None:
     expected = probabilities(logits, sampling)
     assert np.abs(counts / counts.sum() - expected).max() < 0.01
     assert not counts[expected == 0].any()
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 1e-300, 1e-9, 0.3, 1.0]), min_size=1, max_size=400),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_is_where_the_point_lies(weights: list[float], point: float) -> None:
+    chances = np.array([*weights, 0.5, *[0.0] * 200])
+    token = drawn(chances, point)
+    assert chances[token] > 0
+    total = chances.sum()
+    assert chances[:token].sum() <= point * total + 1e-12
+    assert point * total - 1e-12 <= chances[: token + 1].sum()
 
 
 def test_greedy_takes_the_most_likely() -> None:

@@ -24,23 +24,28 @@ Shape = tuple[int, int, int, int, int]
 Array = NDArray[np.float32]
 _FLOAT = 4  # bytes
 _LEAST = 4  # tokens in common that are worth a copy; every prompt begins with the same one
+# Kernels of matrix products take rows in pairs, and a lone one otherwise: a prompt that is
+# cut at multiples of it, two tokens or more left, gets the same bits as a whole one.
+ALIGN = 2
 
 
 class KVCache:
-    """prompts: per row, the tokens whose keys and values stand at its first positions."""
+    """prompts: per row, the tokens whose keys and values stand at its first positions.
+    written: positions whose memory may be in use."""
 
     def __init__(self, shape: Shape) -> None:
         """Raises EngineError when there is no memory for it."""
         self.array = _pages(shape)
         self.prompts: list[tuple[int, ...]] = [()] * shape[1]
+        self.written = 0
 
     def begin(self, row: int, prompt: Sequence[int]) -> int:
-        """Brings as much of `prompt` into `row` as any row still holds, except its last
-        two tokens, which are to be computed: one would do, but a token computed alone gets
-        slightly other numbers than one in a prompt. Returns how many tokens that is."""
+        """Brings as much of `prompt` into `row` as any row still holds, to a multiple of
+        ALIGN, except its last tokens, which are to be computed. Returns how many that is."""
         rows = (row, *range(len(self.prompts)))  # the first of equals is taken
         source = max(rows, key=lambda r: _shared(self.prompts[r], prompt))
-        self.copy(row, self, source, min(_shared(self.prompts[source], prompt), len(prompt) - 2))
+        known = min(_shared(self.prompts[source], prompt), len(prompt) - ALIGN)
+        self.copy(row, self, source, known // ALIGN * ALIGN)
         return len(self.prompts[row])
 
     def copy(self, row: int, source: KVCache, source_row: int, positions: int) -> None:
@@ -53,21 +58,26 @@ class KVCache:
 class Shelf:
     """Caches of single answers between their uses. May be used from several threads.
 
-    When the positions written in them take more than `limit` bytes, those that were not
-    used for longest are freed, except the last; a `limit` of 0 keeps none.
+    When what was written in them takes more than `limit` bytes, those that were not used
+    for longest are freed, except the last; a `limit` of 0 keeps none.
     """
 
     def __init__(self, shape: Shape, limit: int) -> None:
         """`shape` has one row."""
         self._shape, self._limit = shape, limit
-        self._position_bytes = prod(shape) // shape[3] * _FLOAT
-        self._kept: list[tuple[KVCache, int]] = []  # and positions written; last used, last
+        self._kept: list[KVCache] = []  # last used, last
         self._lock = Lock()
 
     @property
     def bytes(self) -> int:
         """What the kept caches take."""
-        return self._position_bytes * sum(positions for _, positions in self._kept)
+        return sum(self._bytes(cache.written) for cache in self._kept)
+
+    def _bytes(self, positions: int) -> int:
+        """Whole pages of memory: positions of a head lie together, heads apart."""
+        layers, rows, heads, _, size = self._shape
+        pages = -(-positions * size * _FLOAT // mmap.PAGESIZE)
+        return layers * rows * heads * pages * mmap.PAGESIZE
 
     def lend(self, prompt: Sequence[int]) -> KVCache:
         """A cache for an answer to `prompt`; `begin` tells what it knows of it.
@@ -75,22 +85,24 @@ class Shelf:
         Raises EngineError when there is no memory for another one.
         """
         with self._lock:
-            best = max(self._kept, key=lambda kept: _known(kept[0], prompt), default=None)
+            best = max(self._kept, key=lambda cache: _known(cache, prompt), default=None)
             if best is None:
                 return KVCache(self._shape)
-            cache, known = best[0], _known(best[0], prompt)
-            full = self.bytes + self._position_bytes * len(prompt) > self._limit
-            if full or 2 * known >= len(cache.prompts[0]):
-                self._kept.remove(best)
-                return cache
+            self._kept.remove(best)
+            known = _known(best, prompt)
+            full = self.bytes + self._bytes(best.written + len(prompt)) > self._limit
+            if full or 2 * known >= len(best.prompts[0]):
+                return best
+            self._kept.append(best)  # used last
             fresh = KVCache(self._shape)
-            fresh.copy(0, cache, 0, known)
+            fresh.copy(0, best, 0, known)
             return fresh
 
     def take_back(self, cache: KVCache, positions: int) -> None:
-        """Keeps a cache whose first `positions` were written."""
+        """Keeps a cache in which an answer has come to `positions`."""
         with self._lock:
-            self._kept.append((cache, positions))
+            cache.written = max(cache.written, positions)
+            self._kept.append(cache)
             while self.bytes > self._limit and len(self._kept) > min(self._limit, 1):
                 self._kept.pop(0)
 

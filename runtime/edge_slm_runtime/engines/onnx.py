@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from edge_slm_runtime.bundle import MAIN_FILE, SPECULATIVE_FILE, ModelFacts
 from edge_slm_runtime.draft import Draft, Step
 from edge_slm_runtime.engines.base import Native, first_line
-from edge_slm_runtime.engines.kv_cache import Array, KVCache, Shelf
+from edge_slm_runtime.engines.kv_cache import ALIGN, Array, KVCache, Shelf
 from edge_slm_runtime.errors import EngineError, ManifestInvalid
 from edge_slm_runtime.memory import PREFILL
 from edge_slm_runtime.ngrams import ORDER, NGrams
@@ -106,7 +106,7 @@ class OnnxEngine:
     def _decode(self, waiting: Iterator[Draft], cache: KVCache) -> Iterator[Step]:
         """As many drafts at a time as `cache` has rows."""
         rows: list[Draft] = []  # draft i lives in row i of the cache
-        passes: dict[tuple[int, int], _Pass] = {}
+        count, passes = 0, dict[int, _Pass]()  # of as many rows, by their new tokens
         while True:
             while len(rows) < len(cache.prompts) and (draft := next(waiting, None)):
                 step = self._step(draft, self._prefill(cache, len(rows), draft))
@@ -116,10 +116,13 @@ class OnnxEngine:
             if not rows:
                 return
             guess = self._guess(rows[0]) if len(rows) == 1 else []
-            shape = len(rows), 1 + len(guess)
-            if shape not in passes:
-                passes[shape] = _Pass(self, cache.array[:, : len(rows)], *shape[1:] * 2)
-            logits = passes[shape].run(
+            if len(rows) != count:
+                count = len(rows)
+                passes.clear()
+            width = 1 + len(guess)
+            if width not in passes:
+                passes[width] = _Pass(self, cache.array[:, :count], width, width)
+            logits = passes[width].run(
                 [[draft.ids[-1], *guess] for draft in rows],
                 [len(draft.plan.prompt) + len(draft.ids) - 1 for draft in rows],
             )
@@ -132,10 +135,9 @@ class OnnxEngine:
             _close_gaps(rows, cache)
 
     def _step(self, draft: Draft, scores: Logits) -> Step:
-        before = _end(draft)
         token = draft.choose(scores)
         if self._ngrams:
-            self._ngrams.learn(before, token)
+            self._ngrams.learn(_end(draft), token)
         return draft.accept(token)
 
     def _guess(self, draft: Draft) -> list[int]:
@@ -173,12 +175,16 @@ class OnnxEngine:
         self._shelf.clear()
 
     def _prefill(self, cache: KVCache, row: int, draft: Draft) -> Logits:
-        """Computes the prompt in equal parts; returns the logits [V] behind it."""
+        """Computes the prompt in about equal parts; returns the logits [V] behind it."""
         prompt = draft.plan.prompt
         draft.cached = known = cache.begin(row, prompt)
-        parts = -(-(len(prompt) - known) // PREFILL)
-        ends = [known + (len(prompt) - known) * i // parts for i in range(parts + 1)]
-        for start, end in pairwise(ends):
+        rest = len(prompt) - known
+        parts = -(-rest // PREFILL)
+        starts = [known + rest * i // parts // ALIGN * ALIGN for i in range(parts)]
+        # Attention takes queries by twice the size of a head: no lone one shall be left over.
+        if (len(prompt) - starts[-1]) % (2 * self._row_shape[2]) == 1:
+            starts.append(len(prompt) - ALIGN - 1)
+        for start, end in pairwise([*starts, len(prompt)]):
             part = _Pass(self, cache.array[:, row : row + 1], end - start, 1)
             logits: Logits = part.run([prompt[start:end]], [start])[0, 0]
         cache.prompts[row] = prompt
@@ -222,9 +228,11 @@ class _Pass:
         which stand at positions `starts` [rows] and on. The array is reused by the next run."""
         width = self._ids.shape[1]
         self._ids[:] = ids
-        self._positions[:] = np.asarray(starts)[:, None] + np.arange(width)
-        self._seqlens_k[:] = np.asarray(starts) + width - 1
-        self._total[()] = self._seqlens_k.max() + 1
+        # No arithmetic of numpy: a step leaves the caches cold, and each call takes its time.
+        for row, start in enumerate(starts):
+            self._positions[row] = range(start, start + width)
+            self._seqlens_k[row] = start + width - 1
+        self._total[()] = max(starts) + width
         session = self._native.get()
         try:
             session.run_with_iobinding(self._binding)

@@ -1,0 +1,95 @@
+"""What a process will need is said before anything is loaded, and kept to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edge_slm_runtime import Request, load, read_manifest
+from edge_slm_runtime.bundle import ModelFacts, Variant
+from edge_slm_runtime.errors import BadSetting, OutOfMemory
+from edge_slm_runtime.memory import memory_estimate
+
+REFERENCE = Path(__file__).parents[2] / "models/reference"
+# GPT-2 of 98M parameters: MiB measured on Linux x86-64 as in `test_measured…` below.
+FACTS = ModelFacts("gpt2", 12, 12, 768, 16384, 512, 98_032_128)
+MEASURED = {"fp32": (390_070_272, 494), "int8": (103_647_232, 233), "int4": (67_272_704, 211)}
+
+
+@pytest.fixture(scope="module")
+def reference_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edge_slm_converters import convert
+
+    path = tmp_path_factory.mktemp("memory") / "reference"
+    convert(REFERENCE, path, ("onnx-fp32", "onnx-int8"), accept=True)
+    return path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("words", [2, 150])
+def test_measured_in_a_fresh_process(reference_bundle: Path, precision: str, words: int) -> None:
+    code = """
+import sys, edge_slm_runtime
+from edge_slm_runtime.memory import memory_estimate, peak_rss_mb
+path, precision, words = sys.argv[1:]
+slm = edge_slm_runtime.load(path, "onnxruntime", precision, threads=2, prefix_cache_mb=0)
+out = slm.generate("word " * int(words), max_new_tokens=60, no_repeat_ngram_size=0)
+tokens = out.stats.prompt_tokens + out.stats.new_tokens
+print(peak_rss_mb(), memory_estimate(slm.manifest, slm.variant, positions=tokens))
+"""
+    arguments = (str(reference_bundle), precision, str(words))
+    out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True)
+    measured, estimate = map(float, out.stdout.split())
+    assert abs(estimate - measured) <= max(10, 0.1 * measured)
+
+
+@pytest.mark.parametrize("precision", MEASURED)
+def test_the_formula_for_a_model_of_98m(tiny_bundle: Path, precision: str) -> None:
+    weights, measured = MEASURED[precision]
+    manifest = replace(read_manifest(tiny_bundle), model=FACTS)
+    variant = Variant("x", "onnxruntime", precision, "x", weights, weights)
+    estimate = memory_estimate(manifest, variant, positions=490)
+    assert abs(estimate - measured) <= max(10, 0.1 * measured)
+
+
+def test_too_little_is_refused_with_what_fits(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    ours = [v for v in manifest.variants if v.engine == "onnxruntime"]
+    needs = {v.precision: memory_estimate(manifest, v) for v in ours}
+    with pytest.raises(OutOfMemory) as caught:
+        load(tiny_bundle, "onnxruntime", "fp32", max_memory_mb=needs["fp32"] + 1)
+    assert (caught.value.code, caught.value.exit_code) == ("out_of_memory", 12)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert f"fp32 needs up to {needs['fp32'] + 16:.0f} MiB of memory, more than" in line
+    assert "this fits: " in line
+    assert f"onnxruntime int8 ({needs['int8']:.0f} MiB)" in line
+    with pytest.raises(OutOfMemory, match=r"the least that this bundle needs is .* MiB\)"):
+        load(tiny_bundle, "onnxruntime", "int8", max_memory_mb=20)
+    load(tiny_bundle, "onnxruntime", "fp32", max_memory_mb=needs["fp32"] + 9, prefix_cache_mb=8)
+    load(tiny_bundle, "ctranslate2", "int8", max_memory_mb=100, prefix_cache_mb=200)  # has none
+
+
+def test_it_bounds_the_rows_of_a_batch(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    variant = next(v for v in manifest.variants if v.name == "onnx-int8")
+    limit = memory_estimate(manifest, variant, rows=20)
+    with load(
+        tiny_bundle, "onnxruntime", "int8", max_memory_mb=limit, prefix_cache_mb=0, threads=1
+    ) as slm:
+        requests = [Request("a cat", max_new_tokens=3)] * 21
+        assert len(list(slm.generate_batch(requests, 20))) == 21
+        with pytest.raises(OutOfMemory, match=r"batch_size of 21 needs more .* \(at most 20\)"):
+            slm.generate_batch(requests, 21)
+    with load(tiny_bundle, "ctranslate2", "int8", max_memory_mb=200, threads=1) as slm:
+        slm.generate_batch(requests, 1000)  # one at a time
+
+
+@pytest.mark.parametrize("size", [-1, float("nan"), True, "16"])
+def test_the_bound_is_checked(tiny_bundle: Path, size: float) -> None:
+    with pytest.raises(BadSetting, match="max_memory_mb"):
+        load(tiny_bundle, max_memory_mb=size)
