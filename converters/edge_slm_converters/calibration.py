@@ -14,8 +14,9 @@ import numpy as np
 from edge_slm_bench.examples import Scored
 from edge_slm_converters.checkpoint import Float32, GPT2Config
 
-# (name of a matrix, its inputs [T,K]) → the matrix [K,N] to multiply them with
-MatrixOf = Callable[[str, Float32], Float32]
+# (name of a matrix, its inputs [T,K], the residual [T,N] that its output is added to, if any)
+# → output [T,N], bias and residual included
+Linear = Callable[[str, Float32, Float32 | None], Float32]
 
 
 class ForwardPass:
@@ -45,16 +46,16 @@ class ForwardPass:
         x += self._tensors["wpe.weight"][positions]
         return x
 
-    def layer(self, i: int, x: Float32, matrix_of: MatrixOf) -> Float32:
-        """The residual behind layer i; matrix_of is asked for its four matrices in turn."""
+    def linear(self, name: str, x: Float32, residual: Float32 | None = None) -> Float32:
+        return output(x, self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"], residual)
 
-        def linear(x: Float32, name: str) -> Float32:
-            return x @ matrix_of(name, x) + self._tensors[f"{name}.bias"]
-
-        qkv = linear(self._norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
-        x = x + linear(self._attention(i, qkv), f"h.{i}.attn.c_proj")
-        inner = linear(self._norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        return x + linear(ACTIVATIONS[self.config.activation](inner), f"h.{i}.mlp.c_proj")
+    def layer(self, i: int, x: Float32, linear: Linear | None = None) -> Float32:
+        """The residual behind layer i; `linear` computes its four matrices in turn."""
+        linear = linear or self.linear
+        qkv = linear(f"h.{i}.attn.c_attn", self._norm(x, f"h.{i}.ln_1"), None)
+        x = linear(f"h.{i}.attn.c_proj", self._attention(i, qkv), x)
+        inner = linear(f"h.{i}.mlp.c_fc", self._norm(x, f"h.{i}.ln_2"), None)
+        return linear(f"h.{i}.mlp.c_proj", ACTIVATIONS[self.config.activation](inner), x)
 
     def logits(self, x: Float32, head: Float32) -> Float32:
         """[rows, V], with `head` [V,width]."""
@@ -80,6 +81,15 @@ class ForwardPass:
         variance = np.square(x).mean(-1, keepdims=True)
         x /= np.sqrt(variance + np.float32(self.config.layer_norm_epsilon))
         return x * self._tensors[f"{name}.weight"] + self._tensors[f"{name}.bias"]
+
+
+def output(x: Float32, matrix: Float32, bias: Float32, residual: Float32 | None) -> Float32:
+    """residual + x · matrix + bias; without a residual it counts as 0."""
+    y: Float32 = x @ matrix
+    y += bias
+    if residual is not None:
+        y += residual
+    return y
 
 
 def _gelu_tanh(x: Float32) -> Float32:

@@ -96,12 +96,13 @@ def convert(
         forms: dict[str, Any] = {}
         for variant in dict.fromkeys((REFERENCE, *chosen)):
             say(f"writing {variant}")
+            model = source
             precision: str | Precision = VARIANTS[variant].precision
             if precision == "int4":
                 writer.write_manifest(written)
                 texts = sampled_answers(folder, written[0], source)
-                precision, forms[variant] = int4(source, texts)
-            written.append(_write(variant, source, folder, precision))
+                model, precision, forms[variant] = int4(source, texts)
+            written.append(_write(variant, model, folder, precision))
         writer.write_manifest(written)
 
         say("measuring fidelity")

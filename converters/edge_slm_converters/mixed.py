@@ -4,14 +4,15 @@ Some matrices bear 4 bits far worse than others. So each is rounded alone, the o
 in float32, and the KL to the float32 predictions is what it costs. All start in the form
 of fewest bytes; then the change that gains most KL for a byte is made, again and again,
 as long as a step reads no more bytes than llama.cpp's Q4_0 of the same model would
-(4.5 bits a weight, 8.5 in the head). What stays in 4 bits is then quantised by GPTQ, layer
-by layer, each on inputs that come out of the quantised layers before it.
+(4.5 bits a weight, 8.5 in the head). Then they are quantised layer by layer, each on inputs
+that come out of the quantised layers before it, and to the outputs of the float32 model: what
+stays in 4 bits by GPTQ, and every bias takes up the mean of what is still missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import log_softmax
 from edge_slm_converters import gguf
 from edge_slm_converters.blocks import Blocks, block_bytes, bytewise, nearest
-from edge_slm_converters.calibration import ForwardPass
+from edge_slm_converters.calibration import ForwardPass, output
 from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config
-from edge_slm_converters.gptq import gptq
+from edge_slm_converters.gptq import corrected, gptq
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
 
 Costs = Mapping[str, Sequence[float]]  # matrix → mean KL in nats, in each of FORMS
@@ -50,16 +51,19 @@ FORMS = (Form(4, 128), Form(4, 64), Form(4, 32), Form(8, BYTE_BLOCK))
 PROBED = Form(4, 64)  # the form in which KL is measured; the others' follows from it
 
 
-def int4(checkpoint: Checkpoint, texts: Sequence[Scored]) -> tuple[Quantised, dict[str, Any]]:
-    """The int4 model of a checkpoint, calibrated on `texts`, and what was chosen, as JSON."""
+def int4(
+    checkpoint: Checkpoint, texts: Sequence[Scored]
+) -> tuple[Checkpoint, Quantised, dict[str, Any]]:
+    """The int4 model of a checkpoint, calibrated on `texts`: the checkpoint with its biases
+    fitted, how to store its matrices, and what was chosen, as JSON."""
     config = checkpoint.config
     measured = costs(checkpoint, texts[:PROBE_TEXTS])
     head = Quantised("int4").head_bytes(config.width, config.vocab_size)
     limit = gguf.step_bytes(config, "Q4_0") - head
     forms = choose(measured, config, limit)
-    blocks = quantised(checkpoint, texts, forms)
+    fitted, blocks = quantised(checkpoint, texts, forms)
     record = {
-        "method": "gptq",
+        "method": "gptq, corrected inputs and biases",
         "texts": len(texts),
         "positions": sum(len(text.ids) for text in texts),
         "byte_limit": limit,
@@ -72,27 +76,42 @@ def int4(checkpoint: Checkpoint, texts: Sequence[Scored]) -> tuple[Quantised, di
             for name, form in forms.items()
         },
     }
-    return Quantised("int4", blocks), record
+    return fitted, Quantised("int4", blocks), record
 
 
 def quantised(
     checkpoint: Checkpoint, texts: Sequence[Scored], forms: Mapping[str, Form]
-) -> dict[str, Blocks]:
-    """The matrices that `forms` puts in blocks."""
-    blocks = {}
+) -> tuple[Checkpoint, dict[str, Blocks]]:
+    """The checkpoint with its biases fitted, and its matrices in the given forms."""
+    config, blocks, tensors = checkpoint.config, {}, dict(checkpoint.tensors)
+    original = ForwardPass(config, checkpoint.tensors, texts)
+    table = bytewise(tensors["wte.weight"].T, BYTE_BLOCK).matrix().T
+    model = ForwardPass(config, tensors | {"wte.weight": table}, texts)
+    wanted: dict[str, Float32] = {}  # the outputs of the float32 model, of one layer
 
-    def matrix_of(name: str, x: Float32) -> Float32:
-        weight, form = checkpoint.tensors[f"{name}.weight"], forms[name]
+    def remember(name: str, x: Float32, residual: Float32 | None) -> Float32:
+        wanted[name] = original.linear(name, x, residual)
+        return wanted[name]
+
+    def quantise(name: str, x: Float32, residual: Float32 | None) -> Float32:
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        goal, form, moment = wanted.pop(name), forms[name], x.T @ x / np.float32(len(x))
+        weight = corrected(weight, x, goal - output(x, weight, bias, residual), moment)
         if form.bits == 8:
-            return form.rounded(weight)
-        blocks[name] = gptq(weight, x.T @ x / np.float32(len(x)), form.block)
-        return blocks[name].matrix()
+            blocks[name] = bytewise(weight, form.block)
+        else:
+            blocks[name] = gptq(weight, moment, form.block)
+        y = output(x, blocks[name].matrix(), bias, residual)
+        shift = (goal - y).mean(0)
+        tensors[f"{name}.bias"] = bias + shift
+        y += shift
+        return y
 
-    model = ForwardPass(checkpoint.config, checkpoint.tensors, texts)
-    x = model.embedded()
-    for i in range(checkpoint.config.layers):
-        x = model.layer(i, x, matrix_of)
-    return blocks
+    x, y = original.embedded(), model.embedded()
+    for i in range(config.layers):
+        x = original.layer(i, x, remember)
+        y = model.layer(i, y, quantise)
+    return replace(checkpoint, tensors=tensors), blocks
 
 
 def costs(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Costs:
@@ -105,21 +124,20 @@ def costs(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Costs:
     model = ForwardPass(config, tensors, texts)
     before, mean_square = [model.embedded()], {}
 
-    def unchanged(name: str, x: Float32) -> Float32:
+    def watched(name: str, x: Float32, residual: Float32 | None) -> Float32:
         mean_square[name] = np.square(x).mean(0)[:, None]
-        return tensors[f"{name}.weight"]
+        return model.linear(name, x, residual)
 
     for i in range(config.layers):
-        before.append(model.layer(i, before[-1], unchanged))
+        before.append(model.layer(i, before[-1], watched))
     expected = log_softmax(model.logits(before[-1], checkpoint.head))
 
     def kl(name: str, matrix: Float32) -> float:
         first = int(name.split(".")[1])
+        changed = ForwardPass(config, {**tensors, f"{name}.weight": matrix}, texts)
         x = before[first]
         for i in range(first, config.layers):
-            x = model.layer(
-                i, x, lambda other, _: matrix if other == name else tensors[f"{other}.weight"]
-            )
+            x = changed.layer(i, x)
         found = log_softmax(model.logits(x, checkpoint.head))
         return float((np.exp(expected) * (expected - found)).sum(-1).mean())
 
