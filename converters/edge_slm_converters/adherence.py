@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 import edge_slm_runtime
-from edge_slm_bench.quality import within_tolerance
+from edge_slm_bench.quality import LEAST, within_tolerance
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command, count_words
@@ -48,10 +48,12 @@ class Answers:
 
     within: 1 in the tolerance of the words asked. length_mae: |asked − written| words.
     relevance and task_accuracy: the judge's. levels: the level asked, nan for none.
+    requests: what was asked; answers to one request are not independent.
     """
 
     values: Mapping[str, Array]
     levels: Array
+    requests: Sequence[str]
 
     def figures(self) -> dict[str, float]:
         """Means; `relevance_L` is what was attained under level L."""
@@ -109,23 +111,26 @@ def answer(
         values["relevance"] = judge.relevance([request.request for request in asked], texts)
         values["task_accuracy"] = judge.of_task([r.task or "" for r in asked], texts)
     levels = [math.nan if r.relevance is None else r.relevance for r in asked]
-    return Answers(values, np.array(levels, float))
+    return Answers(values, np.array(levels, float), [request.request for request in asked])
 
 
 def faults(reference: Answers, found: Answers) -> list[str]:
     """The figures by which `found` is surely outside ALLOWED: beyond what two standard
-    errors of the paired difference explain."""
+    errors of the paired difference explain, requests being the units."""
     told = []
+    _, request = np.unique(reference.requests, return_inverse=True)
     for name, allowed in ALLOWED.items():
         if name not in found.values:
             continue
         before, after = reference.values[name], found.values[name]
         lost = (after - before) * (1 if name == "length_mae" else -1)
-        lost = lost[np.isfinite(lost)]
-        if len(lost) < 2:
+        known = np.isfinite(lost)
+        if len(np.unique(request[known])) < LEAST:
             continue
-        error = float(lost.std(ddof=1)) / math.sqrt(len(lost))
-        if lost.mean() - 2 * error > allowed:
+        mean = float(lost[known].mean())
+        of_request = np.bincount(request[known], lost[known] - mean)
+        error = math.sqrt(float(np.square(of_request).sum())) / int(known.sum())
+        if mean - 2 * error > allowed:
             told.append(
                 f"{name} {np.nanmean(after):.3f} against {np.nanmean(before):.3f} "
                 f"(at most {allowed} worse)"

@@ -20,7 +20,8 @@ from edge_slm_runtime.command import Command
 
 def answers(**values: Sequence[float]) -> Answers:
     arrays = {name: np.array(v, float) for name, v in values.items()}
-    return Answers(arrays, np.full(len(next(iter(arrays.values()))), math.nan))
+    count = len(next(iter(arrays.values())))
+    return Answers(arrays, np.full(count, math.nan), [str(i) for i in range(count)])
 
 
 def test_as_good_as_fp32_has_no_faults() -> None:
@@ -54,6 +55,18 @@ def test_a_difference_that_chance_explains_is_no_fault() -> None:
     assert adherence.faults(answers(within=[1]), answers(within=[0])) == []
 
 
+def test_answers_to_one_request_count_once() -> None:
+    """Ten answers to each of six requests, all of two of them lost: six facts, not sixty."""
+    before, after = np.ones(60), np.repeat([1.0, 1, 1, 1, 0, 0], 10)
+    alone, levels = [str(i) for i in range(60)], np.full(60, math.nan)
+    of_six = [str(i // 10) for i in range(60)]
+    for requests, count in ((alone, 1), (of_six, 0)):
+        reference = Answers({"within": before}, levels, requests)
+        assert (
+            len(adherence.faults(reference, Answers({"within": after}, levels, requests))) == count
+        )
+
+
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=30), st.floats(0, 0.0199))
 def test_within_what_is_allowed_is_never_refused(values: list[float], lost: float) -> None:
     before = answers(relevance=values)
@@ -62,7 +75,7 @@ def test_within_what_is_allowed_is_never_refused(values: list[float], lost: floa
 
 def test_figures_are_means_and_levels() -> None:
     values = {"relevance": np.array([0.1, 0.3, 0.8]), "task_accuracy": np.full(3, math.nan)}
-    found = Answers(values, np.array([math.nan, 0, 9])).figures()
+    found = Answers(values, np.array([math.nan, 0, 9]), ["a", "b", "b"]).figures()
     assert found == {
         "answers": 3.0,
         "relevance": pytest.approx(0.4),
