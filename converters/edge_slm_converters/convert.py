@@ -30,6 +30,7 @@ from edge_slm_converters.quantise import Precision
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.errors import CheckpointError, GateRefused
+from edge_slm_runtime.memory import memory_estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,8 @@ def convert(
         written = [v for v in written if v.name in set(chosen) - left_out]
 
         say("recording goldens")
-        writer.write_manifest(written)
+        manifest = writer.write_manifest(written)
+        written = [replace(v, peak_rss_mb=round(memory_estimate(manifest, v), 1)) for v in written]
         found = goldens(folder, written, source)
         provenance = _provenance(source, recipe, refused, accept) | {"quantisation": forms}
         return writer.write_manifest(written, found, provenance)

@@ -24,6 +24,7 @@ from edge_slm_converters.files import written_aside
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError, GateRefused, TargetExists
+from edge_slm_runtime.memory import memory_estimate
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -38,6 +39,7 @@ def test_bundle_is_what_its_manifest_says(tiny_bundle: Path) -> None:
         assert variant.bytes == sum(file.stat().st_size for file in files)
         assert 0 < variant.weight_bytes_per_token < variant.bytes
         assert (variant.fidelity is None) == (variant.name == "onnx-fp32")
+        assert variant.peak_rss_mb == pytest.approx(memory_estimate(manifest, variant), abs=0.1)
     assert set(manifest.provenance["checkpoint"]) >= {"config.json", "model.safetensors"}
 
 
