@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-# Options: VENV, PYTHON; DATA=samples/ adds fidelity and adherence to `make speed`.
+# Options: VENV, PYTHON; DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
+# and the like change it.
 .PHONY: demo test bench peers speed plain-install docs format clean
 
 demo: $(VENV)/.installed-demo
@@ -32,7 +33,7 @@ speed: $(VENV)/.installed-dev
 	$(VENV)/bin/edge-slm convert runs/speed/random-98m runs/speed/random-98m-bundle --accept
 	$(VENV)/bin/edge-slm bench runs/speed/reference-11m runs/speed/random-98m-bundle \
 		--peers models/reference --peers runs/speed/random-98m --endurance 1000 \
-		$(if $(DATA),--data $(DATA)) --out runs/speed/report
+		$(if $(DATA),--data $(DATA)) --out runs/speed/report $(SPEED)
 
 plain-install:
 	$(PYTHON) bench/plain_install.py

@@ -127,8 +127,8 @@ def sampled_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[
 
 
 def sample_count(config: GPT2Config) -> int:
-    """How many texts a model is calibrated on."""
-    return max(SAMPLES[0], min(SAMPLES[1], SAMPLE_WORK // config.parameters))
+    """How many texts a model is calibrated on; a narrow one has fewer moments to learn."""
+    return max(SAMPLES[0], min(SAMPLES[1], 3 * config.width, SAMPLE_WORK // config.parameters))
 
 
 def _drawn(

@@ -19,7 +19,7 @@ _PROCESS_MB = {"onnxruntime": 67.0, "ctranslate2": 70.0}
 _RESIDENT = {
     ("onnxruntime", "fp32"): 1.0,
     ("onnxruntime", "int8"): 1.12,
-    ("onnxruntime", "int4"): 1.36,
+    ("onnxruntime", "int4"): 1.18,
     ("ctranslate2", "fp32"): 1.0,
     ("ctranslate2", "int8"): 1.0,
 }

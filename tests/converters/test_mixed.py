@@ -229,13 +229,12 @@ def test_texts_of_calibration_are_various(
     assert texts == sampled_answers(tiny_bundle, variant, source)
 
 
-def test_a_larger_model_gets_fewer_texts() -> None:
-    counts = [
-        sample_count(shape(layers, width)) for layers, width in ((2, 64), (12, 512), (12, 768))
-    ]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] == SAMPLES[1]
-    assert counts[-1] == SAMPLES[0]
+def test_texts_are_as_many_as_are_worth_their_time() -> None:
+    shapes = ((2, 16), (2, 64), (5, 384), (12, 512), (12, 768))
+    counts = [sample_count(shape(layers, width)) for layers, width in shapes]
+    assert counts[:2] == [SAMPLES[0], 3 * 64]
+    assert counts[2:] == sorted(counts[2:], reverse=True)
+    assert SAMPLES[0] <= counts[-1] < 1.2 * SAMPLES[0]
 
 
 def test_the_manifest_says_what_was_chosen(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
