@@ -7,6 +7,7 @@ code, not the machine. How speed grows with threads is what `edge-slm bench` mea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -45,7 +46,8 @@ def interpreter() -> Kernel:
 
 @pytest.fixture(scope="module")
 def slm() -> Iterator[SLM]:
-    with edge_slm.load(threads=1) as loaded:
+    # The same prompts again and again: whole, not what an earlier one left behind.
+    with edge_slm.load(threads=1, prefix_cache_mb=0) as loaded:
         yield loaded
 
 
@@ -66,6 +68,13 @@ def test_tokenise(paired: Paired, interpreter: Kernel, slm: SLM) -> None:
 def test_prefill(paired: Paired, compute: Kernel, slm: SLM, tokens: int) -> None:
     text = prompt(slm, tokens)
     paired(lambda: slm.generate(text, max_new_tokens=1), compute)
+
+
+def test_prefill_of_192_under_another_command(paired: Paired, compute: Kernel) -> None:
+    """The request's keys and values are still there, from when it was asked for before."""
+    with edge_slm.load(threads=1) as slm:
+        text, words = prompt(slm, 192), cycle(range(8, 100, 8))
+        paired(lambda: slm.generate(text, words=next(words), max_new_tokens=1), compute)
 
 
 def test_decode_32_tokens(paired: Paired, memory: Kernel, slm: SLM) -> None:

@@ -68,17 +68,19 @@ class Answers:
         return found
 
 
-def requests(source: Checkpoint, asked: Sequence[tuple[str, Command]]) -> list[Request]:
-    """Each request under its command; the first ones at every level of relevance too. What
-    the context has no room for is left out."""
+def requests(
+    source: Checkpoint, asked: Sequence[tuple[str, Command]], *, levelled: bool
+) -> list[Request]:
+    """Each request under its command; if `levelled`, the first ones at every level of
+    relevance too. What the context has no room for is left out."""
     schema = source.schema
-    levels = range(len(schema.axis("relevance").values))
-    levelled = [(text, replace(c, relevance=n)) for text, c in asked[:LEVELLED] for n in levels]
+    levels = range(len(schema.axis("relevance").values) if levelled else 0)
+    at_levels = [(text, replace(c, relevance=n)) for text, c in asked[:LEVELLED] for n in levels]
     found = []
-    for text, command in [*asked, *levelled]:
+    for text, command in [*asked, *at_levels]:
         prompt = schema.encode(text, schema.check(command).commanded, source.codec.encode)
         # A model that has learnt nothing never ends by itself.
-        tokens = min(source.config.positions - len(prompt), 3 * (command.words or 0) + 16)
+        tokens = min(source.config.positions - len(prompt), 2 * (command.words or 0) + 16)
         if tokens > 0:
             found.append(
                 Request(

@@ -177,7 +177,7 @@ def _answered(
         asked = [(one.request, one.command) for one in own]
     else:
         asked = [(e.request, Command(e.command.task, count_words(e.response))) for e in evaluation]
-    requests = adherence.requests(source, asked)
+    requests = adherence.requests(source, asked, levelled=judge is not None)
     answers = [adherence.answer(folder, variant, requests, judge) for variant in variants]
     faults = {
         variant.name: adherence.faults(answers[0], found)

@@ -88,10 +88,12 @@ def test_every_level_is_asked_and_only_what_fits(tiny_checkpoint: Path) -> None:
     source = read_checkpoint(tiny_checkpoint)
     levels = len(source.schema.axis("relevance").values)
     task = source.schema.tasks[0]
-    found = adherence.requests(source, [("a cabin", Command(task, 12)), ("x" * 900, Command(task))])
+    asked = [("a cabin", Command(task, 12)), ("x" * 900, Command(task))]
+    found = adherence.requests(source, asked, levelled=True)
     assert [r.relevance for r in found] == [None, *range(levels)]
     assert {r.request for r in found} == {"a cabin"}
     assert all(r.max_new_tokens and not r.keep_length for r in found)
+    assert len(adherence.requests(source, asked, levelled=False)) == 1  # nobody would judge
 
 
 class SharedWords:
