@@ -105,11 +105,6 @@ class GPT2Config:
             if ".c_" in name and name.endswith(".weight")
         }
 
-    def layer_matrices(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of the four matrices of a layer."""
-        d = self.width
-        return (d, 3 * d), (d, d), (d, self.inner), (self.inner, d)
-
     @property
     def parameters(self) -> int:
         return sum(int(np.prod(shape)) for shape in self.shapes().values())

@@ -86,8 +86,8 @@ def plain_attention(config: GPT2Config) -> bool:
 
 def step_bytes(config: GPT2Config, quantisation: Quantisation) -> int:
     """Bytes of matrices that one decoding step reads, by formula."""
-    layer = sum(_bytes(k * n, quantisation) for k, n in config.layer_matrices())
-    return config.layers * layer + _bytes(config.width * config.vocab_size, head_type(quantisation))
+    layers = sum(_bytes(k * n, quantisation) for k, n in config.matrices().values())
+    return layers + _bytes(config.width * config.vocab_size, head_type(quantisation))
 
 
 def _bytes(values: int, kind: str) -> int:

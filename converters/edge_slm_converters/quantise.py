@@ -6,8 +6,10 @@
 | int8 | 8-bit blocks of inputs | int8 inside it | MatMulNBits |
 | int4 | 4-bit blocks; some matrices, the head in 8 bits | int8 inside it | MatMulNBits |
 
-MatMulNBits rounds the activations of each row (position) block by block, so a result
-depends neither on how a prompt was cut into chunks nor on its neighbours in the batch.
+MatMulNBits rounds the activations of each row (position) block by block, so no row's scale
+depends on another's. With 4-bit blocks of 64 and 128 its kernels still add in another order
+for a lone row than for several, and a value that is then rounded otherwise may turn a near
+tie: int4's answers in a batch are not always those of a single run. int8's are.
 
 The embedding is always written from the same bytes as a tied LM head, so that
 `GraphWriter` stores it once.

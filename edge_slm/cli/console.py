@@ -33,7 +33,7 @@ Exit codes:
     4  a bundle that is missing, altered or not a bundle
     5  an engine, a variant or an extra that is not there
     6  a checkpoint that cannot be converted
-    7  a variant outside its fidelity budget
+    7  a variant outside its budget
     8  training or batch data that cannot be used
     9  an output that exists already
    10  a teacher or judge that does not answer

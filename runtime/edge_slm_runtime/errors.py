@@ -13,7 +13,7 @@
     │   └── UsedAfterFork
     ├── DependencyMissing           exit 5   an extra that is not installed
     ├── CheckpointError             exit 6   what is converted (raised by the converters)
-    ├── GateRefused                 exit 7   a variant outside its fidelity budget
+    ├── GateRefused                 exit 7   a variant outside its budget
     ├── DataError                   exit 8   training or batch data
     ├── TargetExists                exit 9   what would be overwritten
     ├── TeacherError                exit 10  a teacher or judge that does not answer
@@ -225,7 +225,7 @@ class CheckpointError(EdgeSlmError):
 
 
 class GateRefused(EdgeSlmError):
-    """A converted variant is outside its fidelity budget."""
+    """A converted variant is outside its budget of fidelity or adherence."""
 
     code = "gate_refused"
     exit_code = 7

@@ -3,14 +3,16 @@
 The KV cache is one preallocated array; each layer's slice is bound as both past
 and present, so GroupQueryAttention appends in place. Rows of a batch have their
 own lengths (`seqlens_k`): each prompt is prefilled alone into its row, then all
-rows decode together, so a row gets the same numbers as it would alone. Of a prompt
+rows decode together, and none sees another (fp32 and int8 get the same numbers as they
+would alone; 4-bit kernels round a lone row otherwise). Of a prompt
 that begins like an earlier one only the rest is computed (`kv_cache`).
 
 Speculative decoding runs another graph of the same weights, one answer at a time: guessed
 tokens (`ngrams`) are computed together with the last one, and kept as long as they are what
 `Draft.choose` chooses from the logits before them. Every token is chosen from its own
 logits, in order and with its own random number, so no guess changes an answer, be it
-greedy or sampled.
+greedy or sampled. That graph rounds attention otherwise than the plain one, so quantised
+answers may differ from those without `speculate`.
 """
 
 from __future__ import annotations
