@@ -30,7 +30,7 @@ class BundleWriter:
         self.folder, self.name = folder, name
         config = checkpoint.config
         self._schema = checkpoint.schema
-        self._facts = ModelFacts(
+        self.facts = ModelFacts(
             architecture="gpt2",
             layers=config.layers,
             heads=config.heads,
@@ -50,7 +50,7 @@ class BundleWriter:
         """Lists every file that is there now and writes manifest.json."""
         manifest = Manifest(
             name=self.name,
-            model=self._facts,
+            model=self.facts,
             command=self._schema,
             variants=tuple(variants),
             files={

@@ -26,8 +26,9 @@ from edge_slm_converters.goldens import (
 )
 from edge_slm_converters.graph import write_graph
 from edge_slm_converters.mixed import int4
+from edge_slm_converters.panels import write_panels
 from edge_slm_converters.quantise import Precision
-from edge_slm_runtime.bundle import Manifest, Variant
+from edge_slm_runtime.bundle import Manifest, ModelFacts, Variant
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.errors import CheckpointError, GateRefused
 from edge_slm_runtime.memory import memory_estimate
@@ -45,12 +46,23 @@ VARIANTS: Mapping[str, Target] = {
     "onnx-fp32": Target("onnxruntime", "fp32"),
     "onnx-int8": Target("onnxruntime", "int8"),
     "onnx-int4": Target("onnxruntime", "int4"),
+    "numba-int8": Target("numba", "int8"),
+    "numba-int4": Target("numba", "int4"),
     "ctranslate2-int8": Target("ctranslate2", "int8"),
     "ctranslate2-float32": Target("ctranslate2", "fp32"),
 }
-DEFAULT_VARIANTS = ("onnx-fp32", "onnx-int8", "onnx-int4", "ctranslate2-int8")
+DEFAULT_VARIANTS = tuple(name for name in VARIANTS if name != "ctranslate2-float32")
 REFERENCE = "onnx-fp32"  # what all others are measured against
-PACKAGES = ("edge-slm", "numpy", "onnx", "onnxruntime", "ctranslate2", "safetensors", "tokenizers")
+PACKAGES = (
+    "edge-slm",
+    "numpy",
+    "numba",
+    "onnx",
+    "onnxruntime",
+    "ctranslate2",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def convert(
@@ -94,16 +106,19 @@ def convert(
         writer = BundleWriter(folder, source, name or out.name)
         # The reference is always written, measured against, and dropped if not asked for.
         written: list[Variant] = []
+        models: dict[str, tuple[Checkpoint, str | Precision]] = {
+            name: (source, name) for name in ("fp32", "int8")
+        }
         forms: dict[str, Any] = {}
         for variant in dict.fromkeys((REFERENCE, *chosen)):
             say(f"writing {variant}")
-            model = source
-            precision: str | Precision = VARIANTS[variant].precision
-            if precision == "int4":
+            wanted = VARIANTS[variant].precision
+            if wanted not in models:  # int4, which all engines share
                 writer.write_manifest(written)
                 texts = sampled_answers(folder, written[0], source)
-                model, precision, forms[variant] = int4(source, texts)
-            written.append(_write(variant, model, folder, precision))
+                model, precision, forms[wanted] = int4(source, texts)
+                models[wanted] = model, precision
+            written.append(_write(variant, *models[wanted], folder))
         writer.write_manifest(written)
 
         say("measuring fidelity")
@@ -111,7 +126,7 @@ def convert(
             scored = own_answers(folder, written[0], source)
         else:
             scored = to_scored(evaluation, source.schema, source.codec, source.config.positions)
-        written = _measured(written, source, folder, scored)
+        written = _measured(written, source, writer.facts, folder, scored)
         say("measuring adherence")
         written, disobedient = _answered(written, source, folder, evaluation, judge)
         refused = gate.refusals(written, disobedient)
@@ -132,11 +147,13 @@ def convert(
         return writer.write_manifest(written, found, provenance)
 
 
-def _write(name: str, source: Checkpoint, folder: Path, precision: str | Precision) -> Variant:
+def _write(name: str, source: Checkpoint, precision: str | Precision, folder: Path) -> Variant:
     """precision: a name, or the int4 model."""
     target, place = VARIANTS[name], folder / name
     place.mkdir()
-    if isinstance(precision, str) and target.engine == "ctranslate2":
+    if target.engine == "numba":
+        per_token = write_panels(source, precision, place)
+    elif isinstance(precision, str) and target.engine == "ctranslate2":
         per_token = write_ctranslate2(source, precision, place)
     else:
         per_token = write_graph(source, precision, place)
@@ -147,6 +164,7 @@ def _write(name: str, source: Checkpoint, folder: Path, precision: str | Precisi
 def _measured(
     variants: Sequence[Variant],
     source: Checkpoint,
+    facts: ModelFacts,
     folder: Path,
     scored: Sequence[Scored],
 ) -> list[Variant]:
@@ -156,6 +174,8 @@ def _measured(
     for variant in variants[1:]:
         if variant.engine == "onnxruntime":
             logits = gate.onnx_logits(folder / variant.path, source.config)
+        elif variant.engine == "numba":
+            logits = gate.numba_logits(folder / variant.path, facts)
         else:
             logits = gate.ctranslate2_logits(folder / variant.path, variant.precision)
         figures = gate.measure(logits, reference, scored, len(source.tokens))

@@ -16,7 +16,8 @@ import numpy as np
 from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
 from edge_slm_converters.checkpoint import Float32, GPT2Config
-from edge_slm_runtime.bundle import SPECULATIVE_FILE, Variant
+from edge_slm_runtime.bundle import SPECULATIVE_FILE, ModelFacts, Variant
+from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.errors import CheckpointError
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
@@ -104,6 +105,19 @@ def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
             **dict.fromkeys(caches, empty),
         }
         result: Float32 = session.run(["logits"], feed)[0][0]
+        return result
+
+    return logits
+
+
+def numba_logits(folder: Path, facts: ModelFacts) -> LogitsOf:
+    from edge_slm_runtime.engines.jit import JitEngine
+
+    engine = JitEngine(folder, facts, default_threads(), 0, speculate=False)
+
+    def logits(ids: Sequence[int]) -> Float32:
+        every = engine.new_pass(engine.new_cache(1).array, len(ids), len(ids))
+        result: Float32 = every.run([ids], [0])[0]
         return result
 
     return logits

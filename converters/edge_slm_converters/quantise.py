@@ -82,8 +82,12 @@ class Quantised:
     def __init__(self, name: str, blocks: Mapping[str, Blocks] | None = None) -> None:
         self.name, self.blocks = name, blocks or {}
 
+    def of(self, name: str, weight: Float32) -> Blocks:
+        """Matrix `name`, of which `weight` [K,N] are the values, as it is stored."""
+        return self.blocks.get(name) or bytewise(weight, BYTE_BLOCK)
+
     def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
-        blocks = self.blocks.get(name) or bytewise(weight, BYTE_BLOCK)
+        blocks = self.of(name, weight)
         parts = [graph.constant(f"{name}.{k}", part) for k, part in blocks.packed().items()]
         inputs, outputs = weight.shape
         return graph.node(

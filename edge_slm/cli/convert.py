@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 @click.option(
     "--variants",
     metavar="NAMES",
-    help="Comma-separated, of onnx-fp32, onnx-int8, onnx-int4, ctranslate2-int8, "
-    "ctranslate2-float32.  [default: all but the last, of the engines installed]",
+    help="Comma-separated, of onnx-fp32, onnx-int8, onnx-int4, numba-int8, numba-int4, "
+    "ctranslate2-int8, ctranslate2-float32.  [default: all but the last, of the engines installed]",
 )
 @click.option("--name", help="Name of the bundle.  [default: that of the folder]")
 @click.option(

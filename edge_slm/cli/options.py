@@ -31,7 +31,7 @@ model_options = _together(
     click.option("--bundle", type=folder, help="Bundle folder.  [default: the one shipped]"),
     click.option(
         "--engine",
-        type=click.Choice(["auto", "onnxruntime", "ctranslate2"]),
+        type=click.Choice(["auto", "numba", "onnxruntime", "ctranslate2"]),
         default="auto",
         show_default=True,
     ),

@@ -2,7 +2,7 @@
 
     manifest.json   model facts, command schema, variants, goldens, provenance, digests
     tokenizer.json
-    onnx-int8/…, ctranslate2-int8/…   one folder per variant
+    numba-int8/…, onnx-int8/…, ctranslate2-int8/…   one folder per variant
 
 This module owns the format for readers and writers alike; `integrity` compares a
 folder with its manifest.
@@ -38,7 +38,11 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SCHEMA_VERSION = 1
 # The file each engine opens inside a variant's folder.
-MAIN_FILE = {"onnxruntime": "model.onnx", "ctranslate2": "model.bin"}
+MAIN_FILE = {
+    "onnxruntime": "model.onnx",
+    "ctranslate2": "model.bin",
+    "numba": "model.safetensors",
+}
 # A second graph over the same weights, opened in its stead for speculative decoding.
 SPECULATIVE_FILE = "speculative.onnx"
 

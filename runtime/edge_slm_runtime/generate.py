@@ -286,7 +286,7 @@ class SLM:
         plan, count = draft.plan, len(draft.ids)
         words = count_words(draft.text)
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
-        seed = draft.seed if self.variant.engine == "onnxruntime" else None
+        seed = draft.seed if self.variant.engine != "ctranslate2" else None
         stats = Stats(
             engine=self.variant.engine,
             precision=self.variant.precision,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from time import perf_counter
 from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.cores import default_threads
-from edge_slm_runtime.engines import open_engine, pick_variant
+from edge_slm_runtime.engines import open_engine, pick_variant, preload
 from edge_slm_runtime.errors import BadSetting, ManifestInvalid, OutOfMemory, shown
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.integrity import verify_contents, verify_structure
@@ -38,17 +37,18 @@ def load(
 ) -> SLM:
     """Verifies a bundle and loads one of its variants.
 
-    engine: "onnxruntime", "ctranslate2" or "auto" (the first installed).
+    engine: "numba", "onnxruntime", "ctranslate2" or "auto" (the first of them that is installed;
+    numba only where its kernels are fast).
     precision: "int8", "int4", "fp32" or "auto" (the first present). threads:
     None is the cores that this process may use, at most 8. verify: names, kinds and
     sizes of all files and the sha256 sums of those that are loaded; `verify` of the
     package checks every file. verify=False leaves out the sums, which read every byte;
     only for a folder that was verified before and that nobody else can write.
     prefix_cache_mb: MiB of keys and values kept for prompts that begin alike
-    (onnxruntime only); 0 keeps none, and the last answer's are kept however long.
+    (not for ctranslate2); 0 keeps none, and the last answer's are kept however long.
     speculate: guess tokens and check several at once, which pays when answers repeat what
-    was written before, and decodes a batch one by one (onnxruntime only, and bundles that
-    have the graph for it). max_memory_mb: MiB that the process may come to, by
+    was written before, and decodes a batch one by one (numba, and onnxruntime where the
+    bundle has the graph for it). max_memory_mb: MiB that the process may come to, by
     `memory.memory_estimate` for prompts and answers as long as the model takes; also a
     bound on the batch_size.
 
@@ -71,7 +71,7 @@ def load(
     verified = _meanwhile(partial(verify_contents, root, manifest, weights, hashes=verify))
     try:  # hashing leaves Python free for it
         with suppress(Exception):  # the engine's own import raises it again
-            importlib.import_module(variant.engine)
+            preload(variant.engine)
         codec = TextCodec(root / TOKENIZER, manifest.command)
     finally:
         verified()
@@ -121,7 +121,7 @@ def _most_rows(
             if fitting
             else f"the least that this bundle needs is {told}, without a prefix cache",
         )
-    return rows if variant.engine == "onnxruntime" else None
+    return rows if variant.engine != "ctranslate2" else None
 
 
 def _meanwhile(work: Callable[[], None]) -> Callable[[], None]:

@@ -15,16 +15,19 @@ PREFILL = 256  # positions of a prompt that are computed at once, to bound what 
 # bytes of memory a byte of weights takes once the kernels have packed it: a block's scale is
 # there thrice, in the file, packed, and times the sum of its weights. Fitted on Linux x86-64
 # with CPython 3.11, onnxruntime 1.31 and ctranslate2 4.8 to models of 11M and 98M parameters.
-_PROCESS_MB = {"onnxruntime": 67.0, "ctranslate2": 70.0}
+_PROCESS_MB = {"onnxruntime": 67.0, "ctranslate2": 70.0, "numba": 67.0}
 _RESIDENT = {
     ("onnxruntime", "fp32"): 1.0,
     ("onnxruntime", "int8"): 1.12,
     ("onnxruntime", "int4"): 1.18,
     ("ctranslate2", "fp32"): 1.0,
     ("ctranslate2", "int8"): 1.0,
+    ("numba", "int8"): 1.0,
+    ("numba", "int4"): 1.0,
 }
 _MB = 1 << 20
 _FLOAT = 4  # bytes
+_CACHE_BYTES = {"numba": 2}  # of a key or value; others keep floats
 
 
 def peak_rss_mb() -> float:
@@ -54,7 +57,7 @@ def memory_estimate(
 
     rows: answers written together. positions: tokens of the longest prompt and its answer;
     None is all that the model has. prefix_cache_mb: as given to `load`; it is used up only
-    by several different prompts, and only onnxruntime has one.
+    by several different prompts, and ctranslate2 has none.
 
     The sum of the process with its engine, the weights, the keys and values (2 × layers ×
     positions × width floats a row) and what computing a prompt takes; or, if that is more,
@@ -64,12 +67,13 @@ def memory_estimate(
     model = manifest.model
     weights = variant.weight_bytes_per_token * _RESIDENT[variant.engine, variant.precision]
     tokens = model.positions if positions is None else min(positions, model.positions)
-    cache = rows * 2 * model.layers * tokens * model.width * _FLOAT
+    number = _CACHE_BYTES.get(variant.engine, _FLOAT)
+    cache = rows * 2 * model.layers * tokens * model.width * number
     at_once = min(tokens, PREFILL)
     # Activations (the arena holds some of the feed-forward at a time), attention scores, logits.
     work = at_once * 24 * model.width + model.heads * at_once * tokens + 2 * rows * model.vocab_size
     used = (cache + work * _FLOAT) / _MB
-    if variant.engine == "onnxruntime":
+    if variant.engine != "ctranslate2":
         used += prefix_cache_mb
     table = model.vocab_size * model.width * (_FLOAT if variant.precision == "fp32" else 1)
     return _PROCESS_MB[variant.engine] + weights / _MB + max(used, table / _MB)

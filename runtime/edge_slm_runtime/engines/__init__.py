@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -9,17 +10,19 @@ from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.engines.base import Engine, first_line
 from edge_slm_runtime.errors import BadSetting, EngineNotInstalled, VariantNotFound
 
-ENGINES = ("onnxruntime", "ctranslate2")
-PRECISIONS = ("int8", "int4", "fp32")  # in the order that "auto" tries them
+ENGINES = ("numba", "onnxruntime", "ctranslate2")  # in the order that "auto" tries them
+PRECISIONS = ("int8", "int4", "fp32")  # likewise
 
 _INSTALL = {
+    "numba": "pip install 'edge-slm[numba]'",
     "onnxruntime": "pip install edge-slm",
     "ctranslate2": "pip install 'edge-slm[ctranslate2]'",
 }
 
 
 def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
-    """The variant that the caller means; "auto" takes the first installed and present.
+    """The variant that the caller means; "auto" takes the first installed and present, and
+    numba only on a processor that its kernels are fast on.
 
     Raises BadSetting, VariantNotFound, EngineNotInstalled.
     """
@@ -36,7 +39,7 @@ def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
             f"it has: {has}",
         )
     for variant in fitting:
-        if importlib.util.find_spec(variant.engine):
+        if importlib.util.find_spec(variant.engine) and (engine != "auto" or _is_fast(variant)):
             return variant
     missing = fitting[0].engine
     raise EngineNotInstalled(f"{missing} is not installed", _INSTALL[missing])
@@ -50,7 +53,7 @@ def open_engine(
     kept_bytes: int = 0,
     speculate: bool = False,
 ) -> Engine:
-    """Loads a variant from its folder. kept_bytes, speculate: see `OnnxEngine`.
+    """Loads a variant from its folder. kept_bytes, speculate: see `SteppingEngine`.
 
     Raises EngineError when the engine refuses it, ManifestInvalid when it is not
     the model of the manifest, EngineNotInstalled when the package is broken.
@@ -60,6 +63,10 @@ def open_engine(
             from edge_slm_runtime.engines.onnx import OnnxEngine
 
             return OnnxEngine(folder, manifest.model, threads, kept_bytes, speculate)
+        if variant.engine == "numba":
+            from edge_slm_runtime.engines.jit import JitEngine
+
+            return JitEngine(folder, manifest.model, threads, kept_bytes, speculate)
         from edge_slm_runtime.engines.ct2 import CTranslate2Engine
 
         return CTranslate2Engine(folder, manifest.model, variant.precision, threads)
@@ -67,6 +74,27 @@ def open_engine(
         raise EngineNotInstalled(
             f"{variant.engine} cannot be imported: {first_line(error)}", _INSTALL[variant.engine]
         ) from None
+
+
+def preload(engine: str) -> None:
+    """Imports what `open_engine` will need, so that it can happen beside other work.
+
+    Raises ImportError.
+    """
+    if engine == "numba":
+        from edge_slm_runtime.kernels.compiled import kernels
+
+        kernels()
+    else:
+        importlib.import_module(engine)
+
+
+def _is_fast(variant: Variant) -> bool:
+    if variant.engine != "numba":
+        return True
+    from edge_slm_runtime.kernels.compiled import has_vnni
+
+    return has_vnni()
 
 
 def _choices(what: str, asked: str, known: tuple[str, ...]) -> tuple[str, ...]:

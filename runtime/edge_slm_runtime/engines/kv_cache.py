@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,7 @@ from edge_slm_runtime.errors import EngineError
 
 # [2 × layers, rows, heads, positions, head size]; a layer's keys come before its values.
 Shape = tuple[int, int, int, int, int]
-Array = NDArray[np.float32]
-_FLOAT = 4  # bytes
+Array = NDArray[Any]  # of float32 or float16
 _LEAST = 4  # tokens in common that are worth a copy; every prompt begins with the same one
 # Kernels of matrix products take rows in pairs, and a lone one otherwise: a prompt that is
 # cut at multiples of it, two tokens or more left, gets the same bits as a whole one.
@@ -33,9 +33,9 @@ class KVCache:
     """prompts: per row, the tokens whose keys and values stand at its first positions.
     written: positions whose memory may be in use."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dtype: Any) -> None:
         """Raises EngineError when there is no memory for it."""
-        self.array = _pages(shape)
+        self.array = _pages(shape, np.dtype(dtype))
         self.prompts: list[tuple[int, ...]] = [()] * shape[1]
         self.written = 0
 
@@ -62,9 +62,9 @@ class Shelf:
     for longest are freed, except the last; a `limit` of 0 keeps none.
     """
 
-    def __init__(self, shape: Shape, limit: int) -> None:
+    def __init__(self, shape: Shape, limit: int, dtype: Any) -> None:
         """`shape` has one row."""
-        self._shape, self._limit = shape, limit
+        self._shape, self._limit, self._dtype = shape, limit, np.dtype(dtype)
         self._kept: list[KVCache] = []  # last used, last
         self._lock = Lock()
 
@@ -76,8 +76,8 @@ class Shelf:
     def _bytes(self, positions: int) -> int:
         """Whole pages of memory: positions of a head lie together, heads apart."""
         layers, rows, heads, _, size = self._shape
-        pages = -(-positions * size * _FLOAT // mmap.PAGESIZE)
-        return layers * rows * heads * pages * mmap.PAGESIZE
+        pages = -(-positions * size * self._dtype.itemsize // mmap.PAGESIZE)
+        return int(layers * rows * heads * pages * mmap.PAGESIZE)
 
     def lend(self, prompt: Sequence[int]) -> KVCache:
         """A cache for an answer to `prompt`; `begin` tells what it knows of it.
@@ -87,14 +87,14 @@ class Shelf:
         with self._lock:
             best = max(self._kept, key=lambda cache: _known(cache, prompt), default=None)
             if best is None:
-                return KVCache(self._shape)
+                return KVCache(self._shape, self._dtype)
             self._kept.remove(best)
             known = _known(best, prompt)
             full = self.bytes + self._bytes(best.written + len(prompt)) > self._limit
             if full or 2 * known >= len(best.prompts[0]):
                 return best
             self._kept.append(best)  # used last
-            fresh = KVCache(self._shape)
+            fresh = KVCache(self._shape, self._dtype)
             fresh.copy(0, best, 0, known)
             return fresh
 
@@ -122,12 +122,12 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     return count if count >= _LEAST else 0
 
 
-def _pages(shape: Shape) -> Array:
+def _pages(shape: Shape, dtype: np.dtype[Any]) -> Array:
     """An array whose memory is taken page by page, as its positions are written.
 
     numpy asks for huge pages, with which a short answer takes the memory of a long one.
     """
-    size = prod(shape) * _FLOAT
+    size = prod(shape) * dtype.itemsize
     try:
         if hasattr(mmap, "MAP_PRIVATE"):
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -141,4 +141,4 @@ def _pages(shape: Shape) -> Array:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(pages, np.float32).reshape(shape)
+    return np.frombuffer(pages, dtype).reshape(shape)

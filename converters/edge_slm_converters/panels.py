@@ -1,0 +1,83 @@
+"""Writes the weights as the numba engine multiplies with them (`edge_slm_runtime.panels`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from edge_slm_converters.blocks import Blocks
+from edge_slm_converters.checkpoint import Array, Checkpoint, Float32
+from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised, step_bytes
+from edge_slm_runtime.bundle import MAIN_FILE
+from edge_slm_runtime.errors import CheckpointError, DependencyMissing
+from edge_slm_runtime.panels import UNIT, pack_levels, pack_outputs
+
+
+def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
+    """Writes `folder/model.safetensors`: the matrices of `precision`, int8 or what `mixed`
+    made, the rest in float32. Returns the bytes of weights that one decoding step reads.
+
+    Raises CheckpointError for fp32, DependencyMissing.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise DependencyMissing(
+            "writing this variant needs safetensors", "pip install 'edge-slm[convert]'"
+        ) from None
+    if isinstance(precision, str):
+        precision = PRECISIONS[precision]
+    if not isinstance(precision, Quantised):
+        raise CheckpointError(f"the numba engine has no {precision.name}", "choose int8 or int4")
+    config = checkpoint.config
+    settings = {
+        "activation": config.activation,
+        "layer_norm_epsilon": repr(config.layer_norm_epsilon),
+    }
+    tensors = dict(_tensors(checkpoint, precision))
+    save_file(tensors, folder / MAIN_FILE["numba"], settings)
+    return step_bytes(config, precision)
+
+
+def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str, Array]]:
+    config, given = checkpoint.config, checkpoint.tensors
+    yield from _matrix("wte", precision.of("wte", given["wte.weight"].T))
+    if not config.tied:
+        yield from _matrix("lm_head", precision.of("lm_head", checkpoint.head.T))
+    yield "wpe", _filled(given["wpe.weight"].ravel())
+    for name in ("ln_f.weight", "ln_f.bias"):
+        yield name, _filled(given[name])
+    for i in range(config.layers):
+        for norm in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
+            yield f"h.{i}.{norm}", _filled(given[f"h.{i}.{norm}"])
+    for name in config.matrices():
+        # The queries' factor, put where it costs nothing.
+        factor = np.ones(given[f"{name}.bias"].shape, np.float32)
+        if name.endswith("attn.c_attn"):
+            layer = int(name.split(".")[1])
+            factor[: config.width] = config.attention_scale[layer]
+        yield from _matrix(name, precision.of(name, given[f"{name}.weight"]), factor)
+        yield f"{name}.bias", _filled(given[f"{name}.bias"] * factor)
+
+
+def _matrix(
+    name: str, blocks: Blocks, factor: Float32 | None = None
+) -> Iterator[tuple[str, Array]]:
+    """factor: of the outputs [N]."""
+    rows = len(blocks.scale) * blocks.size - len(blocks.steps)
+    columns = -blocks.steps.shape[1] % UNIT
+    steps = np.pad(blocks.steps, ((0, rows), (0, columns)))
+    zero = np.pad(blocks.zero, ((0, 0), (0, columns)))
+    levels = steps.reshape(len(zero), blocks.size, -1) + zero[:, None]
+    stored = levels.reshape(-1, steps.shape[1]).astype(np.uint8)
+    scale = blocks.scale if factor is None else blocks.scale * factor
+    yield f"{name}.levels", pack_levels(stored, blocks.bits, blocks.size)
+    yield f"{name}.scale", pack_outputs(np.pad(scale, ((0, 0), (0, columns))))
+    if blocks.bits == 4:
+        yield f"{name}.zero", pack_outputs(zero.astype(np.uint8))
+
+
+def _filled(vector: Float32) -> Float32:
+    return np.pad(vector, (0, -len(vector) % UNIT))

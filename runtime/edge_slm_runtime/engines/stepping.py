@@ -1,0 +1,194 @@
+"""Engines whose tokens our own sampler chooses, step by step.
+
+The KV cache is one preallocated array that every pass of the model writes to in place. Rows
+of a batch have their own lengths: each prompt is prefilled alone into its row, then all rows
+decode together, and none sees another. Of a prompt that begins like an earlier one only the
+rest is computed (`kv_cache`).
+
+Speculative decoding works on one answer at a time: guessed tokens (`ngrams`) are computed
+together with the last one, and kept as long as they are what `Draft.choose` chooses from the
+logits before them. Every token is chosen from its own logits, in order and with its own
+random number, so no guess changes an answer, be it greedy or sampled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from edge_slm_runtime.bundle import ModelFacts
+from edge_slm_runtime.draft import Draft, Step
+from edge_slm_runtime.engines.base import Native
+from edge_slm_runtime.engines.kv_cache import ALIGN, Array, KVCache, Shelf
+from edge_slm_runtime.memory import PREFILL
+from edge_slm_runtime.ngrams import ORDER, NGrams
+from edge_slm_runtime.sampling import Logits, Sampling
+
+GUESSES = 3  # checked at once; more pay hardly more often
+
+
+class Pass(Protocol):
+    """The model bound to some rows of a cache, for S new tokens in each row and the logits
+    behind the last K of them."""
+
+    def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
+        """Logits [rows, K, V] behind the last of the new tokens `ids` [rows, S], which stand
+        at positions `starts` [rows] and on. The array is reused by the next run.
+
+        Raises UsedAfterFork, EngineError."""
+
+
+class SteppingEngine(ABC):
+    """Honours everything: seeds, constraints, batching."""
+
+    name: str
+    cache_dtype: Any = np.float32
+
+    def __init__(
+        self,
+        native: Native,
+        facts: ModelFacts,
+        threads: int,
+        kept_bytes: int,
+        speculates: bool,
+        spare: int = 0,
+    ) -> None:
+        """native: what is closed at the end. kept_bytes: of KV caches, for prompts that begin
+        alike; 0 keeps none. speculates: guess tokens. spare: positions of no use behind
+        the model's that a pass may write."""
+        self.native, self.threads, self.speculates = native, threads, speculates
+        self.layers, self.vocab_size = facts.layers, facts.vocab_size
+        size = facts.width // facts.heads
+        self.row_shape = (facts.heads, facts.positions + spare, size)
+        self._shelf = Shelf((2 * self.layers, 1, *self.row_shape), kept_bytes, self.cache_dtype)
+        self._ngrams = NGrams() if speculates else None
+
+    @abstractmethod
+    def new_pass(self, cache: Array, width: int, kept: int) -> Pass:
+        """For the rows of `cache` [2 · layers, rows, heads, positions, head size], `width` new
+        tokens in each, and the logits behind the last `kept`."""
+
+    def guesses_are_exact(self) -> bool:
+        """Whether a token gets the same numbers however many are computed with it."""
+        return True
+
+    def check(self, sampling: Sampling) -> None:
+        self.native.get()
+
+    def decode(self, drafts: Iterable[Draft], batch_size: int) -> Iterator[Step]:
+        if batch_size > 1 and not self.speculates:
+            yield from self._decode(iter(drafts), self.new_cache(batch_size))
+            return
+        for draft in drafts:
+            self.native.get()  # a forked child must not wait for the shelf
+            cache = self._shelf.lend(draft.plan.prompt)
+            try:
+                yield from self._decode(iter([draft]), cache)
+            finally:
+                if not self.native.forked and not self.native.closed:
+                    self._shelf.take_back(cache, len(draft.plan.prompt) + len(draft.ids))
+
+    def _decode(self, waiting: Iterator[Draft], cache: KVCache) -> Iterator[Step]:
+        """As many drafts at a time as `cache` has rows."""
+        rows: list[Draft] = []  # draft i lives in row i of the cache
+        count, passes = 0, dict[int, Pass]()  # of as many rows, by their new tokens
+        while True:
+            while len(rows) < len(cache.prompts) and (draft := next(waiting, None)):
+                step = self._step(draft, self._prefill(cache, len(rows), draft))
+                if not step.done:
+                    rows.append(draft)
+                yield from _handed_over(step, rows)
+            if not rows:
+                return
+            guess = self._guess(rows[0]) if len(rows) == 1 else []
+            if len(rows) != count:
+                count = len(rows)
+                passes.clear()
+            width = 1 + len(guess)
+            if width not in passes:
+                passes[width] = self.new_pass(cache.array[:, :count], width, width)
+            logits = passes[width].run(
+                [[draft.ids[-1], *guess] for draft in rows],
+                [len(draft.plan.prompt) + len(draft.ids) - 1 for draft in rows],
+            )
+            for draft, behind in zip(list(rows), logits, strict=True):
+                for scores, expected in zip(behind, [*guess, None], strict=True):
+                    yield from _handed_over(self._step(draft, scores), rows)
+                    if draft.finish or draft.ids[-1] != expected:
+                        break
+                    draft.guessed += 1
+            _close_gaps(rows, cache)
+
+    def _step(self, draft: Draft, scores: Logits) -> Step:
+        token = draft.choose(scores)
+        if self._ngrams:
+            self._ngrams.learn(_end(draft), token)
+        return draft.accept(token)
+
+    def _guess(self, draft: Draft) -> list[int]:
+        if not self._ngrams:
+            return []
+        left = draft.plan.budget - len(draft.ids) - 1  # the last token needs no guess
+        guess = self._ngrams.guess(_end(draft), min(GUESSES, left))
+        return guess if guess and self.guesses_are_exact() else []
+
+    def logits(self, ids: Sequence[int], cache: Array | None = None) -> Iterator[Logits]:
+        """The prediction [V] behind each of `ids`, token by token as decoding goes: what
+        fidelity is measured on. The array is reused. Raises as `decode`."""
+        step = self.new_pass(self.new_cache(1).array if cache is None else cache, 1, 1)
+        for position, token in enumerate(ids):
+            yield step.run([[token]], [position])[0, 0]
+
+    def close(self) -> None:
+        self.native.close()
+        self._shelf.clear()
+
+    def _prefill(self, cache: KVCache, row: int, draft: Draft) -> Logits:
+        """Computes the prompt in about equal parts; returns the logits [V] behind it."""
+        prompt = draft.plan.prompt
+        draft.cached = known = cache.begin(row, prompt)
+        rest = len(prompt) - known
+        parts = -(-rest // PREFILL)
+        starts = [known + rest * i // parts // ALIGN * ALIGN for i in range(parts)]
+        # Attention takes queries by twice the size of a head: no lone one shall be left over.
+        if (len(prompt) - starts[-1]) % (2 * self.row_shape[2]) == 1:
+            starts.append(len(prompt) - ALIGN - 1)
+        for start, end in pairwise([*starts, len(prompt)]):
+            part = self.new_pass(cache.array[:, row : row + 1], end - start, 1)
+            logits: Logits = part.run([prompt[start:end]], [start])[0, 0]
+        cache.prompts[row] = prompt
+        if self._ngrams:
+            self._ngrams.learn_all(prompt)
+        return logits
+
+    def new_cache(self, rows: int) -> KVCache:
+        return KVCache((2 * self.layers, rows, *self.row_shape), self.cache_dtype)
+
+
+def _end(draft: Draft) -> tuple[int, ...]:
+    """The last tokens so far: what n-grams look at."""
+    return (*draft.plan.prompt[-ORDER:], *draft.ids[-ORDER:])[-ORDER:]
+
+
+def _handed_over(step: Step, rows: Sequence[Draft]) -> Iterator[Step]:
+    """Yields `step`; what the reader does with it is not the rows' time."""
+    left = perf_counter()
+    yield step
+    away = perf_counter() - left
+    for draft in rows:
+        draft.away += away
+
+
+def _close_gaps(rows: list[Draft], cache: KVCache) -> None:
+    """Moves the last drafts into the rows of finished ones: active rows stay in front."""
+    for row in reversed(range(len(rows))):
+        if rows[row].finish:
+            last = rows.pop()
+            if row < len(rows):
+                cache.copy(row, cache, len(rows), len(last.plan.prompt) + len(last.ids))
+                rows[row] = last

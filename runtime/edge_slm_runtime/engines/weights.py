@@ -1,0 +1,154 @@
+"""The weights of the numba engine in memory, and the table by which its kernels find them."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_slm_runtime.bundle import ModelFacts
+from edge_slm_runtime.errors import EngineError, ManifestInvalid, shown
+from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.panels import ALIGNMENT, LANES, STRIP, UNIT
+
+_HEADER_LIMIT = 16 << 20  # bytes
+_DTYPES: dict[str, Any] = {"F32": np.float32, "U8": np.uint8}
+Tensor = NDArray[Any]
+
+
+class Weights:
+    """A file of Hugging Face's safetensors format in memory, and the table of it.
+
+    The memory is anonymous, in huge pages where the system has them: a step reads all of it.
+    """
+
+    def __init__(self, path: Path, facts: ModelFacts) -> None:
+        """Raises EngineError, ManifestInvalid."""
+        try:
+            self._header, self._data = _read(path)
+            settings = self._header["__metadata__"]
+            activation = t.ACTIVATIONS.index(settings["activation"])
+            epsilon = float(settings["layer_norm_epsilon"])
+        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+            raise EngineError(f"{path.parent.name} cannot be read: {error}") from None
+        self._tensors: list[Tensor] = []
+        self.width, self.widest, self.inputs, self.blocks = facts.width, 0, 0, 0
+        table = self.table = np.zeros(t.FIRST_LAYER + t.LAYER * facts.layers, np.int64)
+        table[t.LAYERS], table[t.HEADS] = facts.layers, facts.heads
+        table[t.HEAD_SIZE], table[t.WIDTH] = facts.width // facts.heads, facts.width
+        table[t.POSITIONS], table[t.ACTIVATION] = facts.positions, activation
+        table[t.EPSILON : t.EPSILON + 1].view(np.float32)[0] = epsilon
+        table[t.POSITION_TABLE] = self._vector("wpe", facts.positions * facts.width)
+        table[t.FINAL_WEIGHT] = self._vector("ln_f.weight", facts.width)
+        table[t.FINAL_BIAS] = self._vector("ln_f.bias", facts.width)
+        tied = "lm_head.levels" not in self._header
+        head = "wte" if tied else "lm_head"
+        self._matrix(t.EMBEDDING, "wte", facts.width, facts.vocab_size, bits=8)
+        self._matrix(t.LM_HEAD, head, facts.width, facts.vocab_size)
+        for i in range(facts.layers):
+            start, layer = t.FIRST_LAYER + t.LAYER * i, f"h.{i}."
+            for place, name in (
+                (t.NORM_1, "ln_1.weight"),
+                (t.NORM_1_BIAS, "ln_1.bias"),
+                (t.NORM_2, "ln_2.weight"),
+                (t.NORM_2_BIAS, "ln_2.bias"),
+            ):
+                table[start + place] = self._vector(layer + name, facts.width)
+            width = facts.width
+            self._matrix(start + t.C_ATTN, layer + "attn.c_attn", width, 3 * width)
+            self._matrix(start + t.C_PROJ, layer + "attn.c_proj", width, width)
+            inner = self._matrix(start + t.C_FC, layer + "mlp.c_fc", width, None)
+            self._matrix(start + t.MLP_PROJ, layer + "mlp.c_proj", inner, width)
+
+    def _matrix(
+        self, place: int, name: str, inputs: int, outputs: int | None, bits: int | None = None
+    ) -> int:
+        """Enters a matrix into the table; returns its outputs, filled up to a UNIT."""
+        levels = self._tensor(f"{name}.levels", "U8")
+        panels, blocks, block_bytes = levels.shape
+        found = 4 if f"{name}.zero" in self._header else 8
+        size = block_bytes * 8 // (LANES * found)
+        fits = (
+            size * LANES * found == block_bytes * 8
+            and size % STRIP == 0
+            and size > 0
+            and blocks == -(-inputs // size)
+            and panels % (UNIT // LANES) == 0
+            and (outputs is None or panels * LANES == -(-outputs // UNIT) * UNIT)
+            and bits in (None, found)
+        )
+        if not fits:
+            raise ManifestInvalid(f"{name} has levels of shape {list(levels.shape)}")
+        lines = (panels, blocks, LANES)
+        row = self.table[place : place + t.MATRIX]
+        row[t.LEVEL] = levels.ctypes.data
+        row[t.SCALE] = self._tensor(f"{name}.scale", "F32", lines).ctypes.data
+        if found == 4:
+            row[t.ZERO] = self._tensor(f"{name}.zero", "U8", lines).ctypes.data
+        if f"{name}.bias" in self._header:
+            row[t.BIAS] = self._tensor(f"{name}.bias", "F32", (panels * LANES,)).ctypes.data
+        elif ".c_" in name:
+            raise ManifestInvalid(f"{name} has no bias")
+        row[t.BLOCKS], row[t.SIZE], row[t.BITS], row[t.PANELS] = blocks, size, found, panels
+        self.widest = max(self.widest, panels * LANES if place != t.LM_HEAD else 0)
+        self.inputs = max(self.inputs, blocks * size)
+        self.blocks = max(self.blocks, blocks)
+        return int(panels) * LANES
+
+    def _vector(self, name: str, count: int) -> int:
+        filled = -(-count // UNIT) * UNIT
+        return int(self._tensor(name, "F32", (filled,)).ctypes.data)
+
+    def _tensor(self, name: str, dtype: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """shape: what it must be; None is any of three dimensions."""
+        entry: Any = self._header.get(name)
+        try:
+            start, end = entry["data_offsets"]
+            found = tuple(entry["shape"])
+            right = (
+                entry["dtype"] == dtype
+                and (found == shape if shape else len(found) == 3 and min(found) > 0)
+                and start % ALIGNMENT == 0
+                and 0 <= start <= end <= len(self._data)
+            )
+            tensor: Tensor = self._data[start:end].view(_DTYPES[dtype]).reshape(found)
+        except (KeyError, TypeError, ValueError):
+            right = False
+        if not right:
+            raise ManifestInvalid(f"the tensor {name} is {shown(entry)}")
+        self._tensors.append(tensor)
+        return tensor
+
+
+def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Header and data. Raises ValueError, OSError, MemoryError."""
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size - 8 - length
+        if length > _HEADER_LIMIT or size < 0:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(file.read(length))
+        data = _huge_pages(size)
+        rest = memoryview(data.data)
+        while rest and (count := file.readinto(rest)):
+            rest = rest[count:]
+    if rest:
+        raise ValueError("it is cut short")
+    return header, data
+
+
+def _huge_pages(size: int) -> NDArray[np.uint8]:
+    """So many bytes of anonymous memory, on the boundary of a page."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        pages = mmap.mmap(-1, max(size, 1))
+    else:
+        pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)[:size]

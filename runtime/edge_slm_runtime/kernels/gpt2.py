@@ -1,0 +1,276 @@
+"""GPT-2 (Radford et al. 2019), all threads going through it together, layer by layer.
+
+Rows are the new tokens of all answers, answer after answer. A thread computes its share of
+the rows, of the heads or of the outputs of a matrix, and waits for the others wherever the
+next step needs theirs. What a row gets depends on nothing but itself and the keys and values
+before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels.attention import make_attend
+from edge_slm_runtime.kernels.layers import activate, add_bias, add_to, normalise
+from edge_slm_runtime.kernels.native import (
+    atomic_add,
+    atomic_load,
+    atomic_swap,
+    floats,
+    jit,
+    relax,
+    words,
+    yield_core,
+)
+from edge_slm_runtime.kernels.product import make_product, quantise, unpack
+from edge_slm_runtime.panels import LANES, PAIR
+
+_WORD, _FLOAT = 8, 4  # bytes
+_USUAL_HEAD = 64
+_SPINS_BEFORE_YIELD = 1 << 12
+_SPINS_BEFORE_SLEEP = 1 << 17  # some milliseconds: longer than Python takes between two passes
+
+
+def make_forward(vnni: bool) -> Callable[..., None]:
+    """forward(table, thread): one pass of the model."""
+    product = make_product(vnni)
+    attention, feed_forward = _make_attention(product), _make_feed_forward(product)
+
+    @jit
+    def forward(table: Any, thread: int) -> None:
+        control = words(table[t.CONTROL], t.SLEEPERS)
+        threads, reached, barrier = control[t.THREADS], control[t.BASE], barrier_of(table)
+        job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
+        epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
+        x, normed, width = table[t.X], table[t.ATTENDED], model[t.WIDTH]
+        levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
+
+        n = job[t.ANSWERS] * job[t.NEW]
+        first, last = share(n, thread, threads)  # as `attention` will share them
+        for row in range(first, last):
+            embed(table, job, row, width, x)
+        for index in range(model[t.LAYERS]):
+            # Behind the last layer's attention only the last positions are asked for.
+            keep = job[t.KEPT] if index == model[t.LAYERS] - 1 else job[t.NEW]
+            reached = attention(table, thread, index, n, keep, reached)
+            n = job[t.ANSWERS] * keep
+            reached = feed_forward(table, thread, index, n, reached)
+
+        head = words(table[t.MODEL] + _WORD * t.LM_HEAD, t.MATRIX)
+        first, last = share(n, thread, threads)
+        for row in range(first, last):
+            normalise(x, row, width, model[t.FINAL_WEIGHT], model[t.FINAL_BIAS], epsilon, normed)
+            whole(normed, row, width, head, levels, steps, sums)
+        reached = wait(barrier, reached, threads)
+        first, last = share_panels(head, PAIR, thread, threads)
+        stride = head[t.PANELS] * LANES
+        product(head, levels, steps, sums, n, job[t.LOGITS], stride, first, last)
+        wait(barrier, reached, threads)
+
+    return forward
+
+
+def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
+    attend_usual, attend_any = make_attend(_USUAL_HEAD), make_attend(0)
+
+    @jit
+    def attention(table: Any, thread: int, index: int, n: int, keep: int, reached: int) -> int:
+        """x + attention(norm(x)), from the last `keep` new positions of every answer."""
+        threads, barrier = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS], barrier_of(table)
+        job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
+        width, heads = model[t.WIDTH], model[t.HEADS]
+        x, wide, normed = table[t.X], table[t.WIDE], table[t.ATTENDED]
+        levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
+        epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
+        address = table[t.MODEL] + _WORD * (t.FIRST_LAYER + t.LAYER * index)
+        layer = words(address, t.LAYER)
+        c_attn = words(address + _WORD * t.C_ATTN, t.MATRIX)
+        c_proj = words(address + _WORD * t.C_PROJ, t.MATRIX)
+
+        first, last = share(n, thread, threads)
+        for row in range(first, last):
+            normalise(x, row, width, layer[t.NORM_1], layer[t.NORM_1_BIAS], epsilon, normed)
+            whole(normed, row, width, c_attn, levels, steps, sums)
+        reached = wait(barrier, reached, threads)
+        stride = c_attn[t.PANELS] * LANES
+        first, last = share_panels(c_attn, PAIR, thread, threads)
+        product(c_attn, levels, steps, sums, n, wide, stride, first, last)
+        add_bias(wide, n, stride, c_attn[t.BIAS], first, last)
+        reached = wait(barrier, reached, threads)
+
+        first, last = share(job[t.ANSWERS] * heads, thread, threads)
+        for i in range(first, last):
+            a, h = i // heads, i % heads
+            if model[t.HEAD_SIZE] == _USUAL_HEAD:
+                attend_usual(table, job, model, index, a, h, stride, keep, thread)
+            else:
+                attend_any(table, job, model, index, a, h, stride, keep, thread)
+        if keep < job[t.NEW] and thread == 0:
+            close_up(x, job[t.ANSWERS], job[t.NEW], keep, width)
+        n = job[t.ANSWERS] * keep
+        reached = wait(barrier, reached, threads)
+
+        first, last = share(n, thread, threads)
+        for row in range(first, last):
+            whole(normed, row, width, c_proj, levels, steps, sums)
+        reached = wait(barrier, reached, threads)
+        stride = c_proj[t.PANELS] * LANES
+        first, last = share_panels(c_proj, PAIR, thread, threads)
+        product(c_proj, levels, steps, sums, n, wide, stride, first, last)
+        add_to(x, n, width, wide, stride, c_proj[t.BIAS], first, last)
+        return wait(barrier, reached, threads)
+
+    return attention
+
+
+def _make_feed_forward(product: Callable[..., None]) -> Callable[..., int]:
+    @jit
+    def feed_forward(table: Any, thread: int, index: int, n: int, reached: int) -> int:
+        """x + mlp(norm(x)). A thread rounds what it computed itself for the second matrix."""
+        threads, barrier = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS], barrier_of(table)
+        model = words(table[t.MODEL], t.FIRST_LAYER)
+        width, kind = model[t.WIDTH], model[t.ACTIVATION]
+        x, wide, normed = table[t.X], table[t.WIDE], table[t.ATTENDED]
+        levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
+        epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
+        address = table[t.MODEL] + _WORD * (t.FIRST_LAYER + t.LAYER * index)
+        layer = words(address, t.LAYER)
+        c_fc = words(address + _WORD * t.C_FC, t.MATRIX)
+        c_proj = words(address + _WORD * t.MLP_PROJ, t.MATRIX)
+
+        first, last = share(n, thread, threads)
+        for row in range(first, last):
+            normalise(x, row, width, layer[t.NORM_2], layer[t.NORM_2_BIAS], epsilon, normed)
+            whole(normed, row, width, c_fc, levels, steps, sums)
+        reached = wait(barrier, reached, threads)
+        stride, size = c_fc[t.PANELS] * LANES, c_proj[t.SIZE]
+        first, last = share_panels(c_fc, max(size // LANES, PAIR), thread, threads)
+        product(c_fc, levels, steps, sums, n, wide, stride, first, last)
+        activate(wide, n, stride, c_fc[t.BIAS], first, last, kind)
+        reached = wait(barrier, reached, threads)
+        start, end = first * LANES // size, -(-last * LANES // size)
+        inner = min(stride, c_proj[t.BLOCKS] * size)
+        for row in range(n):
+            quantise(wide, row, stride, inner, c_proj, start, end, levels, steps, sums)
+        reached = wait(barrier, reached, threads)
+        stride = c_proj[t.PANELS] * LANES
+        first, last = share_panels(c_proj, PAIR, thread, threads)
+        product(c_proj, levels, steps, sums, n, wide, stride, first, last)
+        add_to(x, n, width, wide, stride, c_proj[t.BIAS], first, last)
+        return wait(barrier, reached, threads)
+
+    return feed_forward
+
+
+def make_entry(vnni: bool) -> Callable[[int, int], int]:
+    """entry(address of a table, thread): what threads call. See `engines.crew`."""
+    forward = make_forward(vnni)
+
+    @jit
+    def entry(address: int, thread: int) -> int:
+        """thread -1: hands the job to the others, returns a bit for each that sleeps and must
+        be woken. 0: computes it with them, returns 0. Others: compute jobs until there was
+        none for a while; 0, and to be called again when woken, or 1 at the end of all."""
+        table = words(address, t.TABLE)
+        control = words(table[t.CONTROL], t.SLEEPERS)
+        epoch = table[t.CONTROL] + _WORD * t.EPOCH
+        sleepers = table[t.CONTROL] + _WORD * t.SLEEPERS
+        if thread < 0:
+            control[t.BASE] = atomic_load(table[t.CONTROL] + _WORD * t.BARRIER)
+            atomic_add(epoch, 1)
+            asleep = 0
+            for other in range(1, control[t.THREADS]):
+                asleep |= atomic_swap(sleepers + _WORD * t.LINE * other, 0) << other
+            return asleep
+        sleeper = sleepers + _WORD * t.LINE * thread
+        done = words(sleeper + _WORD, 1)  # the last job that this thread computed
+        spins = 0
+        while True:
+            now = atomic_load(epoch)
+            if now != done[0]:
+                done[0] = now
+                if atomic_load(table[t.CONTROL] + _WORD * t.STOP):
+                    return 1
+                forward(table, thread)
+                if thread == 0:
+                    return 0
+                spins = 0
+                continue
+            spins = relax(spins)
+            if spins > _SPINS_BEFORE_SLEEP:
+                spins = 0
+                atomic_swap(sleeper, 1)
+                # A job that came meanwhile either saw this thread asleep, and wakes it, or not.
+                if atomic_load(epoch) == now or not atomic_swap(sleeper, 0):
+                    return 0
+
+    return entry
+
+
+@jit
+def barrier_of(table: Any) -> int:
+    address: int = table[t.CONTROL] + _WORD * t.BARRIER
+    return address
+
+
+@jit
+def share(count: int, thread: int, threads: int) -> Any:
+    """The part of 0 … count that is this thread's."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@jit
+def share_panels(matrix: Any, unit: int, thread: int, threads: int) -> Any:
+    """This thread's panels, as multiples of `unit`."""
+    first, last = share(-(-matrix[t.PANELS] // unit), thread, threads)
+    return first * unit, min(last * unit, matrix[t.PANELS])
+
+
+@jit
+def wait(barrier: int, reached: int, threads: int) -> int:
+    """Until every thread has come here; returns how many arrivals that makes in all."""
+    reached += threads
+    atomic_add(barrier, 1)
+    spins = 0
+    while atomic_load(barrier) < reached:
+        spins = relax(spins)
+        if spins % _SPINS_BEFORE_YIELD == 0:  # more threads than cores
+            yield_core()
+    return reached
+
+
+@jit
+def embed(table: Any, job: Any, row: int, width: int, x: int) -> None:
+    """The embedding of a token plus that of its position."""
+    answer, offset = row // job[t.NEW], row % job[t.NEW]
+    token = words(job[t.IDS], job[t.ANSWERS] * job[t.NEW])[row]
+    position = words(job[t.STARTS], job[t.ANSWERS])[answer] + offset
+    model = words(table[t.MODEL], t.FIRST_LAYER)
+    places = floats(model[t.POSITION_TABLE] + position * width * _FLOAT, width)
+    here = floats(x + row * width * _FLOAT, width)
+    unpack(words(table[t.MODEL] + _WORD * t.EMBEDDING, t.MATRIX), token, here)
+    for i in range(width):
+        here[i] += places[i]
+
+
+@jit
+def whole(
+    source: int, row: int, width: int, matrix: Any, levels: int, steps: int, sums: int
+) -> None:
+    """All blocks of a row in 8 bits."""
+    quantise(source, row, width, width, matrix, 0, matrix[t.BLOCKS], levels, steps, sums)
+
+
+@jit
+def close_up(x: int, answers: int, new: int, keep: int, width: int) -> None:
+    """Moves the last `keep` rows of every answer behind those of the answer before."""
+    for row in range(answers * keep):
+        source = row // keep * new + new - keep + row % keep
+        old, here = (
+            floats(x + source * width * _FLOAT, width),
+            floats(x + row * width * _FLOAT, width),
+        )
+        for i in range(width):
+            here[i] = old[i]

@@ -1,0 +1,85 @@
+"""What is not a product: normalisation, the residual, activation functions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from edge_slm_runtime.kernels.native import exp, floats, jit
+from edge_slm_runtime.panels import LANES
+
+_ZERO, _HALF, _ONE, _TWO = (np.float32(x) for x in (0, 0.5, 1, 2))
+_GELU_CUBE, _GELU_SCALE = np.float32(0.044715), np.float32(2 * math.sqrt(2 / math.pi))
+_SQRT_HALF = np.float32(math.sqrt(0.5))
+_FLOAT = 4  # bytes
+
+
+@jit
+def normalise(
+    source: int, row: int, width: int, weight: int, bias: int, epsilon: float, target: int
+) -> None:
+    """LayerNorm (Ba et al. 2016) of a row."""
+    x = floats(source + row * width * _FLOAT, width)
+    y = floats(target + row * width * _FLOAT, width)
+    w, b = floats(weight, width), floats(bias, width)
+    total = _ZERO
+    for i in range(width):
+        total += x[i]
+    mean = total / np.float32(width)
+    total = _ZERO
+    for i in range(width):
+        total += (x[i] - mean) * (x[i] - mean)
+    factor = _ONE / np.sqrt(total / np.float32(width) + epsilon)
+    for i in range(width):
+        y[i] = (x[i] - mean) * factor * w[i] + b[i]
+
+
+@jit
+def add_bias(values: int, n: int, stride: int, bias: int, first: int, last: int) -> None:
+    """To the panels first … last of n rows."""
+    b = floats(bias, stride)
+    for row in range(n):
+        x = floats(values + row * stride * _FLOAT, stride)
+        for i in range(first * LANES, last * LANES):
+            x[i] += b[i]
+
+
+@jit
+def add_to(
+    target: int, n: int, width: int, values: int, stride: int, bias: int, first: int, last: int
+) -> None:
+    """The residual plus what a layer gave, of these panels."""
+    b = floats(bias, stride)
+    for row in range(n):
+        x = floats(target + row * width * _FLOAT, width)
+        y = floats(values + row * stride * _FLOAT, stride)
+        for i in range(first * LANES, min(last * LANES, width)):
+            x[i] += y[i] + b[i]
+
+
+@jit
+def activate(values: int, n: int, stride: int, bias: int, first: int, last: int, kind: int) -> None:
+    """The activation of x + bias, of these panels; kind: an index of `tables.ACTIVATIONS`."""
+    count = (last - first) * LANES
+    b = floats(bias + first * LANES * _FLOAT, count)
+    for row in range(n):
+        x = floats(values + (row * stride + first * LANES) * _FLOAT, count)
+        if kind == 0:
+            for i in range(count):
+                y = x[i] + b[i]
+                x[i] = y / (_ONE + exp(-_GELU_SCALE * (y + _GELU_CUBE * y * y * y)))
+        elif kind == 1:
+            for i in range(count):
+                y = x[i] + b[i]
+                x[i] = _HALF * y * (_ONE + np.float32(math.erf(y * _SQRT_HALF)))
+        elif kind == 2:
+            for i in range(count):
+                x[i] = max(x[i] + b[i], _ZERO)
+        elif kind == 3:
+            for i in range(count):
+                y = x[i] + b[i]
+                x[i] = y / (_ONE + exp(-y))
+        else:
+            for i in range(count):
+                x[i] = _TWO / (_ONE + exp(-_TWO * (x[i] + b[i]))) - _ONE

@@ -1,0 +1,141 @@
+"""What numba lacks: memory by its address, half precision, atomic numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT, HALF = ir.FloatType(), ir.HalfType()
+
+# Sums may be taken in another order than written, so that they become vectors. The order is
+# fixed when the code is compiled, and depends on nothing but the number of terms.
+_FAST = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def jit(function: F) -> F:
+    """A function of the kernels; its annotations are for the reader, numba infers the types."""
+    compiled: F = njit(**_FAST)(function)
+    return compiled
+
+
+def native(function: Callable[..., Any]) -> Any:
+    """One that says itself which LLVM code it is (numba's `intrinsic`)."""
+    return intrinsic(function)
+
+
+def _view(kind: Any) -> Callable[[int, int], Any]:
+    """(address, count) → an array of `kind` there."""
+    pointer = types.CPointer(kind)
+
+    @native
+    def cast(context: Any, address: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            return b.inttoptr(arguments[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), generate
+
+    @jit
+    def view(address: int, count: int) -> Any:
+        return carray(cast(address), count)
+
+    return view
+
+
+floats, ints, words = _view(types.float32), _view(types.int32), _view(types.int64)
+signed, unsigned, halves = _view(types.int8), _view(types.uint8), _view(types.uint16)
+
+
+def _simple(result: Any, parameters: Any, emit: Callable[..., Any]) -> Any:
+    """An intrinsic of fixed types; emit(builder, *values) gives the LLVM value."""
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        return emit(b, *arguments)
+
+    signature = result(*parameters)
+    if len(parameters) == 0:
+
+        @native
+        def none(context: Any) -> Any:
+            return signature, generate
+
+        return none
+    if len(parameters) == 1:
+
+        @native
+        def one(context: Any, x: Any) -> Any:
+            return signature, generate
+
+        return one
+
+    @native
+    def two(context: Any, x: Any, y: Any) -> Any:
+        return signature, generate
+
+    return two
+
+
+def _word(b: Any, address: Any) -> Any:
+    return b.inttoptr(address, I64.as_pointer())
+
+
+def _relax(b: Any, spins: Any) -> Any:
+    """Tells the processor that this is a waiting loop; returns one spin more."""
+    machine = b.module.triple.split("-")[0]
+    if machine == "x86_64":
+        kind = ir.FunctionType(ir.VoidType(), [])
+        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
+    elif machine in ("aarch64", "arm64"):
+        kind = ir.FunctionType(ir.VoidType(), [I32])
+        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.aarch64.hint"), [I32(1)])
+    return b.add(spins, I64(1))
+
+
+def _yield(b: Any) -> Any:
+    call = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
+    return b.call(call, [])
+
+
+to_float = _simple(types.float32, [types.uint16], lambda b, x: b.fpext(b.bitcast(x, HALF), FLOAT))
+to_half = _simple(types.uint16, [types.float32], lambda b, x: b.bitcast(b.fptrunc(x, HALF), I16))
+float_of_bits = _simple(types.float32, [types.int32], lambda b, x: b.bitcast(x, FLOAT))
+atomic_load = _simple(
+    types.int64, [types.int64], lambda b, p: b.load_atomic(_word(b, p), "seq_cst", 8)
+)
+atomic_add = _simple(
+    types.int64,
+    [types.int64, types.int64],
+    lambda b, p, x: b.atomic_rmw("add", _word(b, p), x, "seq_cst"),
+)
+atomic_swap = _simple(
+    types.int64,
+    [types.int64, types.int64],
+    lambda b, p, x: b.atomic_rmw("xchg", _word(b, p), x, "seq_cst"),
+)
+relax = _simple(types.int64, [types.int64], _relax)
+yield_core = _simple(types.int32, [], _yield)
+
+
+_LOG2_E, _HALF = np.float32(1.44269504), np.float32(0.5)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_LEAST, _MOST = np.float32(-87), np.float32(88)
+_E0, _E2, _E3 = np.float32(1), np.float32(1 / 2), np.float32(1 / 6)
+_E4, _E5, _E6 = np.float32(1 / 24), np.float32(1 / 120), np.float32(1 / 720)
+
+
+@jit
+def exp(x: float) -> Any:
+    """e^x of a float32, x held between -87 and 88: 2^n · e^r with |r| ≤ ln 2 / 2, and e^r by
+    its series. Without a branch, so that loops of it become vectors."""
+    x = min(max(x, _LEAST), _MOST)
+    n = np.floor(x * _LOG2_E + _HALF)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    series = _E0 + r * (_E0 + r * (_E2 + r * (_E3 + r * (_E4 + r * (_E5 + r * _E6)))))
+    return series * float_of_bits(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))

@@ -1,0 +1,115 @@
+"""Activations in 8 bits, and their product with a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels.native import floats, ints, jit, signed, unsigned
+from edge_slm_runtime.kernels.tile import make_tile
+from edge_slm_runtime.panels import LANES, PAIR
+
+_ZERO, _TOP = np.float32(0), np.float32(127)
+_FLOAT = 4  # bytes
+
+
+@jit
+def quantise(
+    source: int, row: int, stride: int, width: int, matrix: Any, first: int, last: int,
+    levels: int, steps: int, sums: int,
+) -> None:  # fmt: skip
+    """Blocks first … last of a row of floats, for `matrix`: in steps of a 127th of a block's
+    largest value, rounded to nearest; and the sum of a block's levels."""
+    blocks, size = matrix[t.BLOCKS], matrix[t.SIZE]
+    x = floats(source + row * stride * _FLOAT, width)
+    q = signed(levels + row * blocks * size, blocks * size)
+    a, c = floats(steps + row * blocks * _FLOAT, blocks), ints(sums + row * blocks * 4, blocks)
+    for block in range(first, last):
+        start = block * size
+        end = min(start + size, width)
+        largest = _ZERO
+        for i in range(start, end):
+            largest = max(largest, abs(x[i]))
+        factor = _TOP / largest if largest > _ZERO else _ZERO
+        total = np.int32(0)
+        for i in range(start, end):
+            level = np.int32(np.rint(x[i] * factor))
+            q[i] = level
+            total += level
+        for i in range(end, start + size):
+            q[i] = 0
+        a[block], c[block] = largest / _TOP, total
+
+
+def make_product(vnni: bool) -> Callable[..., None]:
+    """product(matrix, levels, steps, sums, n, out, stride, first, last): n rows of activations
+    times the panels first … last of a matrix, to out float32 [n, stride]."""
+
+    def make_rows(bits: int) -> Callable[..., Any]:
+        alone, two, four, eight = (
+            make_tile(rows, PAIR if rows > 1 else 1, bits, vnni) for rows in (1, 2, 4, 8)
+        )
+
+        @jit
+        def rows(
+            left: int, w: int, s: int, z: int, q: int, a: int, c: int, blocks: int, size: int,
+            out: int, stride: int,
+        ) -> int:  # fmt: skip
+            """A pair of panels and as many rows as a tile takes; returns how many these are."""
+            if left >= 8:
+                eight(w, s, z, q, a, c, blocks, size, out, stride)
+                return 8
+            if left >= 4:
+                four(w, s, z, q, a, c, blocks, size, out, stride)
+                return 4
+            if left >= 2:
+                two(w, s, z, q, a, c, blocks, size, out, stride)
+                return 2
+            line = blocks * LANES
+            for _ in range(PAIR):
+                alone(w, s, z, q, a, c, blocks, size, out, stride)
+                w += line * size * bits // 8
+                s += line * _FLOAT
+                z += line
+                out += LANES * _FLOAT
+            return 1
+
+        return rows
+
+    rows_4, rows_8 = make_rows(4), make_rows(8)
+
+    @jit
+    def product(
+        matrix: Any, levels: int, steps: int, sums: int, n: int, out: int, stride: int,
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        blocks, size, bits = matrix[t.BLOCKS], matrix[t.SIZE], matrix[t.BITS]
+        for panel in range(first, last, PAIR):
+            line = panel * blocks * LANES
+            w, s = matrix[t.LEVEL] + line * size * bits // 8, matrix[t.SCALE] + line * _FLOAT
+            z = matrix[t.ZERO] + line
+            row = 0
+            while row < n:
+                q, a = levels + row * blocks * size, steps + row * blocks * _FLOAT
+                c, o = sums + row * blocks * 4, out + (row * stride + panel * LANES) * _FLOAT
+                if bits == 4:
+                    row += rows_4(n - row, w, s, z, q, a, c, blocks, size, o, stride)
+                else:
+                    row += rows_8(n - row, w, s, z, q, a, c, blocks, size, o, stride)
+
+    return product
+
+
+@jit
+def unpack(matrix: Any, output: int, out: Any) -> None:
+    """Weights [K] of one output of an 8-bit matrix: a row of the embedding."""
+    panel, lane = output // LANES, output % LANES
+    blocks, size = matrix[t.BLOCKS], matrix[t.SIZE]
+    levels = unsigned(matrix[t.LEVEL] + panel * blocks * size * LANES, blocks * size * LANES)
+    scales = floats(matrix[t.SCALE] + panel * blocks * LANES * _FLOAT, blocks * LANES)
+    for i in range(len(out)):
+        level = levels[i // 4 * 4 * LANES + lane * 4 + i % 4]
+        out[i] = np.float32(np.int32(level) - 128) * scales[i // size * LANES + lane]

@@ -1,0 +1,47 @@
+"""Where the kernels find what: int64 arrays of counts and addresses, by index.
+
+Kept apart from the kernels so that a process that only runs them does not import numba.
+"""
+
+# The table that every call is given. CONTROL: see below; MODEL: the model's table; JOB: the
+# pass to be computed. The others are buffers: X float32 [n, D], the residual; WIDE float32
+# [n, widest], what a product gives; ATTENDED float32 [n, D]; LEVELS int8, STEPS float32 and
+# SUMS int32, activations as `tile` takes them; SCORES float32 [threads, positions].
+CONTROL, MODEL, JOB, X, WIDE, ATTENDED, LEVELS, STEPS, SUMS, SCORES, TABLE = range(11)
+
+# Shared by the threads, each in a cache line of its own: the number of the job, the barriers
+# passed so far, whether to stop, and behind them, per thread, whether it sleeps.
+LINE = 8  # int64s
+EPOCH, BARRIER, STOP, BASE, THREADS, SLEEPERS = (LINE * i for i in range(6))
+
+# The model: its shape, then addresses.
+(
+    LAYERS,
+    HEADS,
+    HEAD_SIZE,
+    WIDTH,
+    POSITIONS,
+    ACTIVATION,
+    EPSILON,
+    POSITION_TABLE,
+    FINAL_WEIGHT,
+    FINAL_BIAS,
+    EMBEDDING,
+) = range(11)
+
+# A matrix.
+LEVEL, SCALE, ZERO, BIAS, BLOCKS, SIZE, BITS, PANELS, MATRIX = range(9)
+LM_HEAD = EMBEDDING + MATRIX
+FIRST_LAYER = LM_HEAD + MATRIX
+
+# A layer: two normalisations and four matrices.
+NORM_1, NORM_1_BIAS, NORM_2, NORM_2_BIAS, C_ATTN = range(5)
+C_PROJ, C_FC, MLP_PROJ = (C_ATTN + MATRIX * i for i in (1, 2, 3))
+LAYER = C_ATTN + 4 * MATRIX
+
+# A pass: B answers of S new tokens each, logits behind the last K of them. IDS int64 [B, S],
+# STARTS int64 [B]: tokens before; CACHE float16 [2 · layers, rows, heads, positions, head],
+# of which the first B rows are used; LOGITS float32 [B · K, padded vocabulary].
+ANSWERS, NEW, KEPT, IDS, STARTS, CACHE, CACHE_ROWS, LOGITS, PASS = range(9)
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")

@@ -1,0 +1,49 @@
+"""How the numba engine keeps a matrix, for those who write it and those who multiply with it.
+
+Outputs are taken 16 at a time, a panel; a panel's inputs in strips of 32. A strip holds, of
+four inputs after four, the levels of the 16 outputs, input by input within an output: what
+one vector instruction takes. With 4 bits the first four inputs are the lower halves of the
+bytes and the next four the upper ones. So a decode step reads each panel from front to back.
+
+The names of a matrix's tensors, in a file of Hugging Face's safetensors format:
+
+    levels   uint8 [panels, blocks, bytes of a block]
+    scale    float32 [panels, blocks, 16]
+    zero     uint8 [panels, blocks, 16], of 4-bit levels; that of 8-bit ones is 128
+    bias     float32 [16 · panels]
+
+Outputs are filled up to whole UNITs, with scales of 0; so every tensor is a whole number of
+vectors, and lies on the boundary of one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+LANES = 16  # outputs of a panel
+STRIP = 32  # inputs that are multiplied without a look at the loop
+PAIR = 2  # panels that tiles of several rows take together
+UNIT = 64  # outputs come in multiples of it
+ALIGNMENT = 64  # bytes
+
+UInt8 = NDArray[np.uint8]
+
+
+def pack_levels(levels: UInt8, bits: int, size: int) -> UInt8:
+    """[K,N] → [panels, blocks, bytes of a block]. K is a multiple of `size`, which is one
+    of STRIP, and N one of UNIT."""
+    inputs, outputs = levels.shape
+    # [blocks, strips of a block, fours, four, panels, lanes]
+    parts = levels.reshape(inputs // size, size // STRIP, STRIP // 4, 4, outputs // LANES, LANES)
+    parts = parts.transpose(4, 0, 1, 2, 5, 3)
+    if bits == 4:
+        parts = parts[:, :, :, 0::2] | parts[:, :, :, 1::2] << np.uint8(4)
+    return np.ascontiguousarray(parts).reshape(outputs // LANES, inputs // size, -1)
+
+
+def pack_outputs(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Scales or zero points [blocks, N] → [panels, blocks, 16]."""
+    blocks, outputs = values.shape
+    parts = values.reshape(blocks, outputs // LANES, LANES).transpose(1, 0, 2)
+    return np.ascontiguousarray(parts)
