@@ -246,7 +246,7 @@ def test_profile_stopped_by_ctrl_c_shows_what_it_has(tiny_bundle: Path) -> None:
 def test_demo_converts_and_measures_every_variant(tiny_checkpoint: Path) -> None:
     result = run("demo", "--checkpoint", tiny_checkpoint, "--threads", 1, "--json")
     cells = json.loads(result.stdout)["cells"]
-    assert {cell["engine"] for cell in cells} == {"onnxruntime", "ctranslate2"}
+    assert {cell["engine"] for cell in cells} == {"numba", "onnxruntime", "ctranslate2"}
     assert {cell["precision"] for cell in cells} == {"fp32", "int8", "int4"}
     for cell in cells:
         assert len({answer["asked"]["task"] for answer in cell["answers"][0]}) > 1

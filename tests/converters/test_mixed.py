@@ -240,14 +240,15 @@ def test_texts_are_as_many_as_are_worth_their_time() -> None:
 def test_the_manifest_says_what_was_chosen(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     source = read_checkpoint(tiny_checkpoint)
     manifest = edge_slm_runtime.read_manifest(tiny_bundle)
-    record = manifest.provenance["quantisation"]["onnx-int4"]
+    record = manifest.provenance["quantisation"]["int4"]
     assert record["method"].startswith("gptq")
     assert record["texts"] > 50
     assert list(record["matrices"]) == list(source.config.matrices())
     for chosen in record["matrices"].values():
         assert Form(chosen["bits"], chosen["block"]) in FORMS
         assert chosen["kl"] >= 0
-    variant = next(v for v in manifest.variants if v.name == "onnx-int4")
+    variant, other = (v for v in manifest.variants if v.precision == "int4")
+    assert variant.weight_bytes_per_token == other.weight_bytes_per_token
     _, precision, again = int4(source, TEXTS)
     assert set(again["matrices"]) == set(record["matrices"])
     # At this width even the smallest forms may be more than Q4_0.

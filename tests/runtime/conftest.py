@@ -8,13 +8,15 @@ import pytest
 from edge_slm_runtime import SLM, CommandSchema, load
 from edge_slm_runtime.text import TextCodec
 
-VARIANTS = [
+# Those that our own sampler steps, and all.
+STEPPED = [
     ("onnxruntime", "fp32"),
     ("onnxruntime", "int8"),
     ("onnxruntime", "int4"),
-    ("ctranslate2", "fp32"),
-    ("ctranslate2", "int8"),
+    ("numba", "int8"),
+    ("numba", "int4"),
 ]
+VARIANTS = [*STEPPED, ("ctranslate2", "fp32"), ("ctranslate2", "int8")]
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +41,8 @@ def slm(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[SLM]:
         yield loaded
 
 
-@pytest.fixture(scope="session", params=VARIANTS[:3], ids="-".join)
-def onnx_slm(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[SLM]:
+@pytest.fixture(scope="session", params=STEPPED, ids="-".join)
+def stepped_slm(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[SLM]:
     """The tiny bundle in the variants that our own sampler steps."""
     engine, precision = request.param
     with load(tiny_bundle, engine, precision, threads=1) as loaded:

@@ -57,7 +57,7 @@ def test_peak_memory_is_optional(bundle: Path) -> None:
 
     rewrite(bundle, write)
     manifest = verify(bundle)
-    assert [v.peak_rss_mb for v in manifest.variants] == [81.5, None, None, None, None]
+    assert [v.peak_rss_mb for v in manifest.variants] == [81.5, *[None] * 6]
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
@@ -74,13 +74,16 @@ def test_truncated_file(bundle: Path) -> None:
         load(bundle)
 
 
-def test_flipped_byte(bundle: Path) -> None:
-    path = bundle / "onnx-int8/model.data"
-    data = bytearray(path.read_bytes())
+@pytest.mark.parametrize(
+    ("engine", "file"),
+    [("onnxruntime", "onnx-int8/model.data"), ("numba", "numba-int8/model.safetensors")],
+)
+def test_flipped_byte(bundle: Path, engine: str, file: str) -> None:
+    data = bytearray((bundle / file).read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(FileAltered, match=r"onnx-int8/model\.data"):
-        load(bundle)
+    (bundle / file).write_bytes(data)
+    with pytest.raises(FileAltered, match=file):
+        load(bundle, engine)
 
 
 def test_load_reads_what_it_loads_and_verify_everything(bundle: Path) -> None:
@@ -225,13 +228,18 @@ def test_manifest_with_a_wrong_value(bundle: Path, part: str, change: dict[str, 
         ("onnxruntime", {"vocab_size": 418}),
         ("ctranslate2", {"vocab_size": 418}),
         ("onnxruntime", {"vocab_size": 300}),
+        *(("numba", {"layers": layers}) for layers in (0, 1, 3, 10**12)),
+        *(("numba", {"heads": heads}) for heads in (0, 3, 10**30)),
+        *(("numba", {"width": width}) for width in (0, 32, 128)),
+        *(("numba", {"positions": positions}) for positions in (0, 64, 200, 10**30)),
+        *(("numba", {"vocab_size": vocab_size}) for vocab_size in (300, 500, 10**30)),
     ],
 )
 def test_another_model_than_the_manifest_says(
     bundle: Path, engine: str, change: dict[str, Any]
 ) -> None:
     rewrite(bundle, lambda data: data["model"].update(change))
-    with pytest.raises(ManifestInvalid, match=r"the manifest says|the model"):
+    with pytest.raises(ManifestInvalid, match=r"the manifest says|the model|the tensor|has levels"):
         load(bundle, engine)
 
 
@@ -287,9 +295,9 @@ def point_weights_at(bundle: Path, location: str) -> None:
 def test_weights_outside_the_bundle(bundle: Path, location: str, error: type[Exception]) -> None:
     point_weights_at(bundle, location)
     with pytest.raises(error, match="keeps weights at"):
-        load(bundle)
+        load(bundle, "onnxruntime")
     with pytest.raises(error, match="keeps weights at"):
-        load(bundle, verify=False)
+        load(bundle, "onnxruntime", verify=False)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +321,7 @@ def test_model_that_is_no_protobuf(bundle: Path) -> None:
     listed = {"sha256": entry.sha256, "size": entry.size}
     rewrite(bundle, lambda data: data["files"].update({"onnx-int8/model.onnx": listed}))
     with pytest.raises(ManifestInvalid, match="not an ONNX model"):
-        load(bundle)
+        load(bundle, "onnxruntime")
 
 
 def test_locations_are_found_wherever_a_tensor_can_hide() -> None:

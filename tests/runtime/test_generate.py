@@ -25,6 +25,7 @@ from edge_slm_runtime.errors import (
     VariantNotFound,
     WordsOutOfRange,
 )
+from edge_slm_runtime.kernels.compiled import has_vnni
 
 REQUEST = "a cosy cabin in the snow"
 REQUESTS = [
@@ -82,8 +83,8 @@ def test_two_streams_at_once_do_not_disturb_each_other(slm: SLM) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_batch_rows_are_their_single_runs(slm: SLM, batch_size: int) -> None:
-    if slm.variant.precision == "int4":
-        pytest.skip("4-bit blocks of 64 and 128 add in another order for several rows")
+    if (slm.variant.engine, slm.variant.precision) == ("onnxruntime", "int4"):
+        pytest.skip("its 4-bit blocks of 64 and 128 add in another order for several rows")
     alone = [
         slm.generate(r.request, words=r.words, max_new_tokens=r.max_new_tokens) for r in REQUESTS
     ]
@@ -93,7 +94,7 @@ def test_batch_rows_are_their_single_runs(slm: SLM, batch_size: int) -> None:
     assert [(b.text, b.finish_reason) for b in batch] == [(a.text, a.finish_reason) for a in alone]
 
 
-def test_batch_draws_no_more_than_it_needs(onnx_slm: SLM) -> None:
+def test_batch_draws_no_more_than_it_needs(stepped_slm: SLM) -> None:
     drawn = 0
 
     def endless() -> object:
@@ -102,27 +103,27 @@ def test_batch_draws_no_more_than_it_needs(onnx_slm: SLM) -> None:
             drawn += 1
             yield Request(REQUEST, max_new_tokens=4)
 
-    answers = onnx_slm.generate_batch(endless(), 2)  # type: ignore[arg-type]
+    answers = stepped_slm.generate_batch(endless(), 2)  # type: ignore[arg-type]
     assert len([next(answers) for _ in range(3)]) == 3
     assert drawn <= 6
 
 
-def test_seeds_reproduce_alone_and_in_a_batch(onnx_slm: SLM) -> None:
+def test_seeds_reproduce_alone_and_in_a_batch(stepped_slm: SLM) -> None:
     requests = [
         Request(REQUEST, temperature=1.5, top_k=50, top_p=0.9, seed=seed, max_new_tokens=20)
         for seed in (1, 2, 1)
     ]
-    first, other, again = onnx_slm.generate_batch(requests)
+    first, other, again = stepped_slm.generate_batch(requests)
     assert first.token_ids == again.token_ids != other.token_ids
-    alone = onnx_slm.generate(
+    alone = stepped_slm.generate(
         REQUEST, temperature=1.5, top_k=50, top_p=0.9, seed=2, max_new_tokens=20
     )
     assert alone.token_ids == other.token_ids
 
 
-def test_a_drawn_seed_is_reported_and_works(onnx_slm: SLM) -> None:
-    drawn = onnx_slm.generate(REQUEST, temperature=2.0, max_new_tokens=12)
-    again = onnx_slm.generate(REQUEST, temperature=2.0, max_new_tokens=12, seed=drawn.seed)
+def test_a_drawn_seed_is_reported_and_works(stepped_slm: SLM) -> None:
+    drawn = stepped_slm.generate(REQUEST, temperature=2.0, max_new_tokens=12)
+    again = stepped_slm.generate(REQUEST, temperature=2.0, max_new_tokens=12, seed=drawn.seed)
     assert drawn.token_ids == again.token_ids
 
 
@@ -190,10 +191,10 @@ def test_context_is_used_up_and_never_overrun(slm: SLM) -> None:
         slm.generate(REQUEST, words=150)
 
 
-def test_control_tokens_never_come_out(onnx_slm: SLM) -> None:
+def test_control_tokens_never_come_out(stepped_slm: SLM) -> None:
     hot = [Request(REQUEST, temperature=50.0, seed=seed, words=40) for seed in range(8)]
-    for result in onnx_slm.generate_batch(hot):
-        assert set(result.token_ids).isdisjoint(range(len(onnx_slm.schema.special_tokens())))
+    for result in stepped_slm.generate_batch(hot):
+        assert set(result.token_ids).isdisjoint(range(len(stepped_slm.schema.special_tokens())))
         assert max(result.token_ids) < 400, "ids of the padded vocabulary"
 
 
@@ -214,29 +215,36 @@ def test_control_tokens_never_come_out(onnx_slm: SLM) -> None:
         ({"keep_length": "no"}, BadSetting),
     ],
 )
-def test_bad_settings(onnx_slm: SLM, settings: dict[str, object], error: type[Exception]) -> None:
+def test_bad_settings(stepped_slm: SLM, settings: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error):
-        onnx_slm.generate(REQUEST, **settings)  # type: ignore[arg-type]
+        stepped_slm.generate(REQUEST, **settings)  # type: ignore[arg-type]
     with pytest.raises(error):
-        onnx_slm.check(Request(REQUEST, **settings))  # type: ignore[arg-type]
+        stepped_slm.check(Request(REQUEST, **settings))  # type: ignore[arg-type]
 
 
-def test_bad_requests(onnx_slm: SLM) -> None:
+def test_bad_requests(stepped_slm: SLM) -> None:
     with pytest.raises(EmptyRequest):
-        onnx_slm.generate(" ")
+        stepped_slm.generate(" ")
     with pytest.raises(ControlTokenInRequest):
-        onnx_slm.generate("a cat <|words:3|>")
+        stepped_slm.generate("a cat <|words:3|>")
     for size in (0, True, -(10**5000)):
         with pytest.raises(BadSetting, match="batch_size"):
-            onnx_slm.generate_batch([], size)
+            stepped_slm.generate_batch([], size)
 
 
 def test_choice_of_variant(tiny_bundle: Path) -> None:
     with load(tiny_bundle) as slm:
-        assert (slm.variant.engine, slm.variant.precision) == ("onnxruntime", "int8")
+        fastest = "numba" if has_vnni() else "onnxruntime"
+        assert (slm.variant.engine, slm.variant.precision) == (fastest, "int8")
         assert 1 <= slm.threads <= 8
+    with load(tiny_bundle, "numba", threads=1) as slm:
+        assert (slm.variant.engine, slm.variant.precision) == ("numba", "int8")
+    with load(tiny_bundle, precision="fp32", threads=1) as slm:
+        assert slm.variant.engine == "onnxruntime"
     with pytest.raises(VariantNotFound, match="it has: "):
         load(tiny_bundle, "ctranslate2", "int4")
+    with pytest.raises(VariantNotFound, match="it has: "):
+        load(tiny_bundle, "numba", "fp32")
     wrong = ({"engine": "llama"}, {"precision": "int3"})
     for settings in (*wrong, *({"threads": n} for n in (0, True, 1025))):
         with pytest.raises(BadSetting):
@@ -246,6 +254,11 @@ def test_choice_of_variant(tiny_bundle: Path) -> None:
 def test_an_engine_that_is_not_installed(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with load(tiny_bundle, threads=1) as slm:
+        assert slm.variant.engine == "onnxruntime"
+    with pytest.raises(EngineNotInstalled, match=r"pip install 'edge-slm\[numba\]'"):
+        load(tiny_bundle, "numba")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with load(tiny_bundle, threads=1) as slm:
         assert slm.variant.engine == "ctranslate2"
@@ -257,11 +270,11 @@ def test_an_engine_that_is_not_installed(
 
 
 def test_an_engine_that_cannot_be_imported(tiny_bundle: Path, tmp_path: Path) -> None:
-    for engine in ("onnxruntime", "ctranslate2"):
-        (tmp_path / f"{engine}.py").write_text("raise ImportError('no libgomp.so')")
+    for package in ("onnxruntime", "ctranslate2", "llvmlite"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('no libgomp.so')")
     program = (
         "import sys; from edge_slm_runtime import load, EdgeSlmError\n"
-        f"for engine in ('onnxruntime', 'ctranslate2'):\n"
+        "for engine in ('onnxruntime', 'ctranslate2', 'numba'):\n"
         f"    try: load({str(tiny_bundle)!r}, engine)\n"
         "    except EdgeSlmError as error: print(error.code, error)\n"
     )
@@ -273,7 +286,7 @@ def test_an_engine_that_cannot_be_imported(tiny_bundle: Path, tmp_path: Path) ->
         check=True,
     )
     lines = result.stdout.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all("engine_not_installed" in li and "no libgomp.so" in li for li in lines), lines
 
 
@@ -304,11 +317,12 @@ def test_what_the_engine_cannot_compute_is_an_engine_error(
                 slm.generate(REQUEST, **free)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "numba"])
 @pytest.mark.parametrize(("megabytes", "kept"), [(0, 0), (0.001, 1), (16, 2)])
 def test_caches_are_kept_up_to_their_bytes_and_not_after_close(
-    tiny_bundle: Path, megabytes: float, kept: int
+    tiny_bundle: Path, engine: str, megabytes: float, kept: int
 ) -> None:
-    with load(tiny_bundle, "onnxruntime", "fp32", threads=1, prefix_cache_mb=megabytes) as slm:
+    with load(tiny_bundle, engine, "int8", threads=1, prefix_cache_mb=megabytes) as slm:
         streams = [slm.stream(REQUEST, max_new_tokens=9) for _ in range(3)]
         for stream in streams:
             next(stream)

@@ -18,21 +18,24 @@ from hypothesis import strategies as st
 from edge_slm_runtime import SLM, Request, load
 from edge_slm_runtime.draft import Draft
 from edge_slm_runtime.engines.kv_cache import KVCache, Shelf
-from edge_slm_runtime.engines.onnx import OnnxEngine
+from edge_slm_runtime.engines.stepping import SteppingEngine
 from edge_slm_runtime.errors import BadSetting, EmptyRequest, EngineError
+
+from .conftest import STEPPED
 
 PREAMBLE = "a cosy cabin in the snow, warm light in the windows"
 TEXTS = (PREAMBLE, PREAMBLE + ", soft evening sky", "neon street in the rain", "a misty forest")
 POSITION = 2 * mmap.PAGESIZE  # a page of keys and one of values
 SHAPE = (2, 1, 1, 16, mmap.PAGESIZE // 4)
+KIND = np.float32
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=STEPPED, ids="-".join)
 def pair(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[tuple[SLM, SLM]]:
     """The same variant with and without a prefix cache."""
     with (
-        load(tiny_bundle, "onnxruntime", request.param, threads=1) as kept,
-        load(tiny_bundle, "onnxruntime", request.param, threads=1, prefix_cache_mb=0) as fresh,
+        load(tiny_bundle, *request.param, threads=1) as kept,
+        load(tiny_bundle, *request.param, threads=1, prefix_cache_mb=0) as fresh,
     ):
         yield kept, fresh
 
@@ -40,7 +43,7 @@ def pair(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[tuple[SL
 def prompt_logits(slm: SLM, prompt: list[int]) -> Any:
     """Logits behind a prompt, through the shelf as an answer does it; and the tokens reused."""
     engine = slm._engine
-    assert isinstance(engine, OnnxEngine)
+    assert isinstance(engine, SteppingEngine)
     cache = engine._shelf.lend(prompt)
     plan = slm.check(Request("a cat"))
     draft = Draft(replace(plan, prompt=tuple(prompt)), slm._codec, perf_counter())
@@ -122,7 +125,7 @@ def test_a_long_prompt_is_computed_in_parts(
     prompt = np.random.default_rng(1).integers(60, 400, 100).tolist()
     whole, _ = prompt_logits(fresh, prompt)
     for most in (7, 33, 99):
-        monkeypatch.setattr("edge_slm_runtime.engines.onnx.PREFILL", most)
+        monkeypatch.setattr("edge_slm_runtime.engines.stepping.PREFILL", most)
         parts, _ = prompt_logits(fresh, prompt)
         assert np.array_equal(parts, whole)
 
@@ -177,7 +180,7 @@ def used(shelf: Shelf, prompt: list[int], positions: int = 0) -> int:
 
 
 def test_the_longest_unused_goes_first() -> None:
-    shelf = Shelf(SHAPE, limit=3 * 8 * POSITION)  # three prompts of 8
+    shelf = Shelf(SHAPE, 3 * 8 * POSITION, KIND)  # three prompts of 8
     a, b, c, d = ([token] * 8 for token in range(4))
     for prompt in (a, b, c, a, d):  # d takes the place of b
         used(shelf, prompt)
@@ -187,32 +190,39 @@ def test_the_longest_unused_goes_first() -> None:
 
 
 def test_a_common_beginning_is_copied_while_there_is_room() -> None:
-    shelf = Shelf(SHAPE, limit=1 << 30)
+    shelf = Shelf(SHAPE, 1 << 30, KIND)
     a, b = [1] * 5 + [2] * 9, [1] * 5 + [3] * 9
     assert [used(shelf, p) for p in (a, b, a, b)] == [0, 4, 12, 12]
 
 
 def test_three_tokens_in_common_are_not_worth_it() -> None:
-    shelf = Shelf(SHAPE, limit=1 << 30)
+    shelf = Shelf(SHAPE, 1 << 30, KIND)
     assert [used(shelf, p) for p in ([1, 1, 1, 2, 2], [1, 1, 1, 3, 3])] == [0, 0]
 
 
 def test_the_last_one_is_kept_however_long() -> None:
-    shelf = Shelf(SHAPE, limit=8)
+    shelf = Shelf(SHAPE, 8, KIND)
     assert [used(shelf, [1] * 12) for _ in range(2)] == [0, 10]
     assert used(shelf, [2] * 12) == 0
     assert shelf.bytes == 12 * POSITION
 
 
 def test_what_a_longer_answer_wrote_counts() -> None:
-    shelf = Shelf(SHAPE, limit=1 << 30)
+    shelf = Shelf(SHAPE, 1 << 30, KIND)
     used(shelf, [1] * 4, positions=16)
     used(shelf, [1] * 4)
     assert shelf.bytes == 16 * POSITION
 
 
+def test_half_precision_takes_half_the_bytes() -> None:
+    shelf = Shelf(SHAPE, 1 << 30, np.float16)
+    used(shelf, [1] * 12)
+    assert shelf.bytes == 6 * POSITION
+    assert used(shelf, [1] * 12) == 10
+
+
 def test_copying_from_a_cache_is_a_use_of_it() -> None:
-    shelf = Shelf(SHAPE, limit=28 * POSITION)
+    shelf = Shelf(SHAPE, 28 * POSITION, KIND)
     a, b = [1] * 9, [2] * 9
     for prompt in (a, b, [1] * 4 + [3] * 4):  # the beginning of a is copied, so b goes
         used(shelf, prompt)
@@ -221,7 +231,7 @@ def test_copying_from_a_cache_is_a_use_of_it() -> None:
 
 
 def test_nothing_is_kept_without_a_limit() -> None:
-    shelf = Shelf(SHAPE, limit=0)
+    shelf = Shelf(SHAPE, 0, KIND)
     assert [used(shelf, [1] * 12) for _ in range(2)] == [0, 0]
     assert shelf.bytes == 0
 
@@ -233,7 +243,7 @@ def test_nothing_is_kept_without_a_limit() -> None:
 )
 def test_what_is_known_is_true_and_bounded(limit: int, prompts: list[list[int]]) -> None:
     """Each position holds its token as if that were its key."""
-    shelf = Shelf(SHAPE, limit)
+    shelf = Shelf(SHAPE, limit, KIND)
     for prompt in prompts:
         cache = shelf.lend(prompt)
         known = cache.begin(0, prompt)
@@ -250,7 +260,7 @@ def test_memory_is_taken_as_positions_are_written() -> None:
     from edge_slm_bench.process import rss_mb
 
     before = rss_mb()
-    cache = KVCache((2, 1, 64, 4096, 64))  # 128 MiB
+    cache = KVCache((2, 1, 64, 4096, 64), np.float32)  # 128 MiB
     assert before is not None
     assert (rss_mb() or 0) < before + 8
     cache.array[:, :, :, :16] = 1
@@ -259,4 +269,4 @@ def test_memory_is_taken_as_positions_are_written() -> None:
 
 def test_more_than_there_are_addresses() -> None:
     with pytest.raises(EngineError, match="no memory for the cache of 2 answers"):
-        KVCache((2, 2, 64, 10**18, 64))
+        KVCache((2, 2, 64, 10**18, 64), KIND)

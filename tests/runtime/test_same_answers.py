@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from edge_slm_runtime import SLM, Generation, Request, load
 
+from .conftest import STEPPED
+
 REQUESTS = (
     "a cosy cabin in the snow",
     "a cosy cabin in the snow, warm light",
@@ -31,7 +33,7 @@ ASKED = st.builds(
 )
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=STEPPED, ids="-".join)
 def slms(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[dict[str, SLM]]:
     """The same variant without anything that saves time, with a prefix cache, and guessing."""
     how: dict[str, dict[str, Any]] = {
@@ -40,7 +42,7 @@ def slms(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[dict[str
         "guessing": {"speculate": True},
     }
     found = {
-        name: load(tiny_bundle, "onnxruntime", request.param, threads=1, **options)
+        name: load(tiny_bundle, *request.param, threads=1, **options)
         for name, options in how.items()
     }
     yield found
@@ -60,11 +62,11 @@ def test_batches_and_remembered_prompts(
     alone = told(slms["plain"].generate_batch(asked, 1))
     assert told(slms["kept"].generate_batch(asked, 1)) == alone
     guessing: Any = slms["guessing"]
-    if guessing._engine._is_exact():  # else a lone row is rounded otherwise than several
+    if guessing._engine.guesses_are_exact():  # else a lone row is rounded otherwise than several
         assert told(slms["plain"].generate_batch(asked, rows)) == alone
         assert told(slms["kept"].generate_batch(asked, rows)) == alone
     else:
-        assert guessing.variant.precision == "int4"
+        assert guessing.variant.name == "onnx-int4"
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
@@ -72,7 +74,7 @@ def test_batches_and_remembered_prompts(
 def test_prompts_in_parts(slms: dict[str, SLM], asked: list[Request], most: int) -> None:
     alone = told(slms["plain"].generate_batch(asked, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edge_slm_runtime.engines.onnx.PREFILL", most)
+        patch.setattr("edge_slm_runtime.engines.stepping.PREFILL", most)
         assert told(slms["plain"].generate_batch(asked, 1)) == alone
 
 
@@ -87,11 +89,14 @@ def test_greedy_answers_of_both_graphs(slms: dict[str, SLM], request_: str) -> N
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(asked=st.lists(ASKED, min_size=1, max_size=4))
 def test_guesses(slms: dict[str, SLM], asked: list[Request]) -> None:
-    """The same requests again and again, so that there is something to guess. (The graph that
-    checks guesses rounds attention otherwise than the plain one: see `write_speculative`.)"""
+    """The same requests again and again, so that there is something to guess. (onnxruntime's
+    graph that checks guesses rounds attention otherwise than the plain one: see
+    `write_speculative`.)"""
     guessing: Any = slms["guessing"]
-    exact, guessing._engine._exact = guessing._engine._exact, False
-    alone = told(guessing.generate_batch(asked, 1))
-    guessing._engine._exact = exact
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guessing._engine, "guesses_are_exact", lambda: False)
+        alone = told(guessing.generate_batch(asked, 1))
+    if guessing.variant.engine == "numba":
+        assert alone == told(slms["plain"].generate_batch(asked, 1))
     for _ in range(3):
         assert told(guessing.generate_batch(asked, 3)) == alone

@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_slm_runtime import SLM, Generation, Request, load
-from edge_slm_runtime.engines.onnx import OnnxEngine
+from edge_slm_runtime.engines.stepping import SteppingEngine
 from edge_slm_runtime.ngrams import ORDER, NGrams
+
+from .conftest import STEPPED
 
 TEXTS = ("a cosy cabin in the snow", "neon street in the rain, reflections", "misty forest")
 
@@ -39,10 +41,10 @@ class Told:
     def learn_all(self, ids: Sequence[int]) -> None: ...
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=STEPPED, ids="-".join)
 def slm(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[tuple[SLM, Told]]:
-    with load(tiny_bundle, "onnxruntime", request.param, threads=1, speculate=True) as loaded:
-        assert isinstance(loaded._engine, OnnxEngine)
+    with load(tiny_bundle, *request.param, threads=1, speculate=True) as loaded:
+        assert isinstance(loaded._engine, SteppingEngine)
         told = Told()
         loaded._engine._ngrams = told  # type: ignore[assignment]
         yield loaded, told
@@ -55,6 +57,13 @@ def both(slm: tuple[SLM, Told], text: str, **asked: Any) -> tuple[Generation, Ge
     plain = model.generate(text, **asked)
     told.answer = (*plain.token_ids, 0)
     return plain, model.generate(text, **asked)
+
+
+def exact(slm: SLM) -> bool:
+    engine: Any = slm._engine
+    found: bool = engine.guesses_are_exact()
+    assert found or slm.variant.engine == "onnxruntime"
+    return found
 
 
 def same(a: Generation, b: Generation) -> bool:
@@ -82,7 +91,7 @@ ASKED = st.fixed_dictionaries(
 @given(text=st.sampled_from(TEXTS), asked=ASKED)
 def test_guesses_change_nothing(slm: tuple[SLM, Told], text: str, asked: dict[str, Any]) -> None:
     """Greedy and sampled, with every promise that looks at the tokens so far."""
-    if not slm[0]._engine._is_exact():  # type: ignore[attr-defined]
+    if not exact(slm[0]):
         pytest.skip("this CPU's kernels round by how many tokens are computed")
     plain, guessed = both(slm, text, **asked)
     assert same(plain, guessed)
@@ -90,7 +99,7 @@ def test_guesses_change_nothing(slm: tuple[SLM, Told], text: str, asked: dict[st
 
 
 def test_right_guesses_take_no_step(slm: tuple[SLM, Told]) -> None:
-    if not slm[0]._engine._is_exact():  # type: ignore[attr-defined]
+    if not exact(slm[0]):
         pytest.skip("this CPU's kernels round by how many tokens are computed")
     plain, guessed = both(slm, TEXTS[0], no_repeat_ngram_size=0, max_new_tokens=60)
     assert same(plain, guessed)
@@ -119,7 +128,7 @@ def test_up_to_the_last_position(slm: tuple[SLM, Told]) -> None:
 def test_a_cpu_that_rounds_otherwise_gets_no_guesses(
     slm: tuple[SLM, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slm[0]._engine, "_exact", False)
+    monkeypatch.setattr(slm[0]._engine, "guesses_are_exact", lambda: False)
     plain, guessed = both(slm, TEXTS[0], max_new_tokens=30)
     assert same(plain, guessed)
     assert guessed.stats.guessed_tokens == 0
@@ -130,11 +139,12 @@ def test_a_bundle_without_the_graph_decodes_plainly(tiny_bundle: Path, tmp_path:
         assert theirs.generate(TEXTS[0], max_new_tokens=9).stats.guessed_tokens == 0
 
 
-def test_it_learns_while_it_answers(tiny_bundle: Path) -> None:
-    with load(tiny_bundle, "onnxruntime", "int8", threads=1, speculate=True) as slm:
+@pytest.mark.parametrize("engine", ["onnxruntime", "numba"])
+def test_it_learns_while_it_answers(tiny_bundle: Path, engine: str) -> None:
+    with load(tiny_bundle, engine, "int8", threads=1, speculate=True) as slm:
         answers = [slm.generate(TEXTS[0], words=12, relevance=i % 3) for i in range(12)]
         assert answers[0].stats.guessed_tokens == 0
-        if slm._engine._is_exact():  # type: ignore[attr-defined]
+        if exact(slm):
             assert answers[-1].stats.guessed_tokens > 0
         assert answers[0].token_ids == answers[3].token_ids == answers[9].token_ids
 

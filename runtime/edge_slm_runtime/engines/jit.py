@@ -6,7 +6,8 @@ values are kept in half precision, activations are rounded to 8 bits block by bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.bundle import MAIN_FILE, ModelFacts
+from edge_slm_runtime.draft import Draft
 from edge_slm_runtime.engines.base import Native
 from edge_slm_runtime.engines.crew import Crew
-from edge_slm_runtime.engines.kv_cache import Array
+from edge_slm_runtime.engines.kv_cache import Array, KVCache, shared
 from edge_slm_runtime.engines.stepping import SteppingEngine
 from edge_slm_runtime.engines.weights import Weights
+from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.memory import PREFILL
 from edge_slm_runtime.panels import UNIT
 from edge_slm_runtime.sampling import Logits
 
@@ -48,16 +52,50 @@ class JitEngine(SteppingEngine):
         super().__init__(Native(self.crew), facts, threads, kept_bytes, speculate)
 
     def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
+        return self._pass(cache, [width] * cache.shape[1], kept)
+
+    def _pass(self, cache: Array, widths: Sequence[int], kept: int) -> _Pass:
         self.native.get()
-        self.make_room(cache.shape[1] * width)
-        return _Pass(self, cache, width, kept)
+        self._make_room(sum(widths))
+        return _Pass(self, cache, widths, kept)
+
+    def prefill(self, cache: KVCache, first: int, drafts: Sequence[Draft]) -> Iterator[Logits]:
+        """Several prompts at once, as long as they are short: weights are read once for all."""
+        group: list[Draft] = []
+        for draft in drafts:
+            if group and not self._fits(group, draft):
+                yield from self._together(cache, first, group)
+                first, group = first + len(group), []
+            group.append(draft)
+        yield from self._together(cache, first, group)
+
+    def _fits(self, group: Sequence[Draft], draft: Draft) -> bool:
+        """Not when most of its prompt could be copied from one of the group's, computed."""
+        prompt = draft.plan.prompt
+        tokens = sum(len(one.plan.prompt) for one in group) + len(prompt)
+        known = max(shared(one.plan.prompt, prompt) for one in group)
+        return tokens <= PREFILL and 2 * known < len(prompt)
+
+    def _together(self, cache: KVCache, first: int, group: Sequence[Draft]) -> Iterator[Logits]:
+        if len(group) == 1:
+            yield from super().prefill(cache, first, group)
+            return
+        prompts = [draft.plan.prompt for draft in group]
+        rows = range(first, first + len(group))
+        starts = [cache.begin(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        rest = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+        one = self._pass(cache.array[:, first : rows.stop], [len(ids) for ids in rest], 1)
+        logits = one.run(rest, starts)
+        for row, draft, start in zip(rows, group, starts, strict=True):
+            cache.prompts[row], draft.cached = draft.plan.prompt, start
+            yield logits[row - first, 0]
 
     def close(self) -> None:
         if not self.native.forked:
             self.crew.stop()
         super().close()
 
-    def make_room(self, rows: int) -> None:
+    def _make_room(self, rows: int) -> None:
         """Buffers for the activations of so many new tokens."""
         if rows <= self._rows:
             return
@@ -81,28 +119,52 @@ class JitEngine(SteppingEngine):
 
 
 class _Pass:
-    def __init__(self, engine: JitEngine, cache: Array, width: int, kept: int) -> None:
-        rows = cache.shape[1]
-        facts = engine.facts
+    def __init__(self, engine: JitEngine, cache: Array, widths: Sequence[int], kept: int) -> None:
+        """widths: new tokens of each row of `cache`."""
+        facts, answers = engine.facts, len(widths)
+        ends = list(accumulate(widths))
         padded = -(-facts.vocab_size // UNIT) * UNIT
-        self._native = engine.native
+        self._native, self._widths = engine.native, widths
         self._cache = cache  # kept alive: the job holds bare addresses
-        self._ids = np.zeros((rows, width), np.int64)
-        self._starts = np.zeros(rows, np.int64)
-        self._padded = np.zeros((rows, kept, padded), np.float32)
+        self._ids = np.zeros(ends[-1], np.int64)
+        self._places = np.zeros(ends[-1], np.int64)
+        self._wanted = np.array([i for end in ends for i in range(end - kept, end)], np.int64)
+        self._parts = np.zeros((answers, t.PART), np.int64)
+        self._parts[:, t.ROW] = range(answers)
+        self._parts[:, t.FIRST] = [0, *ends[:-1]]
+        self._parts[:, t.NEW], self._parts[:, t.KEPT] = widths, kept
+        self._parts[:, t.FIRST_KEPT] = range(0, answers * kept, kept)
+        self._padded = np.zeros((answers, kept, padded), np.float32)
         self._logits = self._padded[..., : facts.vocab_size]
         self._job = np.zeros(t.PASS, np.int64)
-        self._job[t.ANSWERS], self._job[t.NEW], self._job[t.KEPT] = rows, width, kept
-        self._job[t.IDS] = self._ids.ctypes.data
-        self._job[t.STARTS] = self._starts.ctypes.data
-        self._job[t.CACHE] = cache.ctypes.data
-        self._job[t.CACHE_ROWS] = cache.strides[0] // (cache.itemsize * cache[0, 0].size)
-        self._job[t.LOGITS] = self._padded.ctypes.data
+        for place, value in (
+            (t.TOKENS, ends[-1]),
+            (t.LAST, answers * kept),
+            (t.ANSWERS, answers),
+            (t.IDS, self._ids.ctypes.data),
+            (t.PLACES, self._places.ctypes.data),
+            (t.WANTED, self._wanted.ctypes.data),
+            (t.PARTS, self._parts.ctypes.data),
+            (t.CACHE, cache.ctypes.data),
+            (t.CACHE_ROWS, cache.strides[0] // (cache.itemsize * cache[0, 0].size)),
+            (t.LOGITS, self._padded.ctypes.data),
+        ):
+            self._job[place] = value
         self._address = self._job.ctypes.data
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
         crew: Crew = self._native.get()
-        self._ids[:] = ids
-        self._starts[:] = starts
+        self._ids[:] = [token for row in ids for token in row]
+        self._parts[:, t.START] = starts
+        ends = [start + width for start, width in zip(starts, self._widths, strict=True)]
+        self._places[:] = [
+            i for start, end in zip(starts, ends, strict=True) for i in range(start, end)
+        ]
+        # The kernels look at nothing: what they are told to read and write must be there.
+        # As an unsigned number, a negative one is large.
+        if self._ids.view(np.uint64).max() >= self._logits.shape[2]:
+            raise EngineError("a token id is not in the vocabulary")
+        if min(starts) < 0 or max(ends) > self._cache.shape[3]:
+            raise EngineError("more tokens than the model has positions")
         crew.run(self._address)
         return self._logits

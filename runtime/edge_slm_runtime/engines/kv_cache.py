@@ -43,8 +43,8 @@ class KVCache:
         """Brings as much of `prompt` into `row` as any row still holds, to a multiple of
         ALIGN, except its last tokens, which are to be computed. Returns how many that is."""
         rows = (row, *range(len(self.prompts)))  # the first of equals is taken
-        source = max(rows, key=lambda r: _shared(self.prompts[r], prompt))
-        known = min(_shared(self.prompts[source], prompt), len(prompt) - ALIGN)
+        source = max(rows, key=lambda r: shared(self.prompts[r], prompt))
+        known = min(shared(self.prompts[source], prompt), len(prompt) - ALIGN)
         self.copy(row, self, source, known // ALIGN * ALIGN)
         return len(self.prompts[row])
 
@@ -112,10 +112,10 @@ class Shelf:
 
 
 def _known(cache: KVCache, prompt: Sequence[int]) -> int:
-    return _shared(cache.prompts[0], prompt)
+    return shared(cache.prompts[0], prompt)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Tokens that two prompts begin with alike; 0 when it is too few to matter."""
     length = min(len(a), len(b))
     count = next((i for i in range(length) if a[i] != b[i]), length)

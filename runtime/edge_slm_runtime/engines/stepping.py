@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -98,11 +98,11 @@ class SteppingEngine(ABC):
         rows: list[Draft] = []  # draft i lives in row i of the cache
         count, passes = 0, dict[int, Pass]()  # of as many rows, by their new tokens
         while True:
-            while len(rows) < len(cache.prompts) and (draft := next(waiting, None)):
-                step = self._step(draft, self._prefill(cache, len(rows), draft))
-                if not step.done:
+            while fresh := list(islice(waiting, len(cache.prompts) - len(rows))):
+                for draft, scores in zip(fresh, self.prefill(cache, len(rows), fresh), strict=True):
                     rows.append(draft)
-                yield from _handed_over(step, rows)
+                    yield from _handed_over(self._step(draft, scores), rows)
+                _close_gaps(rows, cache)
             if not rows:
                 return
             guess = self._guess(rows[0]) if len(rows) == 1 else []
@@ -148,6 +148,14 @@ class SteppingEngine(ABC):
         self.native.close()
         self._shelf.clear()
 
+    def prefill(self, cache: KVCache, first: int, drafts: Sequence[Draft]) -> Iterator[Logits]:
+        """Computes the prompts into the rows `first` and on of `cache`; the logits [V] behind
+        each, to be used before the next one is asked for."""
+        for row, draft in enumerate(drafts, first):
+            yield self._prefill(cache, row, draft)
+            if self._ngrams:
+                self._ngrams.learn_all(draft.plan.prompt)
+
     def _prefill(self, cache: KVCache, row: int, draft: Draft) -> Logits:
         """Computes the prompt in about equal parts; returns the logits [V] behind it."""
         prompt = draft.plan.prompt
@@ -162,8 +170,6 @@ class SteppingEngine(ABC):
             part = self.new_pass(cache.array[:, row : row + 1], end - start, 1)
             logits: Logits = part.run([prompt[start:end]], [start])[0, 0]
         cache.prompts[row] = prompt
-        if self._ngrams:
-            self._ngrams.learn_all(prompt)
         return logits
 
     def new_cache(self, rows: int) -> KVCache:

@@ -95,7 +95,8 @@ class Weights:
         elif ".c_" in name:
             raise ManifestInvalid(f"{name} has no bias")
         row[t.BLOCKS], row[t.SIZE], row[t.BITS], row[t.PANELS] = blocks, size, found, panels
-        self.widest = max(self.widest, panels * LANES if place != t.LM_HEAD else 0)
+        if ".c_" in name:
+            self.widest = max(self.widest, panels * LANES)
         self.inputs = max(self.inputs, blocks * size)
         self.blocks = max(self.blocks, blocks)
         return int(panels) * LANES

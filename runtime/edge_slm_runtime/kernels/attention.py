@@ -8,23 +8,43 @@ from typing import Any
 import numpy as np
 
 from edge_slm_runtime.kernels import tables as t
-from edge_slm_runtime.kernels.native import exp, floats, halves, jit, to_float, to_half, words
+from edge_slm_runtime.kernels.native import (
+    exp,
+    floats,
+    halves,
+    jit,
+    prefetch,
+    to_float,
+    to_half,
+    words,
+)
 
 _ZERO, _ONE, _LEAST = np.float32(0), np.float32(1), np.float32(-np.inf)
-_FLOAT, _HALF = 4, 2  # bytes
+_FLOAT, _HALF, _LINE = 4, 2, 64  # bytes
+
+
+@jit
+def halve(source: int, count: int, target: int) -> None:
+    x, y = floats(source, count), halves(target, count)
+    for i in range(count):
+        y[i] = to_half(x[i])
 
 
 def make_attend(usual: int) -> Callable[..., None]:
-    """attend(table, job, model, layer, answer, head, stride, keep, thread): for heads of the
-    `usual` size, whose loops the compiler then unrolls; 0 is for all."""
+    """attend(table, part, layer, head, stride, kept_only, thread): for heads of the `usual`
+    size, whose loops the compiler then unrolls; 0 is for all."""
 
     @jit
-    def score(q: Any, keys: int, count: int, any_size: int, scores: Any) -> Any:
-        """Products of a query and its first `count` keys; returns the largest."""
+    def score(q: Any, keys: int, count: int, any_size: int, ahead: int, scores: Any) -> Any:
+        """Products of a query and its first `count` keys; returns the largest. What lies
+        `ahead` bytes further will be needed next."""
         size = usual if usual else any_size
         largest = _LEAST
         for j in range(count):
             k = halves(keys + j * size * _HALF, size)
+            if ahead:
+                for line in range(0, size * _HALF, _LINE):
+                    prefetch(keys + ahead + j * size * _HALF + line)
             total = _ZERO
             for d in range(size):
                 total += q[d] * to_float(k[d])
@@ -33,7 +53,7 @@ def make_attend(usual: int) -> Callable[..., None]:
         return largest
 
     @jit
-    def mix(weights: Any, values: int, count: int, any_size: int, out: Any) -> None:
+    def mix(weights: Any, values: int, count: int, any_size: int, ahead: int, out: Any) -> None:
         """The first `count` values, weighted."""
         size = usual if usual else any_size
         for d in range(size):
@@ -41,6 +61,9 @@ def make_attend(usual: int) -> Callable[..., None]:
         fours = count // 4 * 4
         for j in range(0, fours, 4):
             v = halves(values + j * size * _HALF, 4 * size)
+            if ahead:
+                for line in range(0, 4 * size * _HALF, _LINE):
+                    prefetch(values + ahead + j * size * _HALF + line)
             a, b, c, e = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
             for d in range(size):
                 out[d] += (a * to_float(v[d]) + b * to_float(v[size + d])) + (
@@ -53,43 +76,41 @@ def make_attend(usual: int) -> Callable[..., None]:
 
     @jit
     def attend(
-        table: Any, job: Any, model: Any, layer: int, answer: int, head: int, stride: int,
-        keep: int, thread: int,
-    ) -> None:  # fmt: skip
-        """Writes a head's new keys and values, then attends from its last `keep` positions.
+        table: Any, part: Any, layer: int, head: int, stride: int, kept_only: bool, thread: int
+    ) -> None:
+        """Writes a head's new keys and values of a part of the pass, then attends from its
+        new positions, or from those whose logits are wanted.
 
         The queries come scaled: the converter has put the factor into the weights.
         """
+        job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
         size, width, positions = model[t.HEAD_SIZE], model[t.WIDTH], model[t.POSITIONS]
-        heads, rows, new = model[t.HEADS], job[t.CACHE_ROWS], job[t.NEW]
-        start = words(job[t.STARTS], job[t.ANSWERS])[answer]
-        half = rows * heads * positions * size * _HALF  # keys of all rows, or values
+        start, new = part[t.START], part[t.NEW]
+        half = job[t.CACHE_ROWS] * width * positions * _HALF  # keys of all rows, or values
         keys = job[t.CACHE] + 2 * layer * half
-        keys += (answer * heads + head) * positions * size * _HALF
+        keys += (part[t.ROW] * width + head * size) * positions * _HALF
         values = keys + half
-        qkv = table[t.WIDE] + (answer * new * stride + head * size) * _FLOAT
+        qkv = table[t.WIDE] + (part[t.FIRST] * stride + head * size) * _FLOAT
         for i in range(new):
-            k = floats(qkv + (i * stride + width) * _FLOAT, size)
-            v = floats(qkv + (i * stride + 2 * width) * _FLOAT, size)
-            kept_k = halves(keys + (start + i) * size * _HALF, size)
-            kept_v = halves(values + (start + i) * size * _HALF, size)
-            for d in range(size):
-                kept_k[d] = to_half(k[d])
-                kept_v[d] = to_half(v[d])
+            place = (start + i) * size * _HALF
+            halve(qkv + (i * stride + width) * _FLOAT, size, keys + place)
+            halve(qkv + (i * stride + 2 * width) * _FLOAT, size, values + place)
+        # The next head's, or the next answer's first: no processor foresees that.
+        ahead = positions * size * _HALF if new == 1 else 0
         scores = floats(table[t.SCORES] + thread * positions * _FLOAT, positions)
-        for i in range(keep):
-            position = new - keep + i
-            count = start + position + 1
-            q = floats(qkv + position * stride * _FLOAT, size)
-            row = answer * keep + i
+        first, row = (new - part[t.KEPT], part[t.FIRST_KEPT]) if kept_only else (0, part[t.FIRST])
+        for i in range(first, new):
+            count = start + i + 1
+            q = floats(qkv + i * stride * _FLOAT, size)
             out = floats(table[t.ATTENDED] + (row * width + head * size) * _FLOAT, size)
-            largest = score(q, keys, count, size, scores)
+            largest = score(q, keys, count, size, ahead, scores)
             norm = _ZERO
             for j in range(count):
                 scores[j] = exp(scores[j] - largest)
                 norm += scores[j]
-            mix(scores, values, count, size, out)
+            mix(scores, values, count, size, ahead, out)
             for d in range(size):
                 out[d] *= _ONE / norm
+            row += 1
 
     return attend

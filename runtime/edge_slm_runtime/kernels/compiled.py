@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_SOURCES = ("tile", "native", "product", "layers", "attention", "gpt2", "tables")
+_SOURCES = ("tile", "native", "strip", "product", "layers", "attention", "gpt2", "tables")
 _NAME = "entry"
 _DIGEST = 32  # bytes
 

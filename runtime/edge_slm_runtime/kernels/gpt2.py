@@ -47,15 +47,16 @@ def make_forward(vnni: bool) -> Callable[..., None]:
         x, normed, width = table[t.X], table[t.ATTENDED], model[t.WIDTH]
         levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
 
-        n = job[t.ANSWERS] * job[t.NEW]
+        n = job[t.TOKENS]
         first, last = share(n, thread, threads)  # as `attention` will share them
         for row in range(first, last):
             embed(table, job, row, width, x)
         for index in range(model[t.LAYERS]):
-            # Behind the last layer's attention only the last positions are asked for.
-            keep = job[t.KEPT] if index == model[t.LAYERS] - 1 else job[t.NEW]
-            reached = attention(table, thread, index, n, keep, reached)
-            n = job[t.ANSWERS] * keep
+            # Behind the last layer's attention only some positions are asked for.
+            kept_only = index == model[t.LAYERS] - 1
+            reached = attention(table, thread, index, n, kept_only, reached)
+            if kept_only:
+                n = job[t.LAST]
             reached = feed_forward(table, thread, index, n, reached)
 
         head = words(table[t.MODEL] + _WORD * t.LM_HEAD, t.MATRIX)
@@ -76,8 +77,10 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
     attend_usual, attend_any = make_attend(_USUAL_HEAD), make_attend(0)
 
     @jit
-    def attention(table: Any, thread: int, index: int, n: int, keep: int, reached: int) -> int:
-        """x + attention(norm(x)), from the last `keep` new positions of every answer."""
+    def attention(
+        table: Any, thread: int, index: int, n: int, kept_only: bool, reached: int
+    ) -> int:
+        """x + attention(norm(x)), from n positions or those whose logits are wanted."""
         threads, barrier = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS], barrier_of(table)
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
         width, heads = model[t.WIDTH], model[t.HEADS]
@@ -102,14 +105,15 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
 
         first, last = share(job[t.ANSWERS] * heads, thread, threads)
         for i in range(first, last):
-            a, h = i // heads, i % heads
+            part = words(job[t.PARTS] + i // heads * t.PART * _WORD, t.PART)
             if model[t.HEAD_SIZE] == _USUAL_HEAD:
-                attend_usual(table, job, model, index, a, h, stride, keep, thread)
+                attend_usual(table, part, index, i % heads, stride, kept_only, thread)
             else:
-                attend_any(table, job, model, index, a, h, stride, keep, thread)
-        if keep < job[t.NEW] and thread == 0:
-            close_up(x, job[t.ANSWERS], job[t.NEW], keep, width)
-        n = job[t.ANSWERS] * keep
+                attend_any(table, part, index, i % heads, stride, kept_only, thread)
+        if kept_only:
+            n = job[t.LAST]
+            if thread == 0:
+                close_up(x, words(job[t.WANTED], n), width)
         reached = wait(barrier, reached, threads)
 
         first, last = share(n, thread, threads)
@@ -244,15 +248,14 @@ def wait(barrier: int, reached: int, threads: int) -> int:
 @jit
 def embed(table: Any, job: Any, row: int, width: int, x: int) -> None:
     """The embedding of a token plus that of its position."""
-    answer, offset = row // job[t.NEW], row % job[t.NEW]
-    token = words(job[t.IDS], job[t.ANSWERS] * job[t.NEW])[row]
-    position = words(job[t.STARTS], job[t.ANSWERS])[answer] + offset
+    token = words(job[t.IDS], job[t.TOKENS])[row]
+    place = words(job[t.PLACES], job[t.TOKENS])[row]
     model = words(table[t.MODEL], t.FIRST_LAYER)
-    places = floats(model[t.POSITION_TABLE] + position * width * _FLOAT, width)
+    added = floats(model[t.POSITION_TABLE] + place * width * _FLOAT, width)
     here = floats(x + row * width * _FLOAT, width)
     unpack(words(table[t.MODEL] + _WORD * t.EMBEDDING, t.MATRIX), token, here)
     for i in range(width):
-        here[i] += places[i]
+        here[i] += added[i]
 
 
 @jit
@@ -264,13 +267,10 @@ def whole(
 
 
 @jit
-def close_up(x: int, answers: int, new: int, keep: int, width: int) -> None:
-    """Moves the last `keep` rows of every answer behind those of the answer before."""
-    for row in range(answers * keep):
-        source = row // keep * new + new - keep + row % keep
-        old, here = (
-            floats(x + source * width * _FLOAT, width),
-            floats(x + row * width * _FLOAT, width),
-        )
+def close_up(x: int, wanted: Any, width: int) -> None:
+    """Moves the rows whose logits are wanted to the front."""
+    for row in range(len(wanted)):
+        old = floats(x + wanted[row] * width * _FLOAT, width)
+        here = floats(x + row * width * _FLOAT, width)
         for i in range(width):
             here[i] = old[i]

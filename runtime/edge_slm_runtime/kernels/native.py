@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ FLOAT, HALF = ir.FloatType(), ir.HalfType()
 
 # Sums may be taken in another order than written, so that they become vectors. The order is
 # fixed when the code is compiled, and depends on nothing but the number of terms.
-_FAST = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+_FAST = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nnan", "nsz"}}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -53,33 +53,27 @@ floats, ints, words = _view(types.float32), _view(types.int32), _view(types.int6
 signed, unsigned, halves = _view(types.int8), _view(types.uint8), _view(types.uint16)
 
 
-def _simple(result: Any, parameters: Any, emit: Callable[..., Any]) -> Any:
-    """An intrinsic of fixed types; emit(builder, *values) gives the LLVM value."""
+def simple(result: Any, parameters: Sequence[Any], emit: Callable[..., Any]) -> Any:
+    """A function of fixed types, none to three; emit(builder, *values) gives its LLVM code."""
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         return emit(b, *arguments)
 
     signature = result(*parameters)
-    if len(parameters) == 0:
 
-        @native
-        def none(context: Any) -> Any:
-            return signature, generate
+    def none(context: Any) -> Any:
+        return signature, generate
 
-        return none
-    if len(parameters) == 1:
+    def one(context: Any, x: Any) -> Any:
+        return signature, generate
 
-        @native
-        def one(context: Any, x: Any) -> Any:
-            return signature, generate
-
-        return one
-
-    @native
     def two(context: Any, x: Any, y: Any) -> Any:
         return signature, generate
 
-    return two
+    def three(context: Any, x: Any, y: Any, z: Any) -> Any:
+        return signature, generate
+
+    return native((none, one, two, three)[len(parameters)])
 
 
 def _word(b: Any, address: Any) -> Any:
@@ -98,29 +92,39 @@ def _relax(b: Any, spins: Any) -> Any:
     return b.add(spins, I64(1))
 
 
+def fetch(b: Any, address: Any) -> Any:
+    """Code that brings a line of memory nearer; it need not be there."""
+    parts = [ir.IntType(8).as_pointer(), I32, I32, I32]
+    kind = ir.FunctionType(ir.VoidType(), parts)
+    call = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(call, [b.inttoptr(address, parts[0]), I32(0), I32(2), I32(1)])  # a read, into L2
+    return address
+
+
 def _yield(b: Any) -> Any:
     call = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
     return b.call(call, [])
 
 
-to_float = _simple(types.float32, [types.uint16], lambda b, x: b.fpext(b.bitcast(x, HALF), FLOAT))
-to_half = _simple(types.uint16, [types.float32], lambda b, x: b.bitcast(b.fptrunc(x, HALF), I16))
-float_of_bits = _simple(types.float32, [types.int32], lambda b, x: b.bitcast(x, FLOAT))
-atomic_load = _simple(
+to_float = simple(types.float32, [types.uint16], lambda b, x: b.fpext(b.bitcast(x, HALF), FLOAT))
+to_half = simple(types.uint16, [types.float32], lambda b, x: b.bitcast(b.fptrunc(x, HALF), I16))
+float_of_bits = simple(types.float32, [types.int32], lambda b, x: b.bitcast(x, FLOAT))
+atomic_load = simple(
     types.int64, [types.int64], lambda b, p: b.load_atomic(_word(b, p), "seq_cst", 8)
 )
-atomic_add = _simple(
+atomic_add = simple(
     types.int64,
     [types.int64, types.int64],
     lambda b, p, x: b.atomic_rmw("add", _word(b, p), x, "seq_cst"),
 )
-atomic_swap = _simple(
+atomic_swap = simple(
     types.int64,
     [types.int64, types.int64],
     lambda b, p, x: b.atomic_rmw("xchg", _word(b, p), x, "seq_cst"),
 )
-relax = _simple(types.int64, [types.int64], _relax)
-yield_core = _simple(types.int32, [], _yield)
+prefetch = simple(types.int64, [types.int64], fetch)
+relax = simple(types.int64, [types.int64], _relax)
+yield_core = simple(types.int32, [], _yield)
 
 
 _LOG2_E, _HALF = np.float32(1.44269504), np.float32(0.5)

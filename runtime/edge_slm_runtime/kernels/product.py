@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from edge_slm_runtime.kernels import tables as t
-from edge_slm_runtime.kernels.native import floats, ints, jit, signed, unsigned
+from edge_slm_runtime.kernels.native import float_of_bits, floats, ints, jit, signed, unsigned
+from edge_slm_runtime.kernels.strip import peak, rounded
 from edge_slm_runtime.kernels.tile import make_tile
-from edge_slm_runtime.panels import LANES, PAIR
+from edge_slm_runtime.panels import LANES, PAIR, STRIP
 
 _ZERO, _TOP = np.float32(0), np.float32(127)
 _FLOAT = 4  # bytes
@@ -24,18 +25,25 @@ def quantise(
     """Blocks first … last of a row of floats, for `matrix`: in steps of a 127th of a block's
     largest value, rounded to nearest; and the sum of a block's levels."""
     blocks, size = matrix[t.BLOCKS], matrix[t.SIZE]
-    x = floats(source + row * stride * _FLOAT, width)
-    q = signed(levels + row * blocks * size, blocks * size)
+    source += row * stride * _FLOAT
+    levels += row * blocks * size
+    x, q = floats(source, width), signed(levels, blocks * size)
     a, c = floats(steps + row * blocks * _FLOAT, blocks), ints(sums + row * blocks * 4, blocks)
     for block in range(first, last):
         start = block * size
         end = min(start + size, width)
-        largest = _ZERO
-        for i in range(start, end):
+        strips = start + (end - start) // STRIP * STRIP
+        bits = np.int32(0)
+        for i in range(start, strips, STRIP):
+            bits = max(bits, peak(source + i * _FLOAT))
+        largest = float_of_bits(np.int32(bits))
+        for i in range(strips, end):
             largest = max(largest, abs(x[i]))
         factor = _TOP / largest if largest > _ZERO else _ZERO
         total = np.int32(0)
-        for i in range(start, end):
+        for i in range(start, strips, STRIP):
+            total += rounded(source + i * _FLOAT, levels + i, factor)
+        for i in range(strips, end):
             level = np.int32(np.rint(x[i] * factor))
             q[i] = level
             total += level
@@ -56,21 +64,21 @@ def make_product(vnni: bool) -> Callable[..., None]:
         @jit
         def rows(
             left: int, w: int, s: int, z: int, q: int, a: int, c: int, blocks: int, size: int,
-            out: int, stride: int,
+            out: int, stride: int, ahead: int,
         ) -> int:  # fmt: skip
             """A pair of panels and as many rows as a tile takes; returns how many these are."""
             if left >= 8:
-                eight(w, s, z, q, a, c, blocks, size, out, stride)
+                eight(w, s, z, q, a, c, blocks, size, out, stride, ahead)
                 return 8
             if left >= 4:
-                four(w, s, z, q, a, c, blocks, size, out, stride)
+                four(w, s, z, q, a, c, blocks, size, out, stride, ahead)
                 return 4
             if left >= 2:
-                two(w, s, z, q, a, c, blocks, size, out, stride)
+                two(w, s, z, q, a, c, blocks, size, out, stride, ahead)
                 return 2
             line = blocks * LANES
             for _ in range(PAIR):
-                alone(w, s, z, q, a, c, blocks, size, out, stride)
+                alone(w, s, z, q, a, c, blocks, size, out, stride, ahead)
                 w += line * size * bits // 8
                 s += line * _FLOAT
                 z += line
@@ -96,9 +104,9 @@ def make_product(vnni: bool) -> Callable[..., None]:
                 q, a = levels + row * blocks * size, steps + row * blocks * _FLOAT
                 c, o = sums + row * blocks * 4, out + (row * stride + panel * LANES) * _FLOAT
                 if bits == 4:
-                    row += rows_4(n - row, w, s, z, q, a, c, blocks, size, o, stride)
+                    row += rows_4(n - row, w, s, z, q, a, c, blocks, size, o, stride, row == 0)
                 else:
-                    row += rows_8(n - row, w, s, z, q, a, c, blocks, size, o, stride)
+                    row += rows_8(n - row, w, s, z, q, a, c, blocks, size, o, stride, row == 0)
 
     return product
 

@@ -39,9 +39,14 @@ NORM_1, NORM_1_BIAS, NORM_2, NORM_2_BIAS, C_ATTN = range(5)
 C_PROJ, C_FC, MLP_PROJ = (C_ATTN + MATRIX * i for i in (1, 2, 3))
 LAYER = C_ATTN + 4 * MATRIX
 
-# A pass: B answers of S new tokens each, logits behind the last K of them. IDS int64 [B, S],
-# STARTS int64 [B]: tokens before; CACHE float16 [2 · layers, rows, heads, positions, head],
-# of which the first B rows are used; LOGITS float32 [B · K, padded vocabulary].
-ANSWERS, NEW, KEPT, IDS, STARTS, CACHE, CACHE_ROWS, LOGITS, PASS = range(9)
+# A pass: some new tokens of some answers. IDS and PLACES int64 [n]: tokens and their positions;
+# WANTED int64 [k], ascending: those behind which logits are asked for; PARTS: see below. CACHE
+# float16 [2 · layers, CACHE_ROWS, heads, positions, head]; LOGITS float32 [k, padded vocabulary].
+TOKENS, IDS, PLACES, LAST, WANTED, ANSWERS, PARTS, CACHE, CACHE_ROWS, LOGITS, PASS = range(11)
+
+# An answer's part of a pass: its row of the cache, the tokens before, which of the pass's
+# tokens is its first, how many it has, and of how many logits are wanted, the first of them
+# being which of all.
+ROW, START, FIRST, NEW, KEPT, FIRST_KEPT, PART = range(7)
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")

@@ -13,13 +13,14 @@ through the blocks in their order, so a row gets the same bits in whatever compa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from edge_slm_runtime.kernels.native import native
+from edge_slm_runtime.kernels.native import fetch, native
 from edge_slm_runtime.panels import LANES, STRIP
 
 I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -33,68 +34,17 @@ Tile = Callable[..., None]
 
 
 def make_tile(rows: int, panels: int, bits: int, vnni: bool) -> Tile:
-    """tile(levels, scales, zeros, q, a, sums, blocks, size, out, stride)
+    """tile(levels, scales, zeros, q, a, sums, blocks, size, out, stride, ahead)
 
-    All but the counts are addresses: levels, scales (float32) and zeros (bytes, of 4-bit
-    levels) of the first panel as `panels.pack` lays them out; q int8 [rows, blocks · size],
+    All but the last are counts or addresses: levels, scales (float32) and zeros (bytes, of
+    4-bit levels) of the first panel as `panels` lays them out; q int8 [rows, blocks · size],
     a float32 and sums int32 (of q) [rows, blocks]; out float32 [rows, stride], of which
-    16 · panels columns are written.
+    16 · panels columns are written. ahead: not 0 when the panels behind these come next, and
+    computing takes so long that the processor would not look for them by itself.
     """
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        levels, scales, zeros, q, a, sums, blocks, size, out, stride = arguments
-        at = _Addresses(b)
-        strips = b.udiv(size, I64(STRIP))
-        strip_bytes = STRIP * LANES * bits // 8
-        inputs = b.mul(blocks, size)
-        totals = _grid(rows, panels, lambda: cgutils.alloca_once_value(b, _zeros(FLOATS)))
-        counts = _grid(rows, panels, lambda: cgutils.alloca_once(b, INTS))
-        with cgutils.for_range(b, blocks) as loop:
-            block = loop.index
-            for m in range(rows):
-                number = b.add(b.mul(blocks, I64(m)), block)
-                total = b.load(at(sums, I32, number, 4))
-                for p in range(panels):
-                    if bits == 8:
-                        start = _splat(b, b.mul(total, I32(-_BYTE_ZERO)))
-                    else:
-                        place = b.add(b.mul(blocks, I64(p)), block)
-                        zero = b.load(at(zeros, ir.VectorType(I8, LANES), place, LANES), align=1)
-                        start = b.mul(b.zext(zero, INTS), _splat(b, b.neg(total)))
-                    b.store(start, counts[m][p])
-            with cgutils.for_range(b, strips) as inner:
-                strip = b.add(b.mul(block, strips), inner.index)
-                sources = [
-                    b.add(
-                        levels,
-                        b.mul(b.add(b.mul(b.mul(blocks, strips), I64(p)), strip), I64(strip_bytes)),
-                    )
-                    for p in range(panels)
-                ]
-                words = [_strip(b, at, source, bits) for source in sources]
-                for four in range(STRIP // 4):
-                    for m in range(rows):
-                        offset = b.add(b.mul(inputs, I64(m)), b.mul(strip, I64(STRIP)))
-                        x = b.load(at(q, I32, b.add(offset, I64(4 * four)), 1), align=4)
-                        x = _splat(b, x)
-                        for p in range(panels):
-                            count = b.load(counts[m][p])
-                            b.store(_dot(b, count, words[p][four], x, vnni), counts[m][p])
-            scale = [
-                b.load(at(scales, FLOATS, b.add(b.mul(blocks, I64(p)), block), _LINE), align=_LINE)
-                for p in range(panels)
-            ]
-            for m in range(rows):
-                step = b.load(at(a, F32, b.add(b.mul(blocks, I64(m)), block), 4))
-                for p in range(panels):
-                    factor = b.fmul(_splat(b, step), scale[p])
-                    value = b.sitofp(b.load(counts[m][p]), FLOATS)
-                    total = _fma(b, value, factor, b.load(totals[m][p]))
-                    b.store(total, totals[m][p])
-        for m in range(rows):
-            for p in range(panels):
-                place = b.add(b.mul(stride, I64(m)), I64(LANES * p))
-                b.store(b.load(totals[m][p]), at(out, FLOATS, place, 4), align=4)
+        _Tile(b, rows, panels, bits, vnni, arguments).build()
         return context.get_dummy_value()
 
     @native
@@ -110,17 +60,111 @@ def make_tile(rows: int, panels: int, bits: int, vnni: bool) -> Tile:
         size: Any,
         out: Any,
         stride: Any,
+        ahead: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 10), generate
+        return types.void(*[types.int64] * 11), generate
 
     made: Tile = tile
     return made
 
 
-def _strip(b: Any, at: _Addresses, source: Any, bits: int) -> list[Any]:
+class _Tile:
+    """Writes the code of one; the variables that it keeps become registers."""
+
+    def __init__(
+        self, b: Any, rows: int, panels: int, bits: int, vnni: bool, arguments: Any
+    ) -> None:
+        self.b, self.bits, self.vnni = b, bits, vnni
+        self.rows, self.panels = range(rows), range(panels)
+        self.levels, self.scales, self.zeros, self.q, self.a, self.sums = arguments[:6]
+        self.blocks, self.size, self.out, self.stride, self.ahead = arguments[6:]
+        self.strips = b.udiv(self.size, I64(STRIP))
+        self.strip_bytes = STRIP * LANES * bits // 8
+        zeros = ir.Constant(FLOATS, [0.0] * LANES)
+        self.totals: list[list[Any]] = []
+        self.counts: list[list[Any]] = []
+        for _ in self.rows:
+            self.totals.append([cgutils.alloca_once_value(b, zeros) for _ in self.panels])
+            self.counts.append([cgutils.alloca_once(b, INTS) for _ in self.panels])
+
+    def build(self) -> None:
+        b = self.b
+        with cgutils.for_range(b, self.blocks) as blocks:
+            self.start(blocks.index)
+            with cgutils.for_range(b, self.strips) as strips:
+                self.count(b.add(b.mul(blocks.index, self.strips), strips.index))
+            self.scale(blocks.index)
+        for m in self.rows:
+            for p in self.panels:
+                place = b.add(b.mul(self.stride, I64(m)), I64(LANES * p))
+                b.store(b.load(self.totals[m][p]), self.at(self.out, FLOATS, place, 4), align=4)
+
+    def start(self, block: Any) -> None:
+        """counts = - zero · Σ q"""
+        b = self.b
+        for m in self.rows:
+            total = b.load(self.at(self.sums, I32, self.of(m, block), 4))
+            for p in self.panels:
+                if self.bits == 8:
+                    count = _splat(b, b.mul(total, I32(-_BYTE_ZERO)))
+                else:
+                    kind = ir.VectorType(I8, LANES)
+                    zero = b.load(self.at(self.zeros, kind, self.of(p, block), LANES), align=1)
+                    count = b.mul(b.zext(zero, INTS), _splat(b, b.neg(total)))
+                b.store(count, self.counts[m][p])
+
+    def count(self, strip: Any) -> None:
+        """counts += Σ level · q, over a strip"""
+        b, panel_bytes = self.b, _product(self.b, self.blocks, self.strips, I64(self.strip_bytes))
+        offset = b.mul(strip, I64(self.strip_bytes))
+        sources = [_sum(b, self.levels, b.mul(panel_bytes, I64(p)), offset) for p in self.panels]
+        words = [_strip(b, source, self.bits) for source in sources]
+        if len(self.rows) > 1:
+            with b.if_then(b.icmp_signed("!=", self.ahead, I64(0))):
+                far = b.mul(panel_bytes, I64(len(self.panels)))
+                for source in sources:
+                    for line in range(0, self.strip_bytes, _LINE):
+                        fetch(b, _sum(b, source, far, I64(line)))
+        for four in range(STRIP // 4):
+            for m in self.rows:
+                row = _product(b, self.blocks, self.size, I64(m))
+                place = _sum(b, row, b.mul(strip, I64(STRIP)), I64(4 * four))
+                x = _splat(b, b.load(self.at(self.q, I32, place, 1), align=4))
+                for p in self.panels:
+                    count = b.load(self.counts[m][p])
+                    b.store(_dot(b, count, words[p][four], x, self.vnni), self.counts[m][p])
+
+    def scale(self, block: Any) -> None:
+        """totals += scale · a · counts"""
+        b = self.b
+        scales = [
+            b.load(self.at(self.scales, FLOATS, self.of(p, block), _LINE), align=_LINE)
+            for p in self.panels
+        ]
+        for m in self.rows:
+            step = _splat(b, b.load(self.at(self.a, F32, self.of(m, block), 4)))
+            for p in self.panels:
+                value = b.sitofp(b.load(self.counts[m][p]), FLOATS)
+                total = b.load(self.totals[m][p])
+                total = _fma(b, value, b.fmul(step, scales[p]), total)
+                b.store(total, self.totals[m][p])
+
+    def of(self, number: int, block: Any) -> Any:
+        """The index of a block of a row or a panel."""
+        return self.b.add(self.b.mul(self.blocks, I64(number)), block)
+
+    def at(self, base: Any, kind: Any, index: Any, size: int) -> Any:
+        """A pointer to the index-th `kind`, `size` bytes apart, behind `base`."""
+        b = self.b
+        return b.inttoptr(b.add(base, b.mul(index, I64(size))), kind.as_pointer())
+
+
+def _strip(b: Any, source: Any, bits: int) -> list[Any]:
     """Levels of a strip: by four inputs, those of 16 outputs."""
-    loads = range(STRIP // 4 * bits // 8)
-    loaded = [b.load(at(source, BYTES, I64(i), _LINE), align=_LINE) for i in loads]
+    loaded = [
+        b.load(b.inttoptr(b.add(source, I64(_LINE * i)), BYTES.as_pointer()), align=_LINE)
+        for i in range(STRIP // 4 * bits // 8)
+    ]
     if bits == 8:
         return loaded
     low = ir.Constant(BYTES, [15] * 4 * LANES)
@@ -160,20 +204,9 @@ def _ints(value: int) -> Any:
     return ir.Constant(INTS, [value] * LANES)
 
 
-def _zeros(kind: Any) -> Any:
-    return ir.Constant(kind, [0.0] * LANES)
+def _sum(b: Any, *values: Any) -> Any:
+    return reduce(b.add, values)
 
 
-def _grid(rows: int, columns: int, make: Callable[[], Any]) -> list[list[Any]]:
-    return [[make() for _ in range(columns)] for _ in range(rows)]
-
-
-class _Addresses:
-    """at(base, kind, index, size): a pointer to the index-th `kind` behind `base`."""
-
-    def __init__(self, builder: Any) -> None:
-        self._builder = builder
-
-    def __call__(self, base: Any, kind: Any, index: Any, size: int) -> Any:
-        b = self._builder
-        return b.inttoptr(b.add(base, b.mul(index, I64(size))), kind.as_pointer())
+def _product(b: Any, *values: Any) -> Any:
+    return reduce(b.mul, values)

@@ -1,0 +1,260 @@
+"""The numba engine's threads: the same bits however many, woken, shared, ended."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_slm_runtime import read_manifest
+from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.errors import EngineError
+from edge_slm_runtime.kernels import tables as t
+
+from .test_process import python
+
+pytestmark = pytest.mark.timeout(120, method="thread")  # what hangs here, hangs outside Python
+
+IDS = np.random.default_rng(8).integers(60, 400, 60).tolist()
+CUTS = ([60], [1] * 60, [7, 20, 1, 32], [59, 1])
+Logits = NDArray[np.float32]
+
+
+def opened(bundle: Path, precision: str = "int8", threads: int = 1) -> JitEngine:
+    facts = read_manifest(bundle).model
+    return JitEngine(bundle / f"numba-{precision}", facts, threads, 0, speculate=False)
+
+
+def logits(engine: JitEngine, cuts: Sequence[int], ids: Sequence[int] = IDS) -> Logits:
+    """Behind every token, computed in pieces of these lengths [S,V]."""
+    cache, start, found = engine.new_cache(1).array, 0, []
+    for width in cuts:
+        step = engine.new_pass(cache, width, width)
+        found.append(step.run([ids[start : start + width]], [start])[0].copy())
+        start += width
+    return np.concatenate(found)
+
+
+@pytest.fixture(params=["int8", "int4"])
+def precision(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def engine(tiny_bundle: Path) -> Iterator[JitEngine]:
+    found = opened(tiny_bundle, threads=3)
+    yield found
+    found.close()
+
+
+def test_the_same_bits_with_any_threads_and_in_any_pieces(
+    tiny_bundle: Path, precision: str
+) -> None:
+    alone = opened(tiny_bundle, precision)
+    expected = logits(alone, CUTS[0])
+    assert np.isfinite(expected).all()
+    for threads in (1, 2, 3, 5, 16):  # more than there are cores
+        engine = opened(tiny_bundle, precision, threads)
+        for cuts in CUTS:
+            np.testing.assert_array_equal(logits(engine, cuts), expected)
+        engine.close()
+
+
+def test_the_same_bits_in_company(tiny_bundle: Path, precision: str) -> None:
+    """Rows at places of their own, and the last logits only."""
+    engine = opened(tiny_bundle, precision, 2)
+    expected = logits(engine, CUTS[0])
+    for rows in range(1, 11):
+        cache, starts = engine.new_cache(rows + 1).array, [3 * row for row in range(rows)]
+        for row, start in enumerate(starts):
+            if start:
+                before = engine.new_pass(cache[:, row : row + 1], start, 1)
+                before.run([IDS[:start]], [0])
+        step = engine.new_pass(cache[:, :rows], 5, 2)
+        found = step.run([IDS[start : start + 5] for start in starts], starts)
+        for row, start in enumerate(starts):
+            np.testing.assert_array_equal(found[row], expected[start + 3 : start + 5])
+    engine.close()
+
+
+def test_sleeping_threads_are_woken(engine: JitEngine) -> None:
+    expected = logits(engine, CUTS[0])
+    control = engine.crew._control
+    flags = [t.SLEEPERS + t.LINE * thread for thread in (1, 2)]
+    for _ in range(3):
+        end = monotonic() + 30
+        while not control[flags].all():  # longer than they wait for work
+            assert monotonic() < end
+            sleep(0.01)
+        np.testing.assert_array_equal(logits(engine, [60]), expected)
+    for pause in (0.0005, 0.001, 0.002, 0.004, 0.008) * 10:  # about when they fall asleep
+        sleep(pause)
+        np.testing.assert_array_equal(logits(engine, [2], IDS[:2]), expected[:2])
+
+
+def test_several_callers_at_once(engine: JitEngine, tiny_bundle: Path) -> None:
+    """With passes of all sizes, so that the buffers grow meanwhile."""
+    prompts = [IDS[i:] for i in range(40)]
+    alone = opened(tiny_bundle)
+    expected = [logits(alone, [len(ids)], ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda ids: logits(engine, [len(ids)], ids), prompts))
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("sizes", [(50, 90), (90, 50)])
+def test_buffers_never_shrink(engine: JitEngine, sizes: tuple[int, int]) -> None:
+    """Two callers that both find them too small, while a third computes."""
+    with engine.crew.idle():
+        callers = [threading.Thread(target=engine.make_room, args=(size,)) for size in sizes]
+        for caller in callers:
+            caller.start()
+            sleep(0.1)
+    for caller in callers:
+        caller.join()
+    assert engine._rows == 90
+
+
+def test_threads_end_with_the_engine(tiny_bundle: Path) -> None:
+    for ending in ("close", "forgotten", "asleep"):
+        before = set(threading.enumerate())
+        engine = opened(tiny_bundle, threads=4)
+        assert set(threading.enumerate()) == before  # none before there is work
+        logits(engine, [60])
+        started = set(threading.enumerate()) - before
+        assert len(started) == 3
+        if ending == "asleep":
+            sleep(0.5)
+        if ending != "forgotten":
+            engine.close()
+            engine.close()
+        del engine
+        gc.collect()
+        for thread in started:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in started)
+
+
+def test_a_closed_engine_refuses(engine: JitEngine) -> None:
+    cache = engine.new_cache(1).array
+    step: Any = engine.new_pass(cache, 1, 1)
+    step.run([[70]], [0])
+    crew = engine.crew
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        step.run([[70]], [1])
+    with pytest.raises(EngineError, match="closed"):
+        engine.new_pass(cache, 1, 1)
+    with pytest.raises(EngineError, match="closed"):  # a caller who asked just before the end
+        crew.run(step._address)
+
+
+@pytest.mark.parametrize("ids", [[-1, 70], [70, 417], [447, 70], [2**40, 1], [-(2**63), 1]])
+def test_ids_that_the_model_does_not_have(engine: JitEngine, ids: list[int]) -> None:
+    step = engine.new_pass(engine.new_cache(1).array, 2, 1)
+    with pytest.raises(EngineError, match="vocabulary"):
+        step.run([ids], [0])
+    step.run([[0, 416]], [0])
+
+
+@pytest.mark.parametrize("starts", [(0, 127), (-1, 0), (128, 0), (0, 2**40), (-(2**62), 0)])
+def test_positions_that_the_model_does_not_have(engine: JitEngine, starts: tuple[int, int]) -> None:
+    step = engine.new_pass(engine.new_cache(2).array, 2, 1)
+    with pytest.raises(EngineError, match="positions"):
+        step.run([[70, 71]] * 2, starts)
+    step.run([[70, 71]] * 2, [126, 0])
+
+
+def test_memory_of_an_answer_is_its_own(engine: JitEngine) -> None:
+    """Nothing is written but the new positions of the rows asked for."""
+    cache = engine.new_cache(4).array
+    cache[:] = np.float16(3)
+    engine.new_pass(cache[:, 1:3], 5, 1).run([IDS[:5]] * 2, [0, 40])
+    for row, start in ((1, 0), (2, 40)):
+        assert (cache[:, row, :, start : start + 5] != 3).any(axis=(1, 3)).all()
+        cache[:, row, :, start : start + 5] = 3
+    assert (cache == 3).all()
+
+
+# -- what would hang: in processes of their own --------------------------------------
+
+OPENED = """
+import random, signal, sys, time
+from pathlib import Path
+import numpy as np
+from edge_slm_runtime import EdgeSlmError, read_manifest
+from edge_slm_runtime.engines import crew
+from edge_slm_runtime.engines.jit import JitEngine
+bundle = Path(sys.argv[1])
+engine = JitEngine(bundle / "numba-int8", read_manifest(bundle).model, 3, 0, False)
+step = engine.new_pass(engine.new_cache(1).array, 2, 1)
+def run():
+    return step.run([[70, 71]], [0]).copy()
+"""
+
+
+def test_an_interrupted_pass_leaves_sound_threads(tiny_bundle: Path) -> None:
+    """Ctrl-C at any moment, and then another pass."""
+    out = python(
+        OPENED
+        + """
+expected = run()
+class Stop(Exception): ...
+def stop(*_):
+    raise Stop
+signal.signal(signal.SIGALRM, stop)
+draw, end, stopped = random.Random(1), time.monotonic() + 8, 0
+while time.monotonic() < end:
+    if stopped % 50 == 0:
+        time.sleep(0.01)  # long enough to fall asleep
+    try:
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 1e-3))
+        while True:
+            run()
+    except Stop:
+        stopped += 1
+    assert (run() == expected).all()
+print(stopped > 20)
+""",
+        str(tiny_bundle),
+    )
+    assert out.split() == ["True"]
+
+
+def test_a_thread_that_cannot_be_started(tiny_bundle: Path) -> None:
+    """As in a container that allows too few; later there may be room."""
+    out = python(
+        OPENED
+        + """
+real, left = crew.Thread.start, 1
+def start(thread):
+    global left
+    if left == 0:
+        raise RuntimeError("can't start new thread")
+    left -= 1
+    real(thread)
+crew.Thread.start = start
+for _ in range(2):
+    try:
+        run()
+    except EdgeSlmError as error:
+        print(error.code)
+crew.Thread.start = real
+alone = JitEngine(bundle / "numba-int8", engine.facts, 1, 0, False)
+other = alone.new_pass(alone.new_cache(1).array, 2, 1)
+print((run() == other.run([[70, 71]], [0])).all())
+""",
+        str(tiny_bundle),
+    )
+    assert out.split() == ["engine", "engine", "True"]
