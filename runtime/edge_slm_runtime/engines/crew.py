@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, Semaphore, Thread
+from typing import Any
 from weakref import finalize
 
 import numpy as np
@@ -22,6 +25,7 @@ class Crew:
         self._entry = kernels()
         self._control = np.zeros(t.SLEEPERS + t.LINE * (threads + 1), np.int64)
         self._control[t.THREADS] = threads
+        self._control[t.YIELD] = _yield_address()
         self.table = np.zeros(t.TABLE, np.int64)
         self.table[t.CONTROL] = self._control.ctypes.data
         self._address = self.table.ctypes.data
@@ -58,6 +62,15 @@ class Crew:
                 args=(self._entry, self._address, self._control, self.table, number, self._wake),
                 daemon=True,
             ).start()
+
+
+def _yield_address() -> int:
+    """Of the C function with which a thread gives its core to another one."""
+    if sys.platform == "win32":
+        function: Any = ctypes.WinDLL("kernel32").SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _call(entry: Entry, address: int, wake: list[Semaphore]) -> None:

@@ -33,46 +33,7 @@ def halve(source: int, count: int, target: int) -> None:
 def make_attend(usual: int) -> Callable[..., None]:
     """attend(table, part, layer, head, stride, kept_only, thread): for heads of the `usual`
     size, whose loops the compiler then unrolls; 0 is for all."""
-
-    @jit
-    def score(q: Any, keys: int, count: int, any_size: int, ahead: int, scores: Any) -> Any:
-        """Products of a query and its first `count` keys; returns the largest. What lies
-        `ahead` bytes further will be needed next."""
-        size = usual if usual else any_size
-        largest = _LEAST
-        for j in range(count):
-            k = halves(keys + j * size * _HALF, size)
-            if ahead:
-                for line in range(0, size * _HALF, _LINE):
-                    prefetch(keys + ahead + j * size * _HALF + line)
-            total = _ZERO
-            for d in range(size):
-                total += q[d] * to_float(k[d])
-            scores[j] = total
-            largest = max(largest, total)
-        return largest
-
-    @jit
-    def mix(weights: Any, values: int, count: int, any_size: int, ahead: int, out: Any) -> None:
-        """The first `count` values, weighted."""
-        size = usual if usual else any_size
-        for d in range(size):
-            out[d] = _ZERO
-        fours = count // 4 * 4
-        for j in range(0, fours, 4):
-            v = halves(values + j * size * _HALF, 4 * size)
-            if ahead:
-                for line in range(0, 4 * size * _HALF, _LINE):
-                    prefetch(values + ahead + j * size * _HALF + line)
-            a, b, c, e = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-            for d in range(size):
-                out[d] += (a * to_float(v[d]) + b * to_float(v[size + d])) + (
-                    c * to_float(v[2 * size + d]) + e * to_float(v[3 * size + d])
-                )
-        for j in range(fours, count):
-            v = halves(values + j * size * _HALF, size)
-            for d in range(size):
-                out[d] += weights[j] * to_float(v[d])
+    score, mix = _make_score(usual), _make_mix(usual)
 
     @jit
     def attend(
@@ -114,3 +75,52 @@ def make_attend(usual: int) -> Callable[..., None]:
             row += 1
 
     return attend
+
+
+def _make_score(usual: int) -> Callable[..., Any]:
+    @jit
+    def score(q: Any, keys: int, count: int, any_size: int, ahead: int, scores: Any) -> Any:
+        """Products of a query and its first `count` keys; returns the largest. What lies
+        `ahead` bytes further will be needed next."""
+        size = usual if usual else max(any_size, 1)  # no loop of it is empty
+        largest = _LEAST
+        for j in range(count):
+            k = halves(keys + j * size * _HALF, size)
+            if ahead:
+                for line in range(0, size * _HALF, _LINE):
+                    prefetch(keys + ahead + j * size * _HALF + line)
+            total = _ZERO
+            for d in range(size):
+                total += q[d] * to_float(k[d])
+            scores[j] = total
+            largest = max(largest, total)
+        return largest
+
+    return score
+
+
+def _make_mix(usual: int) -> Callable[..., None]:
+    @jit
+    def mix(weights: Any, values: int, count: int, any_size: int, ahead: int, out: Any) -> None:
+        """The first `count` values, weighted."""
+        size = usual if usual else any_size
+        v = halves(values, size)
+        for d in range(size):
+            out[d] = weights[0] * to_float(v[d])
+        fours = (count - 1) // 4 * 4 + 1
+        for j in range(1, fours, 4):
+            v = halves(values + j * size * _HALF, 4 * size)
+            if ahead:
+                for line in range(0, 4 * size * _HALF, _LINE):
+                    prefetch(values + ahead + j * size * _HALF + line)
+            a, b, c, e = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+            for d in range(size):
+                out[d] += (a * to_float(v[d]) + b * to_float(v[size + d])) + (
+                    c * to_float(v[2 * size + d]) + e * to_float(v[3 * size + d])
+                )
+        for j in range(fours, count):
+            v = halves(values + j * size * _HALF, size)
+            for d in range(size):
+                out[d] += weights[j] * to_float(v[d])
+
+    return mix

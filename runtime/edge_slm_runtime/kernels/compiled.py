@@ -1,23 +1,28 @@
 """Brings the kernels into the process: from the cache of this user, or compiled anew.
 
 numba compiles them once, which takes a quarter of a minute, for the very processor that it
-runs on. What is kept is machine code that calls nothing but the C library, so that later
-processes need llvmlite alone, and a tenth of a second.
+runs on. What is kept is machine code that calls nothing: where it can be made an `image`
+(x86-64 Linux), a process that only runs it needs neither numba nor llvmlite, nor their memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from edge_slm_runtime.kernels.image import flat_image
 
 _SOURCES = ("tile", "native", "strip", "product", "layers", "attention", "gpt2", "tables")
 _NAME = "entry"
@@ -31,44 +36,57 @@ _alive: list[Any] = []  # what holds the code in memory
 def kernels() -> Entry:
     """entry(address of a table, thread) of `gpt2.make_entry`; it lets go of the GIL.
 
-    Raises ImportError without llvmlite, or without numba when there is code to compile.
+    Raises ImportError without numba when there is no code yet.
     """
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
-        opt=3,
-        codemodel="jitdefault",
-        jit=True,
-    )
-    file = _cache_folder() / f"{_key()}.o"
-    code = _read(file)
-    if code is None:
-        code = _compile(llvm, target)
-        with suppress(OSError):  # no place to keep it: compiled again next time
-            _write(file, code)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _alive.append(engine)
-    kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    return kind(engine.get_function_address(_NAME))
+    image, whole = (_cache_folder() / f"{_key()}{suffix}" for suffix in (".image", ".o"))
+    with suppress(OSError, ValueError):  # none yet, altered, or where no code may run
+        return _mapped(image)
+    try:
+        code = _read(whole)
+    except (OSError, ValueError):
+        code = _compile()
+        with suppress(OSError, ValueError):  # no place to keep it, another system
+            _write(image, flat_image(code, _NAME))
+            return _mapped(image)
+        with suppress(OSError):  # compiled again next time
+            _write(whole, code)
+    return _linked(code)
 
 
+@cache
 def has_vnni() -> bool:
     """Whether this processor multiplies and adds four bytes at once in 512-bit vectors.
 
     Without it the kernels give the same numbers, slower than onnxruntime does.
     """
-    import llvmlite.binding as llvm
-
-    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
+    return "avx512_vnni" in _processor().split()
 
 
-def _compile(llvm: Any, target: Any) -> bytes:
+def _mapped(file: Path) -> Entry:
+    """Raises OSError, ValueError."""
+    size = len(_read(file))
+    with file.open("rb") as code:
+        pages = mmap.mmap(code.fileno(), size, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+    _alive.append(pages)
+    return _function(np.frombuffer(pages, np.uint8).ctypes.data)
+
+
+def _linked(code: bytes) -> Entry:
+    """An object file, by llvmlite's loader."""
+    llvm, target = _target()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _alive.append(engine)
+    return _function(engine.get_function_address(_NAME))
+
+
+def _function(address: int) -> Entry:
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    return kind(address)
+
+
+def _compile() -> bytes:
     from numba import cfunc, types
 
     from edge_slm_runtime.kernels.gpt2 import make_entry
@@ -79,7 +97,7 @@ def _compile(llvm: Any, target: Any) -> bytes:
         return entry(table, thread)
 
     start = cfunc(types.int64(types.int64, types.int64))(call)
-
+    llvm, target = _target()
     module = llvm.parse_assembly(start.inspect_llvm())
     # Seen as one whole, no function raises, and what would tell Python of it falls away.
     for item in (*module.functions, *module.global_variables):
@@ -93,21 +111,38 @@ def _compile(llvm: Any, target: Any) -> bytes:
     return bytes(target.emit_object(module))
 
 
-def _key() -> str:
-    """Of the code: its sources, its compiler, its processor."""
+def _target() -> Any:
+    """llvmlite, and this processor."""
     import llvmlite.binding as llvm
 
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm, llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        reloc="pic",
+        codemodel="small",
+    )
+
+
+def _key() -> str:
+    """Of the code: its sources and its processor."""
     root = Path(__file__).parent.parent
     parts = [(root / f"kernels/{name}.py").read_bytes() for name in _SOURCES]
-    parts.append((root / "panels.py").read_bytes())
-    for text in (
-        version("numba"),
-        version("llvmlite"),
-        llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(),
-    ):
-        parts.append(text.encode())
+    parts += [(root / "panels.py").read_bytes(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+
+
+@cache
+def _processor() -> str:
+    """What it is and can do."""
+    try:
+        first = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(line for line in first.splitlines() if line.startswith(told))
 
 
 def _cache_folder() -> Path:
@@ -116,14 +151,13 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-slm"
 
 
-def _read(file: Path) -> bytes | None:
-    """The code that was kept; None when there is none, or not all of it."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return None
-    code = content[_DIGEST:]
-    return code if hashlib.sha256(code).digest() == content[:_DIGEST] else None
+def _read(file: Path) -> bytes:
+    """What was kept. Raises OSError, ValueError when it is not all there."""
+    content = file.read_bytes()
+    code = content[:-_DIGEST]
+    if hashlib.sha256(code).digest() != content[-_DIGEST:]:
+        raise ValueError(f"{file} was altered")
+    return code
 
 
 def _write(file: Path, code: bytes) -> None:
@@ -132,7 +166,7 @@ def _write(file: Path, code: bytes) -> None:
     descriptor, aside = tempfile.mkstemp(dir=file.parent)
     try:
         with os.fdopen(descriptor, "wb") as out:
-            out.write(hashlib.sha256(code).digest() + code)
+            out.write(code + hashlib.sha256(code).digest())
             out.flush()
             os.fsync(out.fileno())
         Path(aside).replace(file)

@@ -18,11 +18,11 @@ from edge_slm_runtime.kernels.native import (
     atomic_add,
     atomic_load,
     atomic_swap,
+    call,
     floats,
     jit,
     relax,
     words,
-    yield_core,
 )
 from edge_slm_runtime.kernels.product import make_product, quantise, unpack
 from edge_slm_runtime.panels import LANES, PAIR
@@ -41,7 +41,7 @@ def make_forward(vnni: bool) -> Callable[..., None]:
     @jit
     def forward(table: Any, thread: int) -> None:
         control = words(table[t.CONTROL], t.SLEEPERS)
-        threads, reached, barrier = control[t.THREADS], control[t.BASE], barrier_of(table)
+        threads, reached = control[t.THREADS], control[t.BASE]
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
         epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
         x, normed, width = table[t.X], table[t.ATTENDED], model[t.WIDTH]
@@ -64,11 +64,11 @@ def make_forward(vnni: bool) -> Callable[..., None]:
         for row in range(first, last):
             normalise(x, row, width, model[t.FINAL_WEIGHT], model[t.FINAL_BIAS], epsilon, normed)
             whole(normed, row, width, head, levels, steps, sums)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
         first, last = share_panels(head, PAIR, thread, threads)
         stride = head[t.PANELS] * LANES
         product(head, levels, steps, sums, n, job[t.LOGITS], stride, first, last)
-        wait(barrier, reached, threads)
+        wait(table[t.CONTROL], reached, threads)
 
     return forward
 
@@ -81,7 +81,7 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
         table: Any, thread: int, index: int, n: int, kept_only: bool, reached: int
     ) -> int:
         """x + attention(norm(x)), from n positions or those whose logits are wanted."""
-        threads, barrier = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS], barrier_of(table)
+        threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
         width, heads = model[t.WIDTH], model[t.HEADS]
         x, wide, normed = table[t.X], table[t.WIDE], table[t.ATTENDED]
@@ -96,12 +96,12 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
         for row in range(first, last):
             normalise(x, row, width, layer[t.NORM_1], layer[t.NORM_1_BIAS], epsilon, normed)
             whole(normed, row, width, c_attn, levels, steps, sums)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
         stride = c_attn[t.PANELS] * LANES
         first, last = share_panels(c_attn, PAIR, thread, threads)
         product(c_attn, levels, steps, sums, n, wide, stride, first, last)
         add_bias(wide, n, stride, c_attn[t.BIAS], first, last)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
 
         first, last = share(job[t.ANSWERS] * heads, thread, threads)
         for i in range(first, last):
@@ -114,17 +114,17 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
             n = job[t.LAST]
             if thread == 0:
                 close_up(x, words(job[t.WANTED], n), width)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
 
         first, last = share(n, thread, threads)
         for row in range(first, last):
             whole(normed, row, width, c_proj, levels, steps, sums)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
         stride = c_proj[t.PANELS] * LANES
         first, last = share_panels(c_proj, PAIR, thread, threads)
         product(c_proj, levels, steps, sums, n, wide, stride, first, last)
         add_to(x, n, width, wide, stride, c_proj[t.BIAS], first, last)
-        return wait(barrier, reached, threads)
+        return wait(table[t.CONTROL], reached, threads)
 
     return attention
 
@@ -133,7 +133,7 @@ def _make_feed_forward(product: Callable[..., None]) -> Callable[..., int]:
     @jit
     def feed_forward(table: Any, thread: int, index: int, n: int, reached: int) -> int:
         """x + mlp(norm(x)). A thread rounds what it computed itself for the second matrix."""
-        threads, barrier = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS], barrier_of(table)
+        threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
         model = words(table[t.MODEL], t.FIRST_LAYER)
         width, kind = model[t.WIDTH], model[t.ACTIVATION]
         x, wide, normed = table[t.X], table[t.WIDE], table[t.ATTENDED]
@@ -148,22 +148,22 @@ def _make_feed_forward(product: Callable[..., None]) -> Callable[..., int]:
         for row in range(first, last):
             normalise(x, row, width, layer[t.NORM_2], layer[t.NORM_2_BIAS], epsilon, normed)
             whole(normed, row, width, c_fc, levels, steps, sums)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
         stride, size = c_fc[t.PANELS] * LANES, c_proj[t.SIZE]
         first, last = share_panels(c_fc, max(size // LANES, PAIR), thread, threads)
         product(c_fc, levels, steps, sums, n, wide, stride, first, last)
         activate(wide, n, stride, c_fc[t.BIAS], first, last, kind)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
         start, end = first * LANES // size, -(-last * LANES // size)
         inner = min(stride, c_proj[t.BLOCKS] * size)
         for row in range(n):
             quantise(wide, row, stride, inner, c_proj, start, end, levels, steps, sums)
-        reached = wait(barrier, reached, threads)
+        reached = wait(table[t.CONTROL], reached, threads)
         stride = c_proj[t.PANELS] * LANES
         first, last = share_panels(c_proj, PAIR, thread, threads)
         product(c_proj, levels, steps, sums, n, wide, stride, first, last)
         add_to(x, n, width, wide, stride, c_proj[t.BIAS], first, last)
-        return wait(barrier, reached, threads)
+        return wait(table[t.CONTROL], reached, threads)
 
     return feed_forward
 
@@ -214,12 +214,6 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
 
 
 @jit
-def barrier_of(table: Any) -> int:
-    address: int = table[t.CONTROL] + _WORD * t.BARRIER
-    return address
-
-
-@jit
 def share(count: int, thread: int, threads: int) -> Any:
     """The part of 0 … count that is this thread's."""
     return count * thread // threads, count * (thread + 1) // threads
@@ -233,15 +227,16 @@ def share_panels(matrix: Any, unit: int, thread: int, threads: int) -> Any:
 
 
 @jit
-def wait(barrier: int, reached: int, threads: int) -> int:
+def wait(control: int, reached: int, threads: int) -> int:
     """Until every thread has come here; returns how many arrivals that makes in all."""
     reached += threads
+    barrier = control + _WORD * t.BARRIER
     atomic_add(barrier, 1)
     spins = 0
     while atomic_load(barrier) < reached:
         spins = relax(spins)
         if spins % _SPINS_BEFORE_YIELD == 0:  # more threads than cores
-            yield_core()
+            call(words(control, t.SLEEPERS)[t.YIELD])
     return reached
 
 

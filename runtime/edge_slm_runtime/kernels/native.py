@@ -101,9 +101,15 @@ def fetch(b: Any, address: Any) -> Any:
     return address
 
 
-def _yield(b: Any) -> Any:
-    call = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
-    return b.call(call, [])
+def _blank(b: Any, address: Any) -> Any:
+    """An atomic store, since of others the compiler makes a call of memset."""
+    place = b.inttoptr(address, ir.IntType(8).as_pointer())
+    b.store_atomic(ir.IntType(8)(0), place, "monotonic", 1)
+    return address
+
+
+def _call(b: Any, address: Any) -> Any:
+    return b.call(b.inttoptr(address, ir.FunctionType(I32, []).as_pointer()), [])
 
 
 to_float = simple(types.float32, [types.uint16], lambda b, x: b.fpext(b.bitcast(x, HALF), FLOAT))
@@ -122,9 +128,10 @@ atomic_swap = simple(
     [types.int64, types.int64],
     lambda b, p, x: b.atomic_rmw("xchg", _word(b, p), x, "seq_cst"),
 )
+blank = simple(types.int64, [types.int64], _blank)  # a byte becomes 0
 prefetch = simple(types.int64, [types.int64], fetch)
 relax = simple(types.int64, [types.int64], _relax)
-yield_core = simple(types.int32, [], _yield)
+call = simple(types.int32, [types.int64], _call)  # of a C function without parameters
 
 
 _LOG2_E, _HALF = np.float32(1.44269504), np.float32(0.5)

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from edge_slm_runtime.kernels import tables as t
-from edge_slm_runtime.kernels.native import float_of_bits, floats, ints, jit, signed, unsigned
+from edge_slm_runtime.kernels.native import (
+    blank,
+    float_of_bits,
+    floats,
+    ints,
+    jit,
+    signed,
+    unsigned,
+)
 from edge_slm_runtime.kernels.strip import peak, rounded
 from edge_slm_runtime.kernels.tile import make_tile
 from edge_slm_runtime.panels import LANES, PAIR, STRIP
@@ -48,7 +56,7 @@ def quantise(
             q[i] = level
             total += level
         for i in range(end, start + size):
-            q[i] = 0
+            blank(levels + i)
         a[block], c[block] = largest / _TOP, total
 
 

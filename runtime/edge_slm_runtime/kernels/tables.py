@@ -10,9 +10,10 @@ Kept apart from the kernels so that a process that only runs them does not impor
 CONTROL, MODEL, JOB, X, WIDE, ATTENDED, LEVELS, STEPS, SUMS, SCORES, TABLE = range(11)
 
 # Shared by the threads, each in a cache line of its own: the number of the job, the barriers
-# passed so far, whether to stop, and behind them, per thread, whether it sleeps.
+# passed so far, whether to stop, the barriers passed when the job began, the threads, the C
+# function that gives the core to another thread, and per thread whether it sleeps.
 LINE = 8  # int64s
-EPOCH, BARRIER, STOP, BASE, THREADS, SLEEPERS = (LINE * i for i in range(6))
+EPOCH, BARRIER, STOP, BASE, THREADS, YIELD, SLEEPERS = (LINE * i for i in range(7))
 
 # The model: its shape, then addresses.
 (
