@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,9 @@ class _Pass:
         padded = -(-facts.vocab_size // UNIT) * UNIT
         self._native, self._widths = engine.native, widths
         self._cache = cache  # kept alive: the job holds bare addresses
-        self._ids = np.zeros(ends[-1], np.int64)
-        self._places = np.zeros(ends[-1], np.int64)
+        # What is new in every run is written at once: tokens, their positions, tokens before.
+        self._given = np.zeros(2 * ends[-1] + answers, np.int64)
+        self._write = Struct(f"{self._given.size}q").pack_into
         self._wanted = np.array([i for end in ends for i in range(end - kept, end)], np.int64)
         self._parts = np.zeros((answers, t.PART), np.int64)
         self._parts[:, t.ROW] = range(answers)
@@ -136,13 +138,15 @@ class _Pass:
         self._parts[:, t.FIRST_KEPT] = range(0, answers * kept, kept)
         self._padded = np.zeros((answers, kept, padded), np.float32)
         self._logits = self._padded[..., : facts.vocab_size]
+        given = self._given.ctypes.data
         self._job = np.zeros(t.PASS, np.int64)
         for place, value in (
             (t.TOKENS, ends[-1]),
             (t.LAST, answers * kept),
             (t.ANSWERS, answers),
-            (t.IDS, self._ids.ctypes.data),
-            (t.PLACES, self._places.ctypes.data),
+            (t.IDS, given),
+            (t.PLACES, given + 8 * ends[-1]),
+            (t.STARTS, given + 16 * ends[-1]),
             (t.WANTED, self._wanted.ctypes.data),
             (t.PARTS, self._parts.ctypes.data),
             (t.CACHE, cache.ctypes.data),
@@ -154,17 +158,14 @@ class _Pass:
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
         crew: Crew = self._native.get()
-        self._ids[:] = [token for row in ids for token in row]
-        self._parts[:, t.START] = starts
+        tokens = [token for row in ids for token in row]
         ends = [start + width for start, width in zip(starts, self._widths, strict=True)]
-        self._places[:] = [
-            i for start, end in zip(starts, ends, strict=True) for i in range(start, end)
-        ]
+        places = [i for start, end in zip(starts, ends, strict=True) for i in range(start, end)]
         # The kernels look at nothing: what they are told to read and write must be there.
-        # As an unsigned number, a negative one is large.
-        if self._ids.view(np.uint64).max() >= self._logits.shape[2]:
+        if not 0 <= min(tokens) <= max(tokens) < self._logits.shape[2]:
             raise EngineError("a token id is not in the vocabulary")
         if min(starts) < 0 or max(ends) > self._cache.shape[3]:
             raise EngineError("more tokens than the model has positions")
+        self._write(self._given.data, 0, *tokens, *places, *starts)
         crew.run(self._address)
         return self._logits

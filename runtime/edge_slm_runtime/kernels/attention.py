@@ -31,13 +31,13 @@ def halve(source: int, count: int, target: int) -> None:
 
 
 def make_attend(usual: int) -> Callable[..., None]:
-    """attend(table, part, layer, head, stride, kept_only, thread): for heads of the `usual`
+    """attend(table, answer, layer, head, stride, kept_only, thread): for heads of the `usual`
     size, whose loops the compiler then unrolls; 0 is for all."""
     score, mix = _make_score(usual), _make_mix(usual)
 
     @jit
     def attend(
-        table: Any, part: Any, layer: int, head: int, stride: int, kept_only: bool, thread: int
+        table: Any, answer: int, layer: int, head: int, stride: int, kept_only: bool, thread: int
     ) -> None:
         """Writes a head's new keys and values of a part of the pass, then attends from its
         new positions, or from those whose logits are wanted.
@@ -46,7 +46,8 @@ def make_attend(usual: int) -> Callable[..., None]:
         """
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
         size, width, positions = model[t.HEAD_SIZE], model[t.WIDTH], model[t.POSITIONS]
-        start, new = part[t.START], part[t.NEW]
+        part = words(job[t.PARTS] + answer * t.PART * 8, t.PART)
+        start, new = words(job[t.STARTS], job[t.ANSWERS])[answer], part[t.NEW]
         half = job[t.CACHE_ROWS] * width * positions * _HALF  # keys of all rows, or values
         keys = job[t.CACHE] + 2 * layer * half
         keys += (part[t.ROW] * width + head * size) * positions * _HALF

@@ -105,11 +105,10 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
 
         first, last = share(job[t.ANSWERS] * heads, thread, threads)
         for i in range(first, last):
-            part = words(job[t.PARTS] + i // heads * t.PART * _WORD, t.PART)
             if model[t.HEAD_SIZE] == _USUAL_HEAD:
-                attend_usual(table, part, index, i % heads, stride, kept_only, thread)
+                attend_usual(table, i // heads, index, i % heads, stride, kept_only, thread)
             else:
-                attend_any(table, part, index, i % heads, stride, kept_only, thread)
+                attend_any(table, i // heads, index, i % heads, stride, kept_only, thread)
         if kept_only:
             n = job[t.LAST]
             if thread == 0:

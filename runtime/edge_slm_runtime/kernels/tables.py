@@ -41,13 +41,15 @@ C_PROJ, C_FC, MLP_PROJ = (C_ATTN + MATRIX * i for i in (1, 2, 3))
 LAYER = C_ATTN + 4 * MATRIX
 
 # A pass: some new tokens of some answers. IDS and PLACES int64 [n]: tokens and their positions;
-# WANTED int64 [k], ascending: those behind which logits are asked for; PARTS: see below. CACHE
-# float16 [2 · layers, CACHE_ROWS, heads, positions, head]; LOGITS float32 [k, padded vocabulary].
-TOKENS, IDS, PLACES, LAST, WANTED, ANSWERS, PARTS, CACHE, CACHE_ROWS, LOGITS, PASS = range(11)
+# STARTS int64 [answers]: tokens before; WANTED int64 [k], ascending: those behind which logits
+# are asked for. PARTS: see below. CACHE float16 [2 · layers, CACHE_ROWS, heads, positions,
+# head]; LOGITS float32 [k, padded vocabulary].
+(TOKENS, IDS, PLACES, LAST, WANTED, ANSWERS, STARTS, PARTS, CACHE, CACHE_ROWS, LOGITS, PASS) = (
+    range(12)
+)
 
-# An answer's part of a pass: its row of the cache, the tokens before, which of the pass's
-# tokens is its first, how many it has, and of how many logits are wanted, the first of them
-# being which of all.
-ROW, START, FIRST, NEW, KEPT, FIRST_KEPT, PART = range(7)
+# An answer's part of a pass: its row of the cache, which of the pass's tokens is its first,
+# how many it has, and of how many logits are wanted, the first of them being which of all.
+ROW, FIRST, NEW, KEPT, FIRST_KEPT, PART = range(6)
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")
