@@ -15,7 +15,7 @@ PREFILL = 256  # positions of a prompt that are computed at once, to bound what 
 # bytes of memory a byte of weights takes once the kernels have packed it: a block's scale is
 # there thrice, in the file, packed, and times the sum of its weights. Fitted on Linux x86-64
 # with CPython 3.11, onnxruntime 1.31 and ctranslate2 4.8 to models of 11M and 98M parameters.
-_PROCESS_MB = {"onnxruntime": 67.0, "ctranslate2": 70.0, "numba": 67.0}
+_PROCESS_MB = {"onnxruntime": 67.0, "ctranslate2": 70.0, "numba": 48.0}
 _RESIDENT = {
     ("onnxruntime", "fp32"): 1.0,
     ("onnxruntime", "int8"): 1.12,
@@ -70,10 +70,15 @@ def memory_estimate(
     number = _CACHE_BYTES.get(variant.engine, _FLOAT)
     cache = rows * 2 * model.layers * tokens * model.width * number
     at_once = min(tokens, PREFILL)
-    # Activations (the arena holds some of the feed-forward at a time), attention scores, logits.
-    work = at_once * 24 * model.width + model.heads * at_once * tokens + 2 * rows * model.vocab_size
+    work = 2 * rows * model.vocab_size  # logits, and what a sampler makes of them
+    if variant.engine == "numba":  # activations as floats and as bytes
+        work += at_once * 7 * model.width
+    else:  # the arena holds some of the feed-forward's at a time; attention scores
+        work += at_once * 24 * model.width + model.heads * at_once * tokens
     used = (cache + work * _FLOAT) / _MB
     if variant.engine != "ctranslate2":
         used += prefix_cache_mb
     table = model.vocab_size * model.width * (_FLOAT if variant.precision == "fp32" else 1)
+    if variant.engine == "numba":
+        table = 0  # read into its place
     return _PROCESS_MB[variant.engine] + weights / _MB + max(used, table / _MB)

@@ -21,13 +21,14 @@ from edge_slm_runtime.kernels.native import (
     call,
     floats,
     jit,
+    prefetch,
     relax,
     words,
 )
 from edge_slm_runtime.kernels.product import make_product, quantise, unpack
 from edge_slm_runtime.panels import LANES, PAIR
 
-_WORD, _FLOAT = 8, 4  # bytes
+_WORD, _FLOAT, _LINE, _PAGE = 8, 4, 64, 4096  # bytes
 _USUAL_HEAD = 64
 _SPINS_BEFORE_YIELD = 1 << 12
 _SPINS_BEFORE_SLEEP = 1 << 17  # some milliseconds: longer than Python takes between two passes
@@ -199,6 +200,7 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
                 forward(table, thread)
                 if thread == 0:
                     return 0
+                look_ahead(table, epoch, now)
                 spins = 0
                 continue
             spins = relax(spins)
@@ -210,6 +212,21 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
                     return 0
 
     return entry
+
+
+@jit
+def look_ahead(table: Any, epoch: int, now: int) -> None:
+    """Brings the first layer's matrices nearer, until there is a new job: while the caller
+    chooses a token the memory would have nothing to do."""
+    address = table[t.MODEL] + _WORD * t.FIRST_LAYER
+    for place in (t.C_ATTN, t.C_PROJ, t.C_FC, t.MLP_PROJ):
+        matrix = words(address + _WORD * place, t.MATRIX)
+        weights = matrix[t.PANELS] * LANES * matrix[t.BLOCKS] * matrix[t.SIZE]
+        for page in range(0, weights * matrix[t.BITS] // 8, _PAGE):
+            if atomic_load(epoch) != now:
+                return
+            for line in range(0, _PAGE, _LINE):
+                prefetch(matrix[t.LEVEL] + page + line)
 
 
 @jit
