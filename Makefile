@@ -53,7 +53,7 @@ $(VENV)/bin/python:
 
 # The stamps make the second call quick; a changed dependency installs again.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[convert,ctranslate2,bench]'
+	$(PIP) --editable '.[convert,ctranslate2,numba,bench]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python

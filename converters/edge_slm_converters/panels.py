@@ -9,10 +9,12 @@ import numpy as np
 
 from edge_slm_converters.blocks import Blocks
 from edge_slm_converters.checkpoint import Array, Checkpoint, Float32
-from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised, step_bytes
+from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
 from edge_slm_runtime.bundle import MAIN_FILE
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.panels import UNIT, pack_levels, pack_outputs
+
+_MATRIX_PARTS = (".levels", ".scale", ".zero")
 
 
 def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
@@ -37,8 +39,10 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
         "layer_norm_epsilon": repr(config.layer_norm_epsilon),
     }
     tensors = dict(_tensors(checkpoint, precision))
+    embedding = () if config.tied else ("wte.levels", "wte.scale")
+    read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)
     save_file(tensors, folder / MAIN_FILE["numba"], settings)
-    return step_bytes(config, precision)
+    return sum(tensors[name].nbytes for name in read)
 
 
 def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str, Array]]:

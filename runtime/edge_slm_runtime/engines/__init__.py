@@ -22,7 +22,7 @@ _INSTALL = {
 
 def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
     """The variant that the caller means; "auto" takes the first installed and present, and
-    numba only on a processor that its kernels are fast on.
+    numba last on a processor that its kernels are slow on.
 
     Raises BadSetting, VariantNotFound, EngineNotInstalled.
     """
@@ -30,7 +30,7 @@ def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
     precisions = _choices("precision", precision, PRECISIONS)
     fitting = sorted(
         (v for v in manifest.variants if v.engine in engines and v.precision in precisions),
-        key=lambda v: (engines.index(v.engine), precisions.index(v.precision)),
+        key=lambda v: (not _is_fast(v), engines.index(v.engine), precisions.index(v.precision)),
     )
     if not fitting:
         has = ", ".join(f"{v.engine} {v.precision}" for v in manifest.variants) or "none"
@@ -39,7 +39,7 @@ def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
             f"it has: {has}",
         )
     for variant in fitting:
-        if importlib.util.find_spec(variant.engine) and (engine != "auto" or _is_fast(variant)):
+        if importlib.util.find_spec(variant.engine):
             return variant
     missing = fitting[0].engine
     raise EngineNotInstalled(f"{missing} is not installed", _INSTALL[missing])

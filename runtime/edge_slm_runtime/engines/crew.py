@@ -6,13 +6,14 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock, Semaphore, Thread
+from threading import Lock, Semaphore, Thread, get_ident
 from typing import Any
 from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import tables as t
 from edge_slm_runtime.kernels.compiled import Entry, kernels
 
@@ -21,28 +22,43 @@ class Crew:
     """`threads` of them, the caller being the first. The others wait in a loop for some
     milliseconds, as threads of compute libraries do, and then sleep."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, model: NDArray[np.int64]) -> None:
+        """model: its table (`kernels.tables`)."""
         self._entry = kernels()
         self._control = np.zeros(t.SLEEPERS + t.LINE * (threads + 1), np.int64)
         self._control[t.THREADS] = threads
         self._control[t.YIELD] = _yield_address()
         self.table = np.zeros(t.TABLE, np.int64)
         self.table[t.CONTROL] = self._control.ctypes.data
+        self.table[t.MODEL] = model.ctypes.data
         self._address = self.table.ctypes.data
-        self._wake = [Semaphore(0) for _ in range(threads)]
         self._lock = Lock()
-        self._started = False
-        # The threads hold what they work with, not the crew, so that it can end.
-        self._end = finalize(self, _stop, self._entry, self._control, self.table, self._wake)
+        self._wake = [Semaphore(0) for _ in range(threads)]
+        self._at_work: dict[int, int] = {}  # which thread has which number
+        # The threads hold what they look at, not the crew, so that it can end.
+        self._held = (self._control, self.table, model)
+        self._end = finalize(self, _stop, self._control, self._wake)
 
     def run(self, job: int) -> None:
-        """Computes the pass at address `job`; may be called from several threads."""
+        """Computes the pass at address `job`; may be called from several threads.
+
+        Raises EngineError after `stop`, or when there are no threads to be had.
+        """
         with self._lock:
-            if not self._started:
+            if not self._end.alive:
+                raise EngineError("the model was closed", "load it again")
+            if len(self._at_work) < len(self._wake) - 1:
                 self._start()
             self.table[t.JOB] = job
-            _call(self._entry, self._address, self._wake)
-            self._entry(self._address, 0)
+            try:
+                asleep = self._entry(self._address, -1)
+                for number in range(1, len(self._wake)):
+                    if asleep >> number & 1:
+                        self._wake[number].release()
+                self._entry(self._address, 0)
+            except BaseException:  # interrupted before the job was handed out
+                self._control[t.COMING] = 0
+                raise
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -55,13 +71,13 @@ class Crew:
             self._end()
 
     def _start(self) -> None:
-        self._started = True
         for number in range(1, len(self._wake)):
-            Thread(
-                target=_work,
-                args=(self._entry, self._address, self._control, self.table, number, self._wake),
-                daemon=True,
-            ).start()
+            if number not in self._at_work:
+                arguments = (self._entry, self._held, number, self._wake, self._at_work)
+                try:
+                    Thread(target=_work, args=arguments, daemon=True).start()
+                except RuntimeError as error:
+                    raise EngineError(f"no thread to be had: {error}") from None
 
 
 def _yield_address() -> int:
@@ -73,28 +89,21 @@ def _yield_address() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _call(entry: Entry, address: int, wake: list[Semaphore]) -> None:
-    asleep = entry(address, -1)
-    for number in range(1, len(wake)):
-        if asleep >> number & 1:
-            wake[number].release()
-
-
 def _work(
     entry: Entry,
-    address: int,
-    control: NDArray[np.int64],
-    table: NDArray[np.int64],
+    held: tuple[NDArray[np.int64], ...],
     number: int,
     wake: list[Semaphore],
+    at_work: dict[int, int],
 ) -> None:
-    """control, table: kept alive, the kernels look at them."""
+    if at_work.setdefault(number, get_ident()) != get_ident():
+        return  # whoever started one was interrupted before it knew
+    address = held[1].ctypes.data
     while not entry(address, number):
         wake[number].acquire()
 
 
-def _stop(
-    entry: Entry, control: NDArray[np.int64], table: NDArray[np.int64], wake: list[Semaphore]
-) -> None:
+def _stop(control: NDArray[np.int64], wake: list[Semaphore]) -> None:
     control[t.STOP] = 1
-    _call(entry, table.ctypes.data, wake)
+    for sleeper in wake:
+        sleeper.release()

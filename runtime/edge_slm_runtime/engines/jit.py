@@ -45,8 +45,7 @@ class JitEngine(SteppingEngine):
         read, ManifestInvalid when they are not the model of `facts`."""
         threads = min(threads, _THREADS_MAX)
         self._weights = Weights(folder / MAIN_FILE[self.name], facts)
-        self.crew = Crew(threads)
-        self.crew.table[t.MODEL] = self._weights.table.ctypes.data
+        self.crew = Crew(threads, self._weights.table)
         self.facts = facts
         self._buffers: list[Tensor] = []
         self._rows = 0
@@ -111,12 +110,13 @@ class JitEngine(SteppingEngine):
             t.SCORES: (np.float32, self.threads * self.facts.positions),
         }
         with self.crew.idle():
-            self._buffers = []
-            for place, (kind, count) in sizes.items():
-                buffer = np.zeros(count, kind)
-                self._buffers.append(buffer)
+            if rows <= self._rows:
+                return
+            fresh = {place: np.zeros(count, kind) for place, (kind, count) in sizes.items()}
+            self._buffers += fresh.values()  # beside the old ones: this may be interrupted
+            for place, buffer in fresh.items():
                 table[place] = buffer.ctypes.data
-            self._rows = rows
+            self._rows, self._buffers = rows, list(fresh.values())
 
 
 class _Pass:

@@ -1,7 +1,7 @@
 """Engines whose tokens our own sampler chooses, step by step.
 
 The KV cache is one preallocated array that every pass of the model writes to in place. Rows
-of a batch have their own lengths: each prompt is prefilled alone into its row, then all rows
+of a batch have their own lengths: prompts are prefilled into their rows, then all rows
 decode together, and none sees another. Of a prompt that begins like an earlier one only the
 rest is computed (`kv_cache`).
 

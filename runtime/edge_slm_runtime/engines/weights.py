@@ -17,6 +17,7 @@ from edge_slm_runtime.kernels import tables as t
 from edge_slm_runtime.panels import ALIGNMENT, LANES, STRIP, UNIT
 
 _HEADER_LIMIT = 16 << 20  # bytes
+_MOST = 1 << 20  # of anything that a model has; what there really is, its tensors tell
 _DTYPES: dict[str, Any] = {"F32": np.float32, "U8": np.uint8}
 Tensor = NDArray[Any]
 
@@ -33,9 +34,12 @@ class Weights:
             self._header, self._data = _read(path)
             settings = self._header["__metadata__"]
             activation = t.ACTIVATIONS.index(settings["activation"])
-            epsilon = float(settings["layer_norm_epsilon"])
-        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+            epsilon = _share(settings["layer_norm_epsilon"])
+        except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError) as error:
             raise EngineError(f"{path.parent.name} cannot be read: {error}") from None
+        shape = (facts.layers, facts.heads, facts.width, facts.vocab_size, facts.positions)
+        if min(shape) < 1 or max(shape) > _MOST or facts.width % facts.heads:
+            raise ManifestInvalid(f"layers, heads, width, vocabulary, positions cannot be {shape}")
         self._tensors: list[Tensor] = []
         self.width, self.widest, self.inputs, self.blocks = facts.width, 0, 0, 0
         table = self.table = np.zeros(t.FIRST_LAYER + t.LAYER * facts.layers, np.int64)
@@ -77,7 +81,8 @@ class Weights:
             size * LANES * found == block_bytes * 8
             and size % STRIP == 0
             and size > 0
-            and blocks == -(-inputs // size)
+            # Inputs that are filled up may be less by some.
+            and inputs - UNIT < blocks * size < inputs + size
             and panels % (UNIT // LANES) == 0
             and (outputs is None or panels * LANES == -(-outputs // UNIT) * UNIT)
             and bits in (None, found)
@@ -141,6 +146,13 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     if rest:
         raise ValueError("it is cut short")
     return header, data
+
+
+def _share(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number < 1:
+        raise ValueError(f"layer_norm_epsilon is {number}")
+    return number
 
 
 def _huge_pages(size: int) -> NDArray[np.uint8]:

@@ -24,7 +24,6 @@ import numpy as np
 
 from edge_slm_runtime.kernels.image import flat_image
 
-_SOURCES = ("tile", "native", "strip", "product", "layers", "attention", "gpt2", "tables")
 _NAME = "entry"
 _DIGEST = 32  # bytes
 
@@ -38,18 +37,18 @@ def kernels() -> Entry:
 
     Raises ImportError without numba when there is no code yet.
     """
-    image, whole = (_cache_folder() / f"{_key()}{suffix}" for suffix in (".image", ".o"))
     with suppress(OSError, ValueError):  # none yet, altered, or where no code may run
-        return _mapped(image)
+        return _mapped(_cache_file(".image"))
     try:
-        code = _read(whole)
+        code = _read(_cache_file(".o"))
     except (OSError, ValueError):
         code = _compile()
         with suppress(OSError, ValueError):  # no place to keep it, another system
+            image = _cache_file(".image")
             _write(image, flat_image(code, _NAME))
             return _mapped(image)
         with suppress(OSError):  # compiled again next time
-            _write(whole, code)
+            _write(_cache_file(".o"), code)
     return _linked(code)
 
 
@@ -57,7 +56,7 @@ def kernels() -> Entry:
 def has_vnni() -> bool:
     """Whether this processor multiplies and adds four bytes at once in 512-bit vectors.
 
-    Without it the kernels give the same numbers, slower than onnxruntime does.
+    Without it the kernels multiply in smaller steps, slower than onnxruntime does.
     """
     return "avx512_vnni" in _processor().split()
 
@@ -128,9 +127,9 @@ def _target() -> Any:
 
 def _key() -> str:
     """Of the code: its sources and its processor."""
-    root = Path(__file__).parent.parent
-    parts = [(root / f"kernels/{name}.py").read_bytes() for name in _SOURCES]
-    parts += [(root / "panels.py").read_bytes(), _processor().encode()]
+    here = Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), here.parent / "panels.py"]
+    parts = [source.read_bytes() for source in sources] + [_processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
@@ -145,10 +144,15 @@ def _processor() -> str:
     return "\n".join(line for line in first.splitlines() if line.startswith(told))
 
 
-def _cache_folder() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "edge-slm"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-slm"
+def _cache_file(suffix: str) -> Path:
+    """Raises OSError for a user without a home."""
+    windows = sys.platform == "win32"
+    if not (folder := os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")):
+        try:
+            folder = str(Path.home() / ".cache")
+        except RuntimeError as error:
+            raise FileNotFoundError(str(error)) from None
+    return Path(folder) / "edge-slm" / (_key() + suffix)
 
 
 def _read(file: Path) -> bytes:

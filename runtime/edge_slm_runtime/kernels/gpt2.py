@@ -154,7 +154,7 @@ def _make_feed_forward(product: Callable[..., None]) -> Callable[..., int]:
         product(c_fc, levels, steps, sums, n, wide, stride, first, last)
         activate(wide, n, stride, c_fc[t.BIAS], first, last, kind)
         reached = wait(table[t.CONTROL], reached, threads)
-        start, end = first * LANES // size, -(-last * LANES // size)
+        start, end = first * LANES // size, min(-(-last * LANES // size), c_proj[t.BLOCKS])
         inner = min(stride, c_proj[t.BLOCKS] * size)
         for row in range(n):
             quantise(wide, row, stride, inner, c_proj, start, end, levels, steps, sums)
@@ -174,42 +174,47 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
 
     @jit
     def entry(address: int, thread: int) -> int:
-        """thread -1: hands the job to the others, returns a bit for each that sleeps and must
-        be woken. 0: computes it with them, returns 0. Others: compute jobs until there was
-        none for a while; 0, and to be called again when woken, or 1 at the end of all."""
+        """thread -1: says that a job is coming, so that nobody goes to sleep; returns a bit for
+        each thread that does, and must be woken. 0: hands the job out, computes it with the
+        others, returns 0. Others: compute jobs until there was none for a while; 0, and to be
+        called again when woken, or 1 at the end of all."""
         table = words(address, t.TABLE)
         control = words(table[t.CONTROL], t.SLEEPERS)
         epoch = table[t.CONTROL] + _WORD * t.EPOCH
+        coming = table[t.CONTROL] + _WORD * t.COMING
         sleepers = table[t.CONTROL] + _WORD * t.SLEEPERS
         if thread < 0:
-            control[t.BASE] = atomic_load(table[t.CONTROL] + _WORD * t.BARRIER)
-            atomic_add(epoch, 1)
+            atomic_swap(coming, 1)
             asleep = 0
             for other in range(1, control[t.THREADS]):
-                asleep |= atomic_swap(sleepers + _WORD * t.LINE * other, 0) << other
+                asleep |= atomic_load(sleepers + _WORD * t.LINE * other) << other
             return asleep
+        if thread == 0:
+            control[t.BASE] = atomic_load(table[t.CONTROL] + _WORD * t.BARRIER)
+            atomic_add(epoch, 1)
+            forward(table, 0)
+            atomic_swap(coming, 0)
+            return 0
         sleeper = sleepers + _WORD * t.LINE * thread
         done = words(sleeper + _WORD, 1)  # the last job that this thread computed
+        atomic_swap(sleeper, 0)
         spins = 0
-        while True:
+        while not atomic_load(table[t.CONTROL] + _WORD * t.STOP):
             now = atomic_load(epoch)
             if now != done[0]:
                 done[0] = now
-                if atomic_load(table[t.CONTROL] + _WORD * t.STOP):
-                    return 1
                 forward(table, thread)
-                if thread == 0:
-                    return 0
                 look_ahead(table, epoch, now)
                 spins = 0
-                continue
             spins = relax(spins)
             if spins > _SPINS_BEFORE_SLEEP:
-                spins = 0
                 atomic_swap(sleeper, 1)
-                # A job that came meanwhile either saw this thread asleep, and wakes it, or not.
-                if atomic_load(epoch) == now or not atomic_swap(sleeper, 0):
+                # A caller either finds this thread asleep, and wakes it, or is seen here.
+                if atomic_load(epoch) == now and not atomic_load(coming):
                     return 0
+                atomic_swap(sleeper, 0)
+                spins = 0
+        return 1
 
     return entry
 

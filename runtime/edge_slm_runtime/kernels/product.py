@@ -21,7 +21,8 @@ from edge_slm_runtime.kernels.strip import peak, rounded
 from edge_slm_runtime.kernels.tile import make_tile
 from edge_slm_runtime.panels import LANES, PAIR, STRIP
 
-_ZERO, _TOP = np.float32(0), np.float32(127)
+_TOP = np.float32(127)
+_LEAST = np.float32(1e-34)  # a 127th of it is still a normal number
 _FLOAT = 4  # bytes
 
 
@@ -47,7 +48,8 @@ def quantise(
         largest = float_of_bits(np.int32(bits))
         for i in range(strips, end):
             largest = max(largest, abs(x[i]))
-        factor = _TOP / largest if largest > _ZERO else _ZERO
+        largest = max(largest, _LEAST)
+        factor = _TOP / largest
         total = np.int32(0)
         for i in range(start, strips, STRIP):
             total += rounded(source + i * _FLOAT, levels + i, factor)

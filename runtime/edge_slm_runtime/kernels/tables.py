@@ -9,11 +9,12 @@ Kept apart from the kernels so that a process that only runs them does not impor
 # SUMS int32, activations as `tile` takes them; SCORES float32 [threads, positions].
 CONTROL, MODEL, JOB, X, WIDE, ATTENDED, LEVELS, STEPS, SUMS, SCORES, TABLE = range(11)
 
-# Shared by the threads, each in a cache line of its own: the number of the job, the barriers
+# Shared by the threads, each in a cache line of its own: the number of the job, whether one is
+# coming, the barriers
 # passed so far, whether to stop, the barriers passed when the job began, the threads, the C
 # function that gives the core to another thread, and per thread whether it sleeps.
 LINE = 8  # int64s
-EPOCH, BARRIER, STOP, BASE, THREADS, YIELD, SLEEPERS = (LINE * i for i in range(7))
+EPOCH, COMING, BARRIER, STOP, BASE, THREADS, YIELD, SLEEPERS = (LINE * i for i in range(8))
 
 # The model: its shape, then addresses.
 (
