@@ -12,7 +12,7 @@ from edge_slm_converters.checkpoint import Array, Checkpoint, Float32
 from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
 from edge_slm_runtime.bundle import MAIN_FILE
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
-from edge_slm_runtime.panels import UNIT, pack_levels, pack_outputs
+from edge_slm_runtime.panels import SHAPE, UNIT, pack_levels, pack_outputs
 
 _MATRIX_PARTS = (".levels", ".scale", ".zero")
 
@@ -37,6 +37,7 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     settings = {
         "activation": config.activation,
         "layer_norm_epsilon": repr(config.layer_norm_epsilon),
+        **{name: str(getattr(config, name)) for name in SHAPE},
     }
     tensors = dict(_tensors(checkpoint, precision))
     embedding = () if config.tied else ("wte.levels", "wte.scale")

@@ -27,6 +27,9 @@ PAIR = 2  # panels that tiles of several rows take together
 UNIT = 64  # outputs come in multiples of it
 ALIGNMENT = 64  # bytes
 
+# What the file's metadata says of the model, beside activation and layer_norm_epsilon.
+SHAPE = ("layers", "heads", "width", "vocab_size", "positions")
+
 UInt8 = NDArray[np.uint8]
 
 

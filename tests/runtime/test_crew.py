@@ -86,6 +86,22 @@ def test_the_same_bits_in_company(tiny_bundle: Path, precision: str) -> None:
     engine.close()
 
 
+def test_the_same_bits_beside_prompts_of_other_lengths(tiny_bundle: Path, precision: str) -> None:
+    """Several prompts in one pass, some of them begun before."""
+    engine = opened(tiny_bundle, precision, 3)
+    prompts = [IDS[i : i + n] for i, n in enumerate((7, 1, 30, 60, 2, 16, 9))]
+    starts = [0, 0, 11, 0, 1, 15, 3]
+    cache = engine.new_cache(len(prompts)).array
+    for row, (ids, start) in enumerate(zip(prompts, starts, strict=True)):
+        if start:
+            engine.new_pass(cache[:, row : row + 1], start, 1).run([ids[:start]], [0])
+    rest = [ids[start:] for ids, start in zip(prompts, starts, strict=True)]
+    found = engine._pass(cache, [len(ids) for ids in rest], 1).run(rest, starts)
+    for ids, behind in zip(prompts, found, strict=True):
+        np.testing.assert_array_equal(behind[0], logits(engine, [len(ids)], ids)[-1])
+    engine.close()
+
+
 def test_sleeping_threads_are_woken(engine: JitEngine) -> None:
     expected = logits(engine, CUTS[0])
     control = engine.crew._control
@@ -117,7 +133,7 @@ def test_several_callers_at_once(engine: JitEngine, tiny_bundle: Path) -> None:
 def test_buffers_never_shrink(engine: JitEngine, sizes: tuple[int, int]) -> None:
     """Two callers that both find them too small, while a third computes."""
     with engine.crew.idle():
-        callers = [threading.Thread(target=engine.make_room, args=(size,)) for size in sizes]
+        callers = [threading.Thread(target=engine._make_room, args=(size,)) for size in sizes]
         for caller in callers:
             caller.start()
             sleep(0.1)

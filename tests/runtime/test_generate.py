@@ -215,7 +215,9 @@ def test_control_tokens_never_come_out(stepped_slm: SLM) -> None:
         ({"keep_length": "no"}, BadSetting),
     ],
 )
-def test_bad_settings(stepped_slm: SLM, settings: dict[str, object], error: type[Exception]) -> None:
+def test_bad_settings(
+    stepped_slm: SLM, settings: dict[str, object], error: type[Exception]
+) -> None:
     with pytest.raises(error):
         stepped_slm.generate(REQUEST, **settings)  # type: ignore[arg-type]
     with pytest.raises(error):
@@ -270,23 +272,23 @@ def test_an_engine_that_is_not_installed(
 
 
 def test_an_engine_that_cannot_be_imported(tiny_bundle: Path, tmp_path: Path) -> None:
-    for package in ("onnxruntime", "ctranslate2", "llvmlite"):
+    for package in ("onnxruntime", "ctranslate2", "numba"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('no libgomp.so')")
     program = (
         "import sys; from edge_slm_runtime import load, EdgeSlmError\n"
-        "for engine in ('onnxruntime', 'ctranslate2', 'numba'):\n"
+        "for engine in ('onnxruntime', 'ctranslate2', 'numba', 'auto'):\n"
         f"    try: load({str(tiny_bundle)!r}, engine)\n"
         "    except EdgeSlmError as error: print(error.code, error)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
     lines = result.stdout.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert all("engine_not_installed" in li and "no libgomp.so" in li for li in lines), lines
 
 

@@ -25,23 +25,27 @@ def reference_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edge_slm_converters import convert
 
     path = tmp_path_factory.mktemp("memory") / "reference"
-    convert(REFERENCE, path, ("onnx-fp32", "onnx-int8"), accept=True)
+    convert(REFERENCE, path, ("onnx-fp32", "onnx-int8", "numba-int8"), accept=True)
     return path
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("numba", "int8")]
+)
 @pytest.mark.parametrize("words", [2, 150])
-def test_measured_in_a_fresh_process(reference_bundle: Path, precision: str, words: int) -> None:
+def test_measured_in_a_fresh_process(
+    reference_bundle: Path, engine: str, precision: str, words: int
+) -> None:
     code = """
 import sys, edge_slm_runtime
 from edge_slm_runtime.memory import memory_estimate, peak_rss_mb
-path, precision, words = sys.argv[1:]
-slm = edge_slm_runtime.load(path, "onnxruntime", precision, threads=2, prefix_cache_mb=0)
+path, engine, precision, words = sys.argv[1:]
+slm = edge_slm_runtime.load(path, engine, precision, threads=2, prefix_cache_mb=0)
 out = slm.generate("word " * int(words), max_new_tokens=60, no_repeat_ngram_size=0)
 tokens = out.stats.prompt_tokens + out.stats.new_tokens
 print(peak_rss_mb(), memory_estimate(slm.manifest, slm.variant, positions=tokens))
 """
-    arguments = (str(reference_bundle), precision, str(words))
+    arguments = (str(reference_bundle), engine, precision, str(words))
     out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True)
     measured, estimate = map(float, out.stdout.split())
     assert abs(estimate - measured) <= max(10, 0.1 * measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 ENGINES = ("onnxruntime", "ctranslate2", "numba")
 
 
-def python(code: str, *arguments: str) -> str:
+def python(code: str, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -34,7 +36,8 @@ assert not engines & set(sys.modules), "they are imported when used"
 with edge_slm_runtime.load(sys.argv[1], sys.argv[2], threads=1) as slm:
     slm.generate("a cat", words=3, max_new_tokens=20)
 heavy = {"torch", "transformers", "optimum", "onnx", "psutil", "safetensors", "numba"}
-print(heavy & set(sys.modules), os.environ["ORT_DISABLE_TELEMETRY"], os.environ["ORT_TELEMETRY_DISABLED"])
+told = os.environ["ORT_DISABLE_TELEMETRY"], os.environ["ORT_TELEMETRY_DISABLED"]
+print(heavy & set(sys.modules), *told)
 """,
         str(tiny_bundle),
         engine,

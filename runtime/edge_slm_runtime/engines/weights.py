@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_slm_runtime.bundle import ModelFacts
 from edge_slm_runtime.errors import EngineError, ManifestInvalid, shown
 from edge_slm_runtime.kernels import tables as t
-from edge_slm_runtime.panels import ALIGNMENT, LANES, STRIP, UNIT
+from edge_slm_runtime.panels import ALIGNMENT, LANES, SHAPE, STRIP, UNIT
 
 _HEADER_LIMIT = 16 << 20  # bytes
 _MOST = 1 << 20  # of anything that a model has; what there really is, its tensors tell
@@ -35,11 +35,14 @@ class Weights:
             settings = self._header["__metadata__"]
             activation = t.ACTIVATIONS.index(settings["activation"])
             epsilon = _share(settings["layer_norm_epsilon"])
+            found = [int(settings[name]) for name in SHAPE]
         except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError) as error:
             raise EngineError(f"{path.parent.name} cannot be read: {error}") from None
-        shape = (facts.layers, facts.heads, facts.width, facts.vocab_size, facts.positions)
-        if min(shape) < 1 or max(shape) > _MOST or facts.width % facts.heads:
-            raise ManifestInvalid(f"layers, heads, width, vocabulary, positions cannot be {shape}")
+        told = [getattr(facts, name) for name in SHAPE]
+        if found != told or min(told) < 1 or max(told) > _MOST or facts.width % facts.heads:
+            raise ManifestInvalid(
+                f"{path.parent.name} has {', '.join(SHAPE)} {found}, the manifest says {told}"
+            )
         self._tensors: list[Tensor] = []
         self.width, self.widest, self.inputs, self.blocks = facts.width, 0, 0, 0
         table = self.table = np.zeros(t.FIRST_LAYER + t.LAYER * facts.layers, np.int64)

@@ -1,0 +1,278 @@
+"""The kernels' machine code: kept for this user, and compiled anew whenever it is not sound."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_slm_runtime import load, read_manifest
+from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.kernels import compiled
+from edge_slm_runtime.kernels.image import flat_image
+
+from .test_process import python
+
+IMAGES = sys.platform == "linux" and platform.machine() == "x86_64"
+needs_images = pytest.mark.skipif(not IMAGES, reason="images are for x86-64 Linux")
+ANSWER = """
+import sys, edge_slm_runtime
+with edge_slm_runtime.load(sys.argv[1], "numba", "int8", threads=2) as slm:
+    answer = slm.generate("a cosy cabin", max_new_tokens=9)
+print(*{"numba", "llvmlite"} & set(sys.modules), "ids", *answer.token_ids)
+"""
+
+
+@pytest.fixture(scope="module")
+def code() -> bytes:
+    """An object file, really compiled."""
+    return compiled._compile()
+
+
+class Compiler:
+    """Gives what was compiled before, and counts how often it is asked to."""
+
+    def __init__(self, code: bytes) -> None:
+        self.code, self.calls = code, 0
+
+    def __call__(self) -> bytes:
+        self.calls += 1
+        return self.code
+
+
+@pytest.fixture
+def compiler(code: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    """With an empty cache folder, and nothing in memory."""
+    found = Compiler(code)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "_compile", found)
+    compiled.kernels.cache_clear()
+    yield found
+    compiled.kernels.cache_clear()
+
+
+def kept(tmp_path: Path) -> Path:
+    (file,) = (tmp_path / "cache/edge-slm").iterdir()
+    return file
+
+
+def load_anew() -> None:
+    compiled.kernels.cache_clear()
+    compiled.kernels()
+
+
+def replace(file: Path, content: bytes) -> None:
+    """With another one: what this process has in memory must stay whole."""
+    file.unlink()
+    file.write_bytes(content)
+
+
+def test_compiled_once_for_all_processes(
+    compiler: Compiler, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    compiled.kernels()
+    with load(tiny_bundle, "numba", "int8", threads=1) as slm:
+        ids = [str(i) for i in slm.generate("a cosy cabin", max_new_tokens=9).token_ids]
+    assert kept(tmp_path).suffix == (".image" if IMAGES else ".o")
+    found = python(ANSWER, str(tiny_bundle), XDG_CACHE_HOME=str(tmp_path / "cache")).split()
+    assert found == [*([] if IMAGES else ["llvmlite"]), "ids", *ids]
+    assert compiler.calls == 1
+    assert kept(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no modes")
+def test_only_this_user_may_read_and_write_it(compiler: Compiler, tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        compiled.kernels()
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(kept(tmp_path).stat().st_mode) == 0o600
+    assert stat.S_IMODE(kept(tmp_path).parent.stat().st_mode) == 0o700
+
+
+def test_what_is_kept_is_loaded(compiler: Compiler, tmp_path: Path) -> None:
+    for _ in range(3):
+        load_anew()
+    assert compiler.calls == 1
+    content = kept(tmp_path).read_bytes()
+    assert content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 5000, -1])
+def test_a_cut_file_is_replaced(compiler: Compiler, tmp_path: Path, length: int) -> None:
+    compiled.kernels()
+    whole = kept(tmp_path).read_bytes()
+    replace(kept(tmp_path), whole[:length])
+    load_anew()
+    assert compiler.calls == 2
+    assert kept(tmp_path).read_bytes() == whole
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 4000, -1])
+def test_an_altered_file_is_replaced(compiler: Compiler, tmp_path: Path, place: int) -> None:
+    compiled.kernels()
+    whole = kept(tmp_path).read_bytes()
+    altered = bytearray(whole)
+    altered[place] ^= 1
+    replace(kept(tmp_path), bytes(altered))
+    load_anew()
+    assert compiler.calls == 2
+    assert kept(tmp_path).read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    compiler: Compiler, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    (tmp_path / "cache").write_text("not a folder")
+    load_anew()
+    load_anew()
+    assert compiler.calls == 2
+    with load(tiny_bundle, "numba", threads=1) as slm:
+        assert slm.generate("a cat", max_new_tokens=3).token_ids
+
+
+def test_something_else_in_its_place_is_no_error(compiler: Compiler, tmp_path: Path) -> None:
+    for suffix in (".image", ".o"):
+        (tmp_path / f"cache/edge-slm/{compiled._key()}{suffix}/folder").mkdir(parents=True)
+    load_anew()
+    assert compiler.calls == 1
+    assert len(list((tmp_path / "cache/edge-slm").iterdir())) == 2
+
+
+@needs_images
+def test_where_no_file_may_be_run_the_object_is_kept(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that is mounted so."""
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    for _ in range(3):
+        load_anew()
+    assert compiler.calls == 1
+    files = sorted(path.suffix for path in (tmp_path / "cache/edge-slm").iterdir())
+    assert ".o" in files
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has another folder")
+def test_a_user_without_a_home_is_no_error(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs under any number."""
+    import pwd
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    compiled.kernels()
+    assert compiler.calls == 1
+
+
+def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(compiled.__file__).parent.parent
+    copy = tmp_path / "package"
+    shutil.copytree(package / "kernels", copy / "kernels")
+    shutil.copyfile(package / "panels.py", copy / "panels.py")
+    key = compiled._key()
+    monkeypatch.setattr(compiled, "__file__", str(copy / "kernels/compiled.py"))
+    assert compiled._key() == key
+    files = [f for f in copy.rglob("*.py") if f.name != "__init__.py"]
+    assert len(files) > 7
+    for file in files:
+        text = file.read_bytes()
+        file.write_bytes(text + b"#")
+        assert compiled._key() != key, file.name
+        file.write_bytes(text)
+    monkeypatch.setattr(compiled, "_processor", lambda: "another one")
+    assert compiled._key() != key
+
+
+# -- images ------------------------------------------------------------------------
+
+
+@needs_images
+def test_an_image_computes_what_the_object_does(
+    code: bytes, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Wherever in memory it lies."""
+    for name in ("one", "other"):
+        compiled._write(tmp_path / name, flat_image(code, "entry"))
+    entries = [compiled._linked(code), *(compiled._mapped(tmp_path / n) for n in ("one", "other"))]
+    found = []
+    for entry in entries:
+        facts = read_manifest(tiny_bundle).model
+        engine = JitEngine(tiny_bundle / "numba-int4", facts, 2, 0, speculate=False)
+        engine.crew._entry = entry
+        step = engine.new_pass(engine.new_cache(1).array, 50, 50)
+        found.append(step.run([range(70, 120)], [0]).copy())
+        engine.close()
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def emitted(text: str) -> bytes:
+    """The object file of LLVM's assembly."""
+    llvm, target = compiled._target()
+    return bytes(target.emit_object(llvm.parse_assembly(text)))
+
+
+OUTSIDE = """
+declare i32 @puts(i8*)
+define i32 @entry(i8* %x) {
+  %y = call i32 @puts(i8* %x)
+  ret i32 %y
+}"""
+VARIABLE = """
+@count = internal global i64 7
+define i64 @entry() {
+  %x = load volatile i64, i64* @count
+  store volatile i64 8, i64* @count
+  ret i64 %x
+}"""
+ZEROS = VARIABLE.replace("7", "0")
+ADDRESS = """
+@table = internal constant [2 x i8*] [i8* null, i8* bitcast (i64 ()* @entry to i8*)]
+define i64 @entry() {
+  %x = load volatile i8*, i8** getelementptr ([2 x i8*], [2 x i8*]* @table, i64 0, i64 1)
+  %y = ptrtoint i8* %x to i64
+  ret i64 %y
+}"""
+
+
+@needs_images
+@pytest.mark.parametrize("text", [OUTSIDE, VARIABLE, ZEROS, ADDRESS])
+def test_code_that_is_not_alone_is_no_image(text: str) -> None:
+    with pytest.raises(ValueError, match="code "):
+        flat_image(emitted(text), "entry")
+
+
+@needs_images
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda code: b"",
+        lambda code: code[:40],
+        lambda code: b"MZ" + code[2:],
+        lambda code: code[:4] + b"\x01" + code[5:],  # of 32 bits
+        lambda code: code[:18] + b"\xb7\0" + code[20:],  # for AArch64
+    ],
+)
+def test_another_format_is_no_image(code: bytes, change: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(ValueError, match=r"not a 64-bit ELF file|code for machine"):
+        flat_image(change(code), "entry")

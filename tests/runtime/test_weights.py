@@ -1,0 +1,274 @@
+"""What the numba engine's kernels are told is in memory, is there."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_slm_runtime import read_manifest
+from edge_slm_runtime.bundle import ModelFacts
+from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.engines.weights import Weights
+from edge_slm_runtime.errors import EngineError, ManifestInvalid
+from edge_slm_runtime.kernels import tables as t
+
+Header = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_bundle: Path) -> ModelFacts:
+    return read_manifest(tiny_bundle).model
+
+
+@pytest.fixture(scope="module")
+def contents(tiny_bundle: Path) -> dict[str, tuple[Header, bytes]]:
+    """Header and data, by precision."""
+    found = {}
+    for precision in ("int8", "int4"):
+        raw = (tiny_bundle / f"numba-{precision}/model.safetensors").read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        found[precision] = json.loads(raw[8:end]), raw[end:]
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    folder = tmp_path / "numba-int8"
+    folder.mkdir()
+    return folder / "model.safetensors"
+
+
+def write(file: Path, header: Any, data: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def all_in_place(weights: Weights) -> bool:
+    """Every address of the table is that of a tensor, and every tensor within the file."""
+    start, end = weights._data.ctypes.data, weights._data.ctypes.data + len(weights._data)
+    places = {tensor.ctypes.data for tensor in weights._tensors}
+    addresses = [weights.table[i] for i in (t.POSITION_TABLE, t.FINAL_WEIGHT, t.FINAL_BIAS)]
+    for place in (t.EMBEDDING, t.LM_HEAD):
+        addresses += [weights.table[place + part] for part in (t.LEVEL, t.SCALE)]
+    return places >= set(addresses) and all(
+        start <= tensor.ctypes.data and tensor.ctypes.data + tensor.nbytes <= end
+        for tensor in weights._tensors
+    )
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_was_written_is_read(
+    tiny_bundle: Path, facts: ModelFacts, contents: dict[str, Any], precision: str
+) -> None:
+    header, data = contents[precision]
+    weights = Weights(tiny_bundle / f"numba-{precision}/model.safetensors", facts)
+    assert all_in_place(weights)
+    assert len(weights._tensors) == len(header) - 1 + 2  # a tied head is named twice
+    for tensor in weights._tensors:
+        assert tensor.ctypes.data % 64 == 0
+        start = tensor.ctypes.data - weights._data.ctypes.data
+        assert tensor.tobytes() == data[start : start + tensor.nbytes]
+
+
+def test_a_file_that_is_none(file: Path, facts: ModelFacts) -> None:
+    for raw in (b"", b"\0" * 7, b"\0" * 8, b"\xff" * 8, b"\x01" + b"\0" * 7, b"\xff" * 5000):
+        file.write_bytes(raw)
+        with pytest.raises(EngineError, match="numba-int8 cannot be read"):
+            Weights(file, facts)
+    file.unlink()
+    with pytest.raises(EngineError, match="No such file"):
+        Weights(file, facts)
+
+
+def test_a_header_that_is_too_long(file: Path, facts: ModelFacts, contents: dict[str, Any]) -> None:
+    header, data = contents["int8"]
+    write(file, json.dumps(header).encode() + b" " * (17 << 20), data)
+    with pytest.raises(EngineError, match="a header of"):
+        Weights(file, facts)
+
+
+@pytest.mark.parametrize("cut", [1, 63, 64, 5000, 10**9])
+def test_a_file_that_is_cut_short(
+    file: Path, facts: ModelFacts, contents: dict[str, Any], cut: int
+) -> None:
+    header, data = contents["int8"]
+    write(file, header, data[: max(0, len(data) - cut)])
+    with pytest.raises(ManifestInvalid, match="the tensor"):
+        Weights(file, facts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"{", b"7", b"null", b"[]", b'"x"', b"{}", b"\xff\xfe", b'{"__metadata__": 7}'),
+        *(b'{"__metadata__": null}', b'{"__metadata__": {}}', b"[" * 100_000),
+        b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+        b"9" * 5000,  # more digits than Python reads
+    ],
+    ids=lambda text: str(text[:24]),
+)
+def test_a_header_that_is_none(file: Path, facts: ModelFacts, text: bytes) -> None:
+    write(file, text, b"\0" * 64)
+    with pytest.raises(EngineError, match="cannot be read"):
+        Weights(file, facts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"activation": value} for value in ("swish", "", None, 3, [])),
+        *({"layer_norm_epsilon": value} for value in ("x", None, [], "nan", "-1", "inf", "1e999")),
+    ],
+    ids=str,
+)
+def test_settings_that_are_none(
+    file: Path, facts: ModelFacts, contents: dict[str, Any], change: dict[str, Any]
+) -> None:
+    header, data = copy.deepcopy(contents["int8"])
+    header["__metadata__"].update(change)
+    write(file, header, data)
+    with pytest.raises(EngineError, match="cannot be read"):
+        Weights(file, facts)
+
+
+NAMES = (
+    *("wte.levels", "wte.scale", "wpe", "ln_f.weight", "h.1.ln_2.bias", "h.0.attn.c_attn.bias"),
+    *("h.0.attn.c_attn.levels", "h.1.mlp.c_proj.scale", "h.1.mlp.c_fc.levels"),
+)
+WRONG: tuple[Any, ...] = (None, 7, "x", [], {}, -1, True, 1.5, 2**70, [1, [2]], ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_is_not_what_it_must_be(
+    file: Path, facts: ModelFacts, contents: dict[str, Any], name: str
+) -> None:
+    original, data = contents["int8"]
+    start, end = original[name]["data_offsets"]
+    shape, dtype = original[name]["shape"], original[name]["dtype"]
+    size = len(data)
+    entries: list[Any] = [*WRONG]
+    for key in ("dtype", "shape", "data_offsets"):
+        entries += [original[name] | {key: wrong} for wrong in WRONG]
+        entries.append({k: v for k, v in original[name].items() if k != key})
+    entries += [
+        original[name] | change
+        for change in (
+            {"dtype": "F32" if dtype == "U8" else "U8"},
+            {"dtype": "F16"},
+            {"shape": [*shape, 1]},
+            {"shape": [2 * shape[0], *shape[1:]]},
+            {"shape": [-1, *shape[1:]]},
+            {"shape": [-shape[0], *shape[1:-1], -shape[-1]]},
+            {"shape": [0, *shape[1:]]},
+            {"shape": [float(n) for n in shape]},
+            {"data_offsets": [start + 1, end + 1]},
+            {"data_offsets": [start + 4, end + 4]},
+            {"data_offsets": [start, end - 4]},
+            {"data_offsets": [start, end + 64]},
+            {"data_offsets": [end, start]},
+            {"data_offsets": [size // 64 * 64, size // 64 * 64 + end - start]},
+            {"data_offsets": [start + 2**63, end + 2**63]},
+            {"data_offsets": [start - 2**64, end - 2**64]},
+            {"data_offsets": [float(start), float(end)]},
+            {"data_offsets": [start, end, end]},
+            {"data_offsets": [start - size, end - size]},
+        )
+    ]
+    for entry in entries:
+        write(file, original | {name: entry}, data)
+        with pytest.raises(ManifestInvalid, match=r"the tensor|has levels"):
+            Weights(file, facts)
+    write(file, {k: v for k, v in original.items() if k != name}, data)
+    with pytest.raises(ManifestInvalid, match=r"the tensor|has no bias"):
+        Weights(file, facts)
+
+
+def test_levels_of_another_shape(file: Path, facts: ModelFacts, contents: dict[str, Any]) -> None:
+    """As many bytes, taken otherwise: other blocks, panels, bits."""
+    header, data = contents["int8"]
+    name = "h.0.mlp.c_fc.levels"  # 16 panels, one block of 64
+    whole = header[name]["shape"]
+    assert whole == [16, 1, 64 * 16]
+    for shape in ([16, 2, 512], [32, 1, 512], [8, 1, 2048], [8, 2, 1024], [1, 16, 1024]):
+        write(file, header | {name: header[name] | {"shape": shape}}, data)
+        with pytest.raises(ManifestInvalid, match=r"the tensor|has levels"):
+            Weights(file, facts)
+    zero = {"dtype": "U8", "shape": header["wte.scale"]["shape"], "data_offsets": [0, 448]}
+    write(file, header | {"wte.zero": zero}, data)  # the embedding is never of 4 bits
+    with pytest.raises(ManifestInvalid, match="has levels"):
+        Weights(file, facts)
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 16, 32, 63, 64, 65, 128, 417, 448, 10**6, 10**18, 10**30])
+
+
+NAMED = ("layers", "heads", "width", "vocab_size", "positions")
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(st.fixed_dictionaries(dict.fromkeys(NAMED, SIZES)))
+def test_any_facts(tiny_bundle: Path, facts: ModelFacts, sizes: dict[str, int]) -> None:
+    path = tiny_bundle / "numba-int8/model.safetensors"
+    for name, size in sizes.items():
+        for told in (replace(facts, **{name: size}), replace(facts, **sizes)):
+            try:
+                weights = Weights(path, told)
+            except ManifestInvalid:
+                continue
+            assert all_in_place(weights)
+            assert min(told.layers, told.heads) > 0
+            assert told.width % told.heads == 0
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["int8", "int4"]),
+    st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=6),
+)
+def test_a_header_with_any_bytes_changed(
+    tmp_path_factory: pytest.TempPathFactory,
+    facts: ModelFacts,
+    contents: dict[str, Any],
+    precision: str,
+    changes: list[tuple[int, int]],
+) -> None:
+    """It is refused, or what the kernels will read is there."""
+    header, data = contents[precision]
+    text = bytearray(json.dumps(header).encode())
+    for place, value in changes:
+        text[place % len(text)] = value
+    file = tmp_path_factory.mktemp("any") / "model.safetensors"
+    write(file, bytes(text), data)
+    try:
+        weights = Weights(file, facts)
+    except (EngineError, ManifestInvalid):
+        return
+    assert all_in_place(weights)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_any_numbers_are_computed_with(
+    file: Path, facts: ModelFacts, contents: dict[str, Any], precision: str
+) -> None:
+    """Of no use, but no crash: infinite, not a number, the largest."""
+    header, data = contents[precision]
+    for value in (np.nan, np.inf, -3e38, 1e-44):
+        changed = bytearray(data)
+        for name, entry in header.items():
+            if entry.get("dtype") == "F32" and name != "wpe":
+                part = slice(*entry["data_offsets"])
+                count = (part.stop - part.start) // 4
+                changed[part] = np.full(count, value, np.float32).tobytes()
+        write(file, header, bytes(changed))
+        engine = JitEngine(file.parent, facts, 2, 0, speculate=False)
+        step = engine.new_pass(engine.new_cache(1).array, 9, 9)
+        step.run([range(70, 79)], [0])
+        engine.close()
