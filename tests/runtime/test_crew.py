@@ -232,10 +232,11 @@ def stop(*_):
 signal.signal(signal.SIGALRM, stop)
 draw, end, stopped = random.Random(1), time.monotonic() + 8, 0
 while time.monotonic() < end:
-    if stopped % 50 == 0:
-        time.sleep(0.01)  # long enough to fall asleep
+    asleep = stopped % 2
+    if asleep:  # then they are woken before it begins
+        time.sleep(0.01)
     try:
-        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 1e-3))
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 1e-4 if asleep else 1e-3))
         while True:
             run()
     except Stop:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock, Semaphore, Thread, get_ident
+from contextlib import contextmanager, suppress
+from threading import Lock, Thread, get_ident
 from typing import Any
 from weakref import finalize
 
@@ -33,7 +33,10 @@ class Crew:
         self.table[t.MODEL] = model.ctypes.data
         self._address = self.table.ctypes.data
         self._lock = Lock()
-        self._wake = [Semaphore(0) for _ in range(threads)]
+        # Locked while there is no reason to wake up. Semaphores of Python do not survive Ctrl-C.
+        self._wake = [Lock() for _ in range(threads)]
+        for lock in self._wake:
+            lock.acquire()
         self._at_work: dict[int, int] = {}  # which thread has which number
         # The threads hold what they look at, not the crew, so that it can end.
         self._held = (self._control, self.table, model)
@@ -54,7 +57,7 @@ class Crew:
                 asleep = self._entry(self._address, -1)
                 for number in range(1, len(self._wake)):
                     if asleep >> number & 1:
-                        self._wake[number].release()
+                        _wake(self._wake[number])
                 self._entry(self._address, 0)
             except BaseException:  # interrupted before the job was handed out
                 self._control[t.COMING] = 0
@@ -93,7 +96,7 @@ def _work(
     entry: Entry,
     held: tuple[NDArray[np.int64], ...],
     number: int,
-    wake: list[Semaphore],
+    wake: list[Lock],
     at_work: dict[int, int],
 ) -> None:
     if at_work.setdefault(number, get_ident()) != get_ident():
@@ -103,7 +106,12 @@ def _work(
         wake[number].acquire()
 
 
-def _stop(control: NDArray[np.int64], wake: list[Semaphore]) -> None:
+def _stop(control: NDArray[np.int64], wake: list[Lock]) -> None:
     control[t.STOP] = 1
-    for sleeper in wake:
-        sleeper.release()
+    for lock in wake:
+        _wake(lock)
+
+
+def _wake(lock: Lock) -> None:
+    with suppress(RuntimeError):  # woken before, and not yet awake
+        lock.release()

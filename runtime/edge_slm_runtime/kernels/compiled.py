@@ -86,8 +86,13 @@ def _function(address: int) -> Entry:
 
 
 def _compile() -> bytes:
+    from logging import getLogger
+
     from numba import cfunc, types
 
+    getLogger("edge_slm").warning(
+        "compiling the kernels for this processor, once: about 20 seconds"
+    )
     from edge_slm_runtime.kernels.gpt2 import make_entry
 
     entry = make_entry(has_vnni())
