@@ -98,8 +98,7 @@ def test_comparing_a_report_with_itself_and_with_a_slower_one(report: Path, tmp_
             for sample in cell["samples"]:
                 sample["flags"] = []
                 for timing in sample["timings"]:
-                    timing["total_ms"] *= factor
-                    timing["ttft_ms"] *= factor
+                    timing["total_ms"], timing["ttft_ms"] = 40.0 * factor, 8.0 * factor
         file.write_text(json.dumps(data), encoding="utf-8")
     done = edge_slm("bench", "--compare", before, slower, code=11)
     assert done.stderr.startswith("error[bench_regression]: ")

@@ -159,7 +159,7 @@ def test_there_is_no_fp32(tiny_checkpoint: Path, tmp_path: Path) -> None:
 # -- logits ----------------------------------------------------------------------------
 
 # Least top-1 agreement with transformers and most KL. Measured on these random weights:
-# RANGES.
+# int8 0.91 … 1.00 and 0.0049 (attention without a scale; else 0.0016), int4 0.63 … 0.95 and 0.071.
 QUANTISED = {"int8": (0.85, 0.008), "int4": (0.4, 0.2)}
 # The same against onnxruntime with the same weights. Measured 0.93 … 1.00 and 0.00064.
 SAME_WEIGHTS = (0.88, 0.001)
@@ -171,7 +171,6 @@ def test_near_transformers(original: Maker, tmp_path: Path, shape: str, precisio
     model = original(**SHAPES[shape])
     source = read_checkpoint(model.path)
     figures = against(model.logits, numba_logits(source, precision_of(source, precision), tmp_path))
-    print("MEASURED", precision, shape, figures.top1, figures.kl_mean)
     top1, kl = QUANTISED[precision]
     assert figures.top1 >= top1
     assert figures.kl_mean <= kl

@@ -162,9 +162,11 @@ def _cache_file(suffix: str) -> Path:
 
 def _read(file: Path) -> bytes:
     """What was kept. Raises OSError, ValueError when it is not all there."""
+    if hasattr(os, "getuid") and file.stat().st_uid != os.getuid():
+        raise ValueError(f"{file} is another user's")
     content = file.read_bytes()
     code = content[:-_DIGEST]
-    if hashlib.sha256(code).digest() != content[-_DIGEST:]:
+    if not code or hashlib.sha256(code).digest() != content[-_DIGEST:]:
         raise ValueError(f"{file} was altered")
     return code
 
