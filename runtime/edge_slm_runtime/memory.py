@@ -60,8 +60,8 @@ def memory_estimate(
     by several different prompts, and ctranslate2 has none.
 
     The sum of the process with its engine, the weights, the keys and values (2 × layers ×
-    positions × width floats a row) and what computing a prompt takes; or, if that is more,
-    the embedding table, which is in memory twice while it is loaded. Within 10% or 10 MiB of
+    positions × width a row, floats or halves) and what computing a prompt takes; or, if that
+    is more, the embedding table, which is in memory twice while it is loaded. Within 10% or 10 MiB of
     what is measured on Linux x86-64.
     """
     model = manifest.model
