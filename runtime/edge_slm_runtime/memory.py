@@ -61,8 +61,8 @@ def memory_estimate(
 
     The sum of the process with its engine, the weights, the keys and values (2 × layers ×
     positions × width a row, floats or halves) and what computing a prompt takes; or, if that
-    is more, the embedding table, which is in memory twice while it is loaded. Within 10% or 10 MiB of
-    what is measured on Linux x86-64.
+    is more, the embedding table, which is in memory twice while it is loaded. Within 10%
+    or 10 MiB of what is measured on Linux x86-64.
     """
     model = manifest.model
     weights = variant.weight_bytes_per_token * _RESIDENT[variant.engine, variant.precision]
