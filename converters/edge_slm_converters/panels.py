@@ -12,7 +12,7 @@ from edge_slm_converters.checkpoint import Array, Checkpoint, Float32
 from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
 from edge_slm_runtime.bundle import MAIN_FILE
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
-from edge_slm_runtime.panels import SHAPE, UNIT, pack_levels, pack_outputs
+from edge_slm_runtime.panels import ALIGNMENT, SHAPE, UNIT, pack_levels, pack_outputs
 
 _MATRIX_PARTS = (".levels", ".scale", ".zero")
 
@@ -24,7 +24,7 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     Raises CheckpointError for fp32, DependencyMissing.
     """
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError:
         raise DependencyMissing(
             "writing this variant needs safetensors", "pip install 'edge-slm[convert]'"
@@ -42,8 +42,17 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     tensors = dict(_tensors(checkpoint, precision))
     embedding = () if config.tied else ("wte.levels", "wte.scale")
     read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)
-    save_file(tensors, folder / MAIN_FILE["numba"], settings)
+    header, data = _split(save(tensors, settings))
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)  # so that data can be mapped into memory
+    with (folder / MAIN_FILE["numba"]).open("wb") as file:
+        file.writelines((len(header).to_bytes(8, "little"), header, data))
     return sum(tensors[name].nbytes for name in read)
+
+
+def _split(content: bytes) -> tuple[bytes, memoryview]:
+    """Header and data of a safetensors file."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content[8:end], memoryview(content)[end:]
 
 
 def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str, Array]]:

@@ -13,7 +13,8 @@ The names of a matrix's tensors, in a file of Hugging Face's safetensors format:
     bias     float32 [16 · panels]
 
 Outputs are filled up to whole UNITs, with scales of 0; so every tensor is a whole number of
-vectors, and lies on the boundary of one.
+vectors. The file's header is filled up with spaces, so that they lie on the boundary of one when
+the file is mapped into memory.
 """
 
 from __future__ import annotations

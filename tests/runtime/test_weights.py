@@ -48,6 +48,7 @@ def file(tmp_path: Path) -> Path:
 
 def write(file: Path, header: Any, data: bytes) -> None:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
@@ -85,6 +86,17 @@ def test_a_file_that_is_none(file: Path, facts: ModelFacts) -> None:
             Weights(file, facts)
     file.unlink()
     with pytest.raises(EngineError, match="No such file"):
+        Weights(file, facts)
+
+
+def test_data_that_are_not_on_a_boundary(
+    file: Path, facts: ModelFacts, contents: dict[str, Any]
+) -> None:
+    header, data = contents["int8"]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)  # without the eight bytes before
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(EngineError, match="do not begin at a multiple of 64 bytes"):
         Weights(file, facts)
 
 

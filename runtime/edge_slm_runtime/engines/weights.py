@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import mmap
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,7 @@ Tensor = NDArray[Any]
 
 
 class Weights:
-    """A file of Hugging Face's safetensors format in memory, and the table of it.
-
-    The memory is anonymous, in huge pages where the system has them: a step reads all of it.
-    """
+    """A file of Hugging Face's safetensors format, mapped into memory, and the table of it."""
 
     def __init__(self, path: Path, facts: ModelFacts) -> None:
         """Raises EngineError, ManifestInvalid."""
@@ -136,19 +132,14 @@ class Weights:
 
 def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     """Header and data. Raises ValueError, OSError, MemoryError."""
-    with path.open("rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size - 8 - length
-        if length > _HEADER_LIMIT or size < 0:
-            raise ValueError(f"a header of {length} bytes")
-        header = json.loads(file.read(length))
-        data = _huge_pages(size)
-        rest = memoryview(data.data)
-        while rest and (count := file.readinto(rest)):
-            rest = rest[count:]
-    if rest:
-        raise ValueError("it is cut short")
-    return header, data
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    length = int.from_bytes(content[:8], "little")
+    if length > min(_HEADER_LIMIT, len(content) - 8):
+        raise ValueError(f"a header of {length} bytes")
+    if (8 + length) % ALIGNMENT:
+        raise ValueError(f"its data do not begin at a multiple of {ALIGNMENT} bytes")
+    return json.loads(content[8 : 8 + length]), np.frombuffer(content, np.uint8)[8 + length :]
 
 
 def _share(value: Any) -> float:
@@ -156,15 +147,3 @@ def _share(value: Any) -> float:
     if not 0 <= number < 1:
         raise ValueError(f"layer_norm_epsilon is {number}")
     return number
-
-
-def _huge_pages(size: int) -> NDArray[np.uint8]:
-    """So many bytes of anonymous memory, on the boundary of a page."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        pages = mmap.mmap(-1, max(size, 1))
-    else:
-        pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)[:size]
