@@ -7,8 +7,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edge_slm_bench.bandwidth import read_bandwidth
-from edge_slm_bench.conditions import Watch
 from edge_slm_bench.energy import Unavailable, find_meter
 from edge_slm_bench.evaluation import assess
 from edge_slm_bench.examples import Example
@@ -50,8 +48,6 @@ def run_bench(
         report(count, total, what)
 
     meter = find_meter()
-    with Watch() as watch:
-        bandwidth = {str(t): read_bandwidth(t) for t in settings.threads}
     record = machine().as_dict()
     quality: list[Quality] = []
     memory: list[Endurance] = []
@@ -71,8 +67,6 @@ def run_bench(
         machine=record,
         settings={
             **asdict(settings),
-            "bandwidth": bandwidth,
-            "bandwidth_flags": watch.flags,  # a disturbed one makes ratios to it too good
             "energy": meter.reason if isinstance(meter, Unavailable) else meter.name,
         },
         models={model.name: model.as_dict() for model in models},

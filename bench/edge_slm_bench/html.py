@@ -21,7 +21,7 @@ from edge_slm_runtime.length import tolerance
 TOP1_TO_CHOOSE = 0.95
 SPREAD = "Dot: median; bar: the middle half; line: 1% to 99%; speck: the slowest."
 STEPS = "Every token after the first; a request's mean where its engine tells no more."
-FLOOR = "Decode time ÷ the time to read the weights once; dashed: the floor."
+FLOOR = "Decode time ÷ the time to read the weights once, just before; dashed: the floor."
 
 
 def write_html(report: Report, path: str | Path) -> None:
@@ -289,7 +289,7 @@ def _machine(report: Report) -> Section:
     known = {k: v for k, v in report.machine.items() if v not in (None, "", [], {})}
     unknown = ", ".join(_plain(k) for k in report.machine if k not in known)
     facts = [_fact(name, value) for name, value in known.items()]
-    if read := bandwidth(report.settings.get("bandwidth") or {}):
+    if read := bandwidth(report):
         facts.append(("bandwidth", read))
     facts.append(("energy", energy(report)))
     if unknown:
@@ -301,7 +301,7 @@ def _settings(report: Report) -> Section:
     facts = [
         _fact(name, value)
         for name, value in report.settings.items()
-        if name not in ("bandwidth", "energy") and value is not None
+        if name != "energy" and value is not None
     ]
     facts += [(model, _said(about)) for model, about in report.models.items()]
     return Section("Command and settings", code=report.command, facts=facts)

@@ -75,17 +75,17 @@ def machine_line(report: Report) -> str:
         f"{m.get('system', '')}, Python {m.get('python', '?')}".removeprefix(", "),
         packages,
         f"medians of {rounds} fresh processes per cell, in turn",
-        bandwidth(report.settings.get("bandwidth") or {}),
+        bandwidth(report),
         energy(report),
         "interrupted: not every cell was measured" if report.interrupted else "",
     ]
     return "; ".join(part for part in parts if part)
 
 
-def bandwidth(measured: Mapping[str, float]) -> str:
+def bandwidth(report: Report) -> str:
     told = [
-        f"{rate / 1e9:.1f} GB/s on {_said('threads', [int(threads)])}"
-        for threads, rate in measured.items()
+        f"{rate / 1e9:.1f} GB/s on {_said('threads', [threads])}"
+        for threads, rate in report.bandwidth().items()
     ]
     return f"memory read at {', '.join(told)}" if told else ""
 
@@ -138,7 +138,8 @@ DEFINITIONS: Mapping[str, Mapping[str, str]] = {
             "Prompt processing, tokens ÷ TTFT at the longest prompt; text generation, 1 ÷ TPOT."
         ),
         "× floor": (
-            "TPOT ÷ the time in which this machine reads the weights of one step from memory. "
+            "TPOT ÷ the time in which this machine read as many bytes as a step's weights from "
+            "memory just before the process; median over processes. "
             "About 1 is as fast as memory allows; below 1, part of the weights stays in the "
             "cache."
         ),

@@ -69,6 +69,7 @@ class Sample:
     cold: whether the model's files were out of the page cache when it loaded them.
     flags: what disturbed it (`conditions.Watch`), empty when nothing did. seconds: wall
     time of all timings together. joules: of the same span; None where no counter is.
+    bandwidth: bytes/s that the cell's threads read from memory just before.
     """
 
     round: int
@@ -80,6 +81,11 @@ class Sample:
     joules: float | None = None
     flags: tuple[str, ...] = ()
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    bandwidth: float | None = None
+
+    @property
+    def tpot_ms(self) -> float | None:
+        return median([t.tpot_ms for t in self.timings if t.tpot_ms is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +111,10 @@ class CellResult:
         """Every sample of a figure of `FIGURES` (one per request, interval or process)."""
         return [float(v) for v in FIGURES[name].values(self)]
 
-    def figures(self, target_ms: float | None = None, bandwidth: float | None = None) -> Figures:
+    def figures(self, target_ms: float | None = None) -> Figures:
         """What a row of the table shows; None where it does not apply.
 
-        target_ms: latency that a request of the server scenario must keep. bandwidth:
-        bytes/s that `threads` cores can read.
+        target_ms: latency that a request of the server scenario must keep.
         """
         timings = [t for s in self.used for t in s.timings]
         seconds = sum(s.seconds for s in self.used)
@@ -119,7 +124,11 @@ class CellResult:
         known = all(j is not None for j in joules) and tokens
         kept = [t for t in timings if target_ms is not None and t.total_ms <= target_ms]
         single = self.cell.scenario != "offline"
-        floor_ms = self.step_bytes / bandwidth * 1e3 if bandwidth else None
+        floors = [
+            s.tpot_ms * s.bandwidth / (self.step_bytes * 1e3)
+            for s in self.used
+            if s.tpot_ms and s.bandwidth and self.step_bytes
+        ]
         return Figures(
             load_cold_ms=median([s.load_ms for s in self.used if s.cold]),
             load_ms=median(self.values("load_ms")),
@@ -136,7 +145,7 @@ class CellResult:
             goodput=len(kept) / seconds if target_ms is not None and seconds else None,
             peak_rss_mb=median(self.values("peak_rss_mb")),
             joules_per_token=sum(j or 0 for j in joules) / tokens if known else None,
-            floor_ratio=tpot / floor_ms if tpot and floor_ms else None,
+            floor_ratio=median(floors),
             processes=len(self.used),
             flagged=sum(bool(s.flags) for s in self.samples),
         )
@@ -153,7 +162,8 @@ class Figures:
     """ms, tokens/s, MB (2²⁰ bytes), J/token; goodput in requests/s within the target.
 
     tpot_ms is the median over requests; its p90 and p99 are over single steps.
-    floor_ratio: decode time ÷ the time that reading the weights once takes.
+    floor_ratio: decode time ÷ the time that reading the weights once took just before;
+    the median over processes.
     """
 
     load_cold_ms: float | None
@@ -252,9 +262,8 @@ class Endurance:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """machine: `Machine.as_dict`. settings: of the command, with `bandwidth` (threads →
-    bytes/s), `target_ms` and `energy` (the counter, or why there is none). models: name →
-    digest, shape, path."""
+    """machine: `Machine.as_dict`. settings: of the command, with `target_ms` and `energy`
+    (the counter, or why there is none). models: name → digest, shape, path."""
 
     command: str
     started: str
@@ -267,11 +276,17 @@ class Report:
     interrupted: bool = False
 
     def figures(self, result: CellResult) -> Figures:
-        """The row of a cell, with this report's bandwidth and latency target."""
-        return result.figures(
-            self.settings.get("target_ms") if result.cell.scenario == "server" else None,
-            self.settings.get("bandwidth", {}).get(str(result.cell.threads)),
-        )
+        """The row of a cell, with this report's latency target."""
+        served = result.cell.scenario == "server"
+        return result.figures(self.settings.get("target_ms") if served else None)
+
+    def bandwidth(self) -> dict[int, float]:
+        """Threads → bytes/s that they read, by the median over processes."""
+        found: dict[int, list[float]] = {}
+        for result in self.cells:
+            read = (s.bandwidth for s in result.used if s.bandwidth)
+            found.setdefault(result.cell.threads, []).extend(read)
+        return {threads: mid for threads, rates in found.items() if (mid := median(rates))}
 
     def as_dict(self) -> dict[str, Any]:
         data = {"schema_version": SCHEMA_VERSION, **asdict(self)}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edge_slm_bench.bandwidth import read_bandwidth
 from edge_slm_bench.conditions import Watch
 from edge_slm_bench.pagecache import evict
 from edge_slm_bench.process import launch
@@ -176,11 +177,13 @@ class Sweep:
         }
         cold = number == 0 and evict(spec.path)
         with Watch() as watch:
+            bandwidth = read_bandwidth(cell.threads)
             found = launch(job, memory_limit_mb=s.memory_limit_mb, timeout_s=s.timeout_s)
         return sample_of(
             {
                 "round": number,
                 "cold": cold,
+                "bandwidth": bandwidth,
                 "flags": watch.flags,
                 "conditions": watch.as_dict(),
                 **found,

@@ -108,6 +108,7 @@ def test_a_bench_measures_everything_and_can_be_read_again(model: Model, tmp_pat
         figures = report.figures(result)
         assert figures.load_ms is None or figures.load_ms > 0
         assert (figures.peak_rss_mb or 0) > 20
+        assert all((sample.bandwidth or 0) > 1e8 for sample in result.samples)
         timings = [t for sample in result.samples for t in sample.timings]
         if result.cell.scenario == "offline":
             assert {t.new_tokens for t in timings} == {3 * 6}
@@ -219,20 +220,35 @@ def result(samples: list[Sample], **extra: Any) -> CellResult:
     return found
 
 
-def sample(ms: float, *, flags: tuple[str, ...] = (), joules: float | None = None) -> Sample:
+def sample(
+    ms: float,
+    *,
+    flags: tuple[str, ...] = (),
+    joules: float | None = None,
+    bandwidth: float | None = None,
+) -> Sample:
     timing = Timing(total_ms=3 * ms, new_tokens=3, ttft_ms=ms, steps_ms=(ms, ms))
-    return Sample(0, 10.0, False, (timing,), 3 * ms / 1e3, 50.0, joules, flags)
+    seconds = 3 * ms / 1e3
+    return Sample(0, 10.0, False, (timing,), seconds, 50.0, joules, flags, bandwidth=bandwidth)
 
 
 def test_flagged_samples_are_kept_and_left_out() -> None:
     found = result([sample(1), sample(9, flags=("busy",)), sample(3)])
     assert found.status == "ok"
     assert found.values("tpot_ms") == [1, 3]
-    figures = found.figures(bandwidth=1e6)  # 2 kB take 2 ms
-    assert (figures.tpot_ms, figures.floor_ratio, figures.flagged) == (2, 1, 1)
+    figures = found.figures()
+    assert (figures.tpot_ms, figures.flagged) == (2, 1)
     alone = result([sample(9, flags=("busy",))])
     assert (alone.status, alone.reason) == ("flagged", "busy")
     assert alone.values("tpot_ms") == [9]
+
+
+def test_a_process_is_held_against_the_memory_of_its_moment() -> None:
+    assert result([sample(2)]).figures().floor_ratio is None
+    # 2 kB take 2, 1 and 0.5 ms; the last process was disturbed.
+    moments = (sample(4, bandwidth=1e6), sample(3, bandwidth=2e6))
+    disturbed = sample(9, bandwidth=4e6, flags=("busy",))
+    assert result([*moments, disturbed]).figures().floor_ratio == 2.5
 
 
 def test_energy_is_per_token_or_unknown() -> None:
