@@ -8,7 +8,7 @@ bytes and the next four the upper ones. So a decode step reads each panel from f
 The names of a matrix's tensors, in a file of Hugging Face's safetensors format:
 
     levels   uint8 [panels, blocks, bytes of a block]
-    scale    float32 [panels, blocks, 16]
+    scale    float16 [panels, blocks, 16]
     zero     uint8 [panels, blocks, 16], of 4-bit levels; that of 8-bit ones is 128
     bias     float32 [16 · panels]
 

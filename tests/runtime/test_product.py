@@ -52,7 +52,7 @@ class Matrix:
         levels = rng.integers(0, 2**bits, (blocks * size, padded), np.uint8)
         levels[:, ::7], levels[:, 1::7] = 0, 2**bits - 1  # the largest sums
         zero = rng.integers(0, 16, (blocks, padded), np.uint8)
-        scale = floats(rng, blocks, padded)
+        scale = floats(rng, blocks, padded).astype(np.float16)
         kept = [
             aligned(pack_levels(levels, bits, size)),
             aligned(pack_outputs(scale)),
@@ -74,7 +74,7 @@ class Matrix:
             part = slice(block * self.size, (block + 1) * self.size)
             steps = self.levels[part].astype(np.int64) - self.zero[block]
             count = (q[:, part].astype(np.int64) @ steps).astype(np.float32)
-            factor = a[:, block, None] * self.scale[block]
+            factor = a[:, block, None] * self.scale[block].astype(np.float32)
             # A fused multiply-add: float64 holds the product.
             total = (count.astype(np.float64) * factor + total).astype(np.float32)
         return total

@@ -174,7 +174,8 @@ def test_a_tensor_that_is_not_what_it_must_be(
         original[name] | change
         for change in (
             {"dtype": "F32" if dtype == "U8" else "U8"},
-            {"dtype": "F16"},
+            {"dtype": "BF16"},
+            {"dtype": "F32" if dtype == "F16" else "F16"},
             {"shape": [*shape, 1]},
             {"shape": [2 * shape[0], *shape[1:]]},
             {"shape": [-1, *shape[1:]]},

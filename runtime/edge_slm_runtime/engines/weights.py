@@ -17,7 +17,7 @@ from edge_slm_runtime.panels import ALIGNMENT, LANES, SHAPE, STRIP, UNIT
 
 _HEADER_LIMIT = 16 << 20  # bytes
 _MOST = 1 << 20  # of anything that a model has; what there really is, its tensors tell
-_DTYPES: dict[str, Any] = {"F32": np.float32, "U8": np.uint8}
+_DTYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32, "U8": np.uint8}
 Tensor = NDArray[Any]
 
 
@@ -91,7 +91,7 @@ class Weights:
         lines = (panels, blocks, LANES)
         row = self.table[place : place + t.MATRIX]
         row[t.LEVEL] = levels.ctypes.data
-        row[t.SCALE] = self._tensor(f"{name}.scale", "F32", lines).ctypes.data
+        row[t.SCALE] = self._tensor(f"{name}.scale", "F16", lines).ctypes.data
         if found == 4:
             row[t.ZERO] = self._tensor(f"{name}.zero", "U8", lines).ctypes.data
         if f"{name}.bias" in self._header:

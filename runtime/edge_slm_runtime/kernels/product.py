@@ -12,9 +12,11 @@ from edge_slm_runtime.kernels.native import (
     blank,
     float_of_bits,
     floats,
+    halves,
     ints,
     jit,
     signed,
+    to_float,
     unsigned,
 )
 from edge_slm_runtime.kernels.strip import peak, rounded
@@ -23,7 +25,7 @@ from edge_slm_runtime.panels import LANES, PAIR, STRIP
 
 _TOP = np.float32(127)
 _LEAST = np.float32(1e-34)  # a 127th of it is still a normal number
-_FLOAT = 4  # bytes
+_FLOAT, _HALF = 4, 2  # bytes
 
 
 @jit
@@ -90,7 +92,7 @@ def make_product(vnni: bool) -> Callable[..., None]:
             for _ in range(PAIR):
                 alone(w, s, z, q, a, c, blocks, size, out, stride, ahead)
                 w += line * size * bits // 8
-                s += line * _FLOAT
+                s += line * _HALF
                 z += line
                 out += LANES * _FLOAT
             return 1
@@ -107,7 +109,7 @@ def make_product(vnni: bool) -> Callable[..., None]:
         blocks, size, bits = matrix[t.BLOCKS], matrix[t.SIZE], matrix[t.BITS]
         for panel in range(first, last, PAIR):
             line = panel * blocks * LANES
-            w, s = matrix[t.LEVEL] + line * size * bits // 8, matrix[t.SCALE] + line * _FLOAT
+            w, s = matrix[t.LEVEL] + line * size * bits // 8, matrix[t.SCALE] + line * _HALF
             z = matrix[t.ZERO] + line
             row = 0
             while row < n:
@@ -127,7 +129,8 @@ def unpack(matrix: Any, output: int, out: Any) -> None:
     panel, lane = output // LANES, output % LANES
     blocks, size = matrix[t.BLOCKS], matrix[t.SIZE]
     levels = unsigned(matrix[t.LEVEL] + panel * blocks * size * LANES, blocks * size * LANES)
-    scales = floats(matrix[t.SCALE] + panel * blocks * LANES * _FLOAT, blocks * LANES)
+    scales = halves(matrix[t.SCALE] + panel * blocks * LANES * _HALF, blocks * LANES)
     for i in range(len(out)):
         level = levels[i // 4 * 4 * LANES + lane * 4 + i % 4]
-        out[i] = np.float32(np.int32(level) - 128) * scales[i // size * LANES + lane]
+        scale = to_float(scales[i // size * LANES + lane])
+        out[i] = np.float32(np.int32(level) - 128) * scale

@@ -27,6 +27,7 @@ I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(
 BYTES = ir.VectorType(I8, 4 * LANES)
 INTS = ir.VectorType(I32, LANES)
 FLOATS = ir.VectorType(F32, LANES)
+HALVES = ir.VectorType(ir.HalfType(), LANES)
 _BYTE_ZERO = 128  # of 8-bit levels
 _LINE = 4 * LANES  # bytes of a vector
 
@@ -36,7 +37,7 @@ Tile = Callable[..., None]
 def make_tile(rows: int, panels: int, bits: int, vnni: bool) -> Tile:
     """tile(levels, scales, zeros, q, a, sums, blocks, size, out, stride, ahead)
 
-    All but the last are counts or addresses: levels, scales (float32) and zeros (bytes, of
+    All but the last are counts or addresses: levels, scales (float16) and zeros (bytes, of
     4-bit levels) of the first panel as `panels` lays them out; q int8 [rows, blocks · size],
     a float32 and sums int32 (of q) [rows, blocks]; out float32 [rows, stride], of which
     16 · panels columns are written. ahead: not 0 when the panels behind these come next, and
@@ -137,8 +138,11 @@ class _Tile:
     def scale(self, block: Any) -> None:
         """totals += scale · a · counts"""
         b = self.b
+        size = 2 * LANES  # bytes
         scales = [
-            b.load(self.at(self.scales, FLOATS, self.of(p, block), _LINE), align=_LINE)
+            b.fpext(
+                b.load(self.at(self.scales, HALVES, self.of(p, block), size), align=size), FLOATS
+            )
             for p in self.panels
         ]
         for m in self.rows:
