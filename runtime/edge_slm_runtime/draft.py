@@ -70,6 +70,8 @@ class Draft:
         self._keeper = LengthKeeper(plan.words) if plan.words else None
         self._sampler = Sampler(plan.sampling, plan.prompt)
         self._shown = 0
+        self._logits: Logits | None = None
+        self._never: tuple[Logits, ...] = ()
 
     @property
     def seed(self) -> int | None:
@@ -91,8 +93,11 @@ class Draft:
 
     def choose(self, logits: Logits) -> int:
         """The next token from `logits` [V], which it changes."""
-        logits[END_ID + 1 : self._codec.controls] = -np.inf
-        logits[self._codec.size :] = -np.inf
+        if logits is not self._logits:  # one array for all steps, as a rule
+            self._logits = logits
+            self._never = logits[END_ID + 1 : self._codec.controls], logits[self._codec.size :]
+        for part in self._never:
+            part.fill(-np.inf)
         if self._keeper:
             if self.may_end():
                 self._keeper.note(self.text, log_probability(logits, END_ID))

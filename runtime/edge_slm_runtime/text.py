@@ -104,6 +104,8 @@ class StopMatcher:
 
     def find(self, text: str, new: int) -> int | None:
         """Where the earliest stop sequence begins, if the last `new` characters complete one."""
+        if not self._stops:
+            return None
         start = max(0, len(text) - new - self._longest + 1)
         found = [at for stop in self._stops if (at := text.find(stop, start)) >= 0]
         return min(found, default=None)

@@ -54,11 +54,11 @@ class Crew:
                 self._start()
             self.table[t.JOB] = job
             try:
-                asleep = self._entry(self._address, -1)
-                for number in range(1, len(self._wake)):
-                    if asleep >> number & 1:
-                        _wake(self._wake[number])
-                self._entry(self._address, 0)
+                if asleep := self._entry(self._address, -1):
+                    for number, lock in enumerate(self._wake):
+                        if asleep >> number & 1:
+                            _wake(lock)
+                    self._entry(self._address, 0)
             except BaseException:  # interrupted before the job was handed out
                 self._control[t.COMING] = 0
                 raise

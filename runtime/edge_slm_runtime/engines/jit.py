@@ -130,14 +130,16 @@ class _Pass:
         # What is new in every run is written at once: tokens, their positions, tokens before.
         self._given = np.zeros(2 * ends[-1] + answers, np.int64)
         self._write = Struct(f"{self._given.size}q").pack_into
+        self._room = self._given.data
         self._wanted = np.array([i for end in ends for i in range(end - kept, end)], np.int64)
         self._parts = np.zeros((answers, t.PART), np.int64)
         self._parts[:, t.ROW] = range(answers)
         self._parts[:, t.FIRST] = [0, *ends[:-1]]
         self._parts[:, t.NEW], self._parts[:, t.KEPT] = widths, kept
         self._parts[:, t.FIRST_KEPT] = range(0, answers * kept, kept)
-        self._padded = np.zeros((answers, kept, padded), np.float32)
-        self._logits = self._padded[..., : facts.vocab_size]
+        every = np.zeros((answers, kept, padded), np.float32)
+        self.logits = every[..., : facts.vocab_size]
+        self._limits = facts.vocab_size, cache.shape[3]
         given = self._given.ctypes.data
         self._job = np.zeros(t.PASS, np.int64)
         for place, value in (
@@ -151,21 +153,24 @@ class _Pass:
             (t.PARTS, self._parts.ctypes.data),
             (t.CACHE, cache.ctypes.data),
             (t.CACHE_ROWS, cache.strides[0] // (cache.itemsize * cache[0, 0].size)),
-            (t.LOGITS, self._padded.ctypes.data),
+            (t.LOGITS, every.ctypes.data),
         ):
             self._job[place] = value
         self._address = self._job.ctypes.data
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
         crew: Crew = self._native.get()
-        tokens = [token for row in ids for token in row]
-        ends = [start + width for start, width in zip(starts, self._widths, strict=True)]
-        places = [i for start, end in zip(starts, ends, strict=True) for i in range(start, end)]
+        tokens: list[int] = []
+        places: list[int] = []
+        for row, start, width in zip(ids, starts, self._widths, strict=True):
+            tokens += row
+            places += range(start, start + width)
         # The kernels look at nothing: what they are told to read and write must be there.
-        if not 0 <= min(tokens) <= max(tokens) < self._logits.shape[2]:
+        vocab_size, positions = self._limits
+        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise EngineError("a token id is not in the vocabulary")
-        if min(starts) < 0 or max(ends) > self._cache.shape[3]:
+        if not 0 <= min(places) <= max(places) < positions:
             raise EngineError("more tokens than the model has positions")
-        self._write(self._given.data, 0, *tokens, *places, *starts)
+        self._write(self._room, 0, *tokens, *places, *starts)
         crew.run(self._address)
-        return self._logits
+        return self.logits

@@ -99,7 +99,7 @@ class _Pass:
         self._seqlens_k = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
         self._keep = np.arange(-kept, 0)
-        self._logits = np.zeros((rows, kept, engine.vocab_size), np.float32)
+        self.logits = np.zeros((rows, kept, engine.vocab_size), np.float32)
         self._cache = cache  # kept alive: the binding holds bare addresses
         self._bind("input", "input_ids", self._ids)
         self._bind("input", "position_ids", self._positions)
@@ -107,15 +107,13 @@ class _Pass:
         self._bind("input", "total_sequence_length", self._total)
         if engine.speculates:
             self._bind("input", "keep", self._keep)
-        self._bind("output", "logits", self._logits)
+        self._bind("output", "logits", self.logits)
         for i in range(engine.layers):
             for part, half in zip(("key", "value"), cache[2 * i : 2 * i + 2], strict=True):
                 self._bind("input", f"past_key_values.{i}.{part}", half)
                 self._bind("output", f"present.{i}.{part}", half)
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
-        """Logits [rows, kept, V] behind the last of the new tokens `ids` [rows, width],
-        which stand at positions `starts` [rows] and on. The array is reused by the next run."""
         width = self._ids.shape[1]
         self._ids[:] = ids
         # No arithmetic of numpy: a step leaves the caches cold, and each call takes its time.
@@ -128,7 +126,7 @@ class _Pass:
             session.run_with_iobinding(self._binding)
         except Exception as error:
             raise EngineError(f"onnxruntime failed: {first_line(error)}") from error
-        return self._logits
+        return self.logits
 
     def _bind(self, way: str, name: str, array: NDArray[Any]) -> None:
         bind = self._binding.bind_input if way == "input" else self._binding.bind_output

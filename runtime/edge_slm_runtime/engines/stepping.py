@@ -34,11 +34,14 @@ GUESSES = 3  # checked at once; more pay hardly more often
 
 class Pass(Protocol):
     """The model bound to some rows of a cache, for S new tokens in each row and the logits
-    behind the last K of them."""
+    [rows, K, V] behind the last K of them."""
+
+    @property
+    def logits(self) -> Logits:
+        """Those of the last run."""
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
-        """Logits [rows, K, V] behind the last of the new tokens `ids` [rows, S], which stand
-        at positions `starts` [rows] and on. The array is reused by the next run.
+        """`logits`, of the new tokens `ids` [rows, S] at positions `starts` [rows] and on.
 
         Raises UsedAfterFork, EngineError."""
 
@@ -96,33 +99,46 @@ class SteppingEngine(ABC):
     def _decode(self, waiting: Iterator[Draft], cache: KVCache) -> Iterator[Step]:
         """As many drafts at a time as `cache` has rows."""
         rows: list[Draft] = []  # draft i lives in row i of the cache
-        count, passes = 0, dict[int, Pass]()  # of as many rows, by their new tokens
+        # Of as many rows, by their new tokens, each with its logits row by row: a step leaves
+        # the processor's caches cold, so every object that is not made in it counts.
+        count, passes = 0, dict[int, tuple[Pass, list[list[Logits]]]]()
         while True:
             while fresh := list(islice(waiting, len(cache.prompts) - len(rows))):
                 for draft, scores in zip(fresh, self.prefill(cache, len(rows), fresh), strict=True):
                     rows.append(draft)
-                    yield from _handed_over(self._step(draft, scores), rows)
+                    step = self._step(draft, scores)
+                    left = perf_counter()
+                    yield step
+                    _away(rows, left)
                 _close_gaps(rows, cache)
             if not rows:
                 return
-            guess = self._guess(rows[0]) if len(rows) == 1 else []
+            guess = self._guess(rows[0]) if self._ngrams and len(rows) == 1 else []
             if len(rows) != count:
                 count = len(rows)
                 passes.clear()
             width = 1 + len(guess)
             if width not in passes:
-                passes[width] = self.new_pass(cache.array[:, :count], width, width)
-            logits = passes[width].run(
+                one = self.new_pass(cache.array[:, :count], width, width)
+                passes[width] = one, [list(behind) for behind in one.logits]
+            one, logits = passes[width]
+            one.run(
                 [[draft.ids[-1], *guess] for draft in rows],
                 [len(draft.plan.prompt) + len(draft.ids) - 1 for draft in rows],
             )
-            for draft, behind in zip(list(rows), logits, strict=True):
-                for scores, expected in zip(behind, [*guess, None], strict=True):
-                    yield from _handed_over(self._step(draft, scores), rows)
-                    if draft.finish or draft.ids[-1] != expected:
+            finished = False
+            for draft, behind in zip(rows, logits, strict=True):
+                for scores, expected in zip(behind, (*guess, None), strict=True):
+                    step = self._step(draft, scores)
+                    left = perf_counter()
+                    yield step
+                    _away(rows, left)
+                    if step.done or draft.ids[-1] != expected:
+                        finished |= step.done
                         break
                     draft.guessed += 1
-            _close_gaps(rows, cache)
+            if finished:
+                _close_gaps(rows, cache)
 
     def _step(self, draft: Draft, scores: Logits) -> Step:
         token = draft.choose(scores)
@@ -131,8 +147,7 @@ class SteppingEngine(ABC):
         return draft.accept(token)
 
     def _guess(self, draft: Draft) -> list[int]:
-        if not self._ngrams:
-            return []
+        assert self._ngrams
         left = draft.plan.budget - len(draft.ids) - 1  # the last token needs no guess
         guess = self._ngrams.guess(_end(draft), min(GUESSES, left))
         return guess if guess and self.guesses_are_exact() else []
@@ -181,10 +196,8 @@ def _end(draft: Draft) -> tuple[int, ...]:
     return (*draft.plan.prompt[-ORDER:], *draft.ids[-ORDER:])[-ORDER:]
 
 
-def _handed_over(step: Step, rows: Sequence[Draft]) -> Iterator[Step]:
-    """Yields `step`; what the reader does with it is not the rows' time."""
-    left = perf_counter()
-    yield step
+def _away(rows: Sequence[Draft], left: float) -> None:
+    """What the reader did with a step since `left` is not the rows' time."""
     away = perf_counter() - left
     for draft in rows:
         draft.away += away

@@ -175,9 +175,10 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
     @jit
     def entry(address: int, thread: int) -> int:
         """thread -1: says that a job is coming, so that nobody goes to sleep; returns a bit for
-        each thread that does, and must be woken. 0: hands the job out, computes it with the
-        others, returns 0. Others: compute jobs until there was none for a while; 0, and to be
-        called again when woken, or 1 at the end of all."""
+        each thread that does: wake it, then call with 0. When none does, goes on as that. 0:
+        hands the job out, computes it with the others, returns 0. Others: compute jobs until
+        there was none for a while; 0, and to be called again when woken, or 1 at the end of all.
+        """
         table = words(address, t.TABLE)
         control = words(table[t.CONTROL], t.SLEEPERS)
         epoch = table[t.CONTROL] + _WORD * t.EPOCH
@@ -188,8 +189,9 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
             asleep = 0
             for other in range(1, control[t.THREADS]):
                 asleep |= atomic_load(sleepers + _WORD * t.LINE * other) << other
-            return asleep
-        if thread == 0:
+            if asleep:
+                return asleep
+        if thread <= 0:
             control[t.BASE] = atomic_load(table[t.CONTROL] + _WORD * t.BARRIER)
             atomic_add(epoch, 1)
             forward(table, 0)
