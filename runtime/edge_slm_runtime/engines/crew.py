@@ -31,6 +31,8 @@ class Crew:
         self.table = np.zeros(t.TABLE, np.int64)
         self.table[t.CONTROL] = self._control.ctypes.data
         self.table[t.MODEL] = model.ctypes.data
+        claims = np.zeros(t.CLAIM * (int(model[t.LAYERS]) + 1), np.int64)
+        self.table[t.CLAIMS] = claims.ctypes.data
         self._address = self.table.ctypes.data
         self._lock = Lock()
         # Locked while there is no reason to wake up. Semaphores of Python do not survive Ctrl-C.
@@ -39,7 +41,7 @@ class Crew:
             lock.acquire()
         self._at_work: dict[int, int] = {}  # which thread has which number
         # The threads hold what they look at, not the crew, so that it can end.
-        self._held = (self._control, self.table, model)
+        self._held = (self._control, self.table, model, claims)
         self._end = finalize(self, _stop, self._control, self._wake)
 
     def run(self, job: int) -> None:

@@ -104,9 +104,9 @@ class JitEngine(SteppingEngine):
             t.X: (np.float32, rows * w.width),
             t.WIDE: (np.float32, rows * w.widest),
             t.ATTENDED: (np.float32, rows * w.width),
-            t.LEVELS: (np.int8, rows * w.inputs),
-            t.STEPS: (np.float32, rows * w.blocks),
-            t.SUMS: (np.int32, rows * w.blocks),
+            t.LEVELS: (np.int8, 2 * rows * w.inputs),
+            t.STEPS: (np.float32, 2 * rows * w.blocks),
+            t.SUMS: (np.int32, 2 * rows * w.blocks),
             t.SCORES: (np.float32, self.threads * self.facts.positions),
         }
         with self.crew.idle():

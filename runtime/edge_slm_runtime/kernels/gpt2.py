@@ -1,9 +1,9 @@
 """GPT-2 (Radford et al. 2019), all threads going through it together, layer by layer.
 
 Rows are the new tokens of all answers, answer after answer. A thread computes its share of
-the rows, of the heads or of the outputs of a matrix, and waits for the others wherever the
-next step needs theirs. What a row gets depends on nothing but itself and the keys and values
-before it.
+the rows, and pieces of the heads or of the outputs of a matrix as long as there are any, since
+cores are seldom equally fast; it waits for the others wherever the next step needs theirs. What
+a row gets depends on nothing but itself and the keys and values before it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from edge_slm_runtime.kernels.native import (
     atomic_add,
     atomic_load,
     atomic_swap,
+    blank_word,
     call,
     floats,
     jit,
@@ -37,7 +38,11 @@ _SPINS_BEFORE_SLEEP = 1 << 17  # some milliseconds: longer than Python takes bet
 def make_forward(vnni: bool) -> Callable[..., None]:
     """forward(table, thread): one pass of the model."""
     product = make_product(vnni)
-    attention, feed_forward = _make_attention(product), _make_feed_forward(product)
+    project = _make_project(product)
+    attention, feed_forward = (
+        _make_attention(product, project),
+        _make_feed_forward(product, project),
+    )
 
     @jit
     def forward(table: Any, thread: int) -> None:
@@ -66,15 +71,40 @@ def make_forward(vnni: bool) -> Callable[..., None]:
             normalise(x, row, width, model[t.FINAL_WEIGHT], model[t.FINAL_BIAS], epsilon, normed)
             whole(normed, row, width, head, levels, steps, sums)
         reached = wait(table[t.CONTROL], reached, threads)
-        first, last = share_panels(head, PAIR, thread, threads)
-        stride = head[t.PANELS] * LANES
-        product(head, levels, steps, sums, n, job[t.LOGITS], stride, first, last)
+        stride, units = head[t.PANELS] * LANES, head[t.PANELS] // PAIR
+        claims = table[t.CLAIMS] + _WORD * t.CLAIM * model[t.LAYERS]
+        number, first, last = claimed(claims, 0, 0, units, threads)
+        while first < units:
+            product(head, levels, steps, sums, n, job[t.LOGITS], stride, first * PAIR, last * PAIR)
+            number, first, last = claimed(claims, number, first, units, threads)
         wait(table[t.CONTROL], reached, threads)
 
     return forward
 
 
-def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
+def _make_project(product: Callable[..., None]) -> Callable[..., None]:
+    @jit
+    def project(
+        table: Any, claims: int, n: int, matrix: Any, levels: int, steps: int, sums: int
+    ) -> None:
+        """x + bias + a product, of the pieces that this thread gets."""
+        threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
+        width = words(table[t.MODEL], t.FIRST_LAYER)[t.WIDTH]
+        x, wide = table[t.X], table[t.WIDE]
+        stride, units = matrix[t.PANELS] * LANES, matrix[t.PANELS] // PAIR
+        number, first, last = claimed(claims, 0, 0, units, threads)
+        while first < units:
+            start, end = first * PAIR, last * PAIR
+            product(matrix, levels, steps, sums, n, wide, stride, start, end)
+            add_to(x, n, width, wide, stride, matrix[t.BIAS], start, end)
+            number, first, last = claimed(claims, number, first, units, threads)
+
+    return project
+
+
+def _make_attention(
+    product: Callable[..., None], project: Callable[..., None]
+) -> Callable[..., int]:
     attend_usual, attend_any = make_attend(_USUAL_HEAD), make_attend(0)
 
     @jit
@@ -98,18 +128,25 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
             normalise(x, row, width, layer[t.NORM_1], layer[t.NORM_1_BIAS], epsilon, normed)
             whole(normed, row, width, c_attn, levels, steps, sums)
         reached = wait(table[t.CONTROL], reached, threads)
-        stride = c_attn[t.PANELS] * LANES
-        first, last = share_panels(c_attn, PAIR, thread, threads)
-        product(c_attn, levels, steps, sums, n, wide, stride, first, last)
-        add_bias(wide, n, stride, c_attn[t.BIAS], first, last)
+        claims = table[t.CLAIMS] + _WORD * t.CLAIM * index
+        stride, units = c_attn[t.PANELS] * LANES, c_attn[t.PANELS] // PAIR
+        number, first, last = claimed(claims + _WORD * t.QKV, 0, 0, units, threads)
+        while first < units:
+            start, end = first * PAIR, last * PAIR
+            product(c_attn, levels, steps, sums, n, wide, stride, start, end)
+            add_bias(wide, n, stride, c_attn[t.BIAS], start, end)
+            number, first, last = claimed(claims + _WORD * t.QKV, number, first, units, threads)
         reached = wait(table[t.CONTROL], reached, threads)
 
-        first, last = share(job[t.ANSWERS] * heads, thread, threads)
-        for i in range(first, last):
-            if model[t.HEAD_SIZE] == _USUAL_HEAD:
-                attend_usual(table, i // heads, index, i % heads, stride, kept_only, thread)
-            else:
-                attend_any(table, i // heads, index, i % heads, stride, kept_only, thread)
+        units = job[t.ANSWERS] * heads
+        number, first, last = claimed(claims + _WORD * t.HEAD, 0, 0, units, threads)
+        while first < units:
+            for i in range(first, last):
+                if model[t.HEAD_SIZE] == _USUAL_HEAD:
+                    attend_usual(table, i // heads, index, i % heads, stride, kept_only, thread)
+                else:
+                    attend_any(table, i // heads, index, i % heads, stride, kept_only, thread)
+            number, first, last = claimed(claims + _WORD * t.HEAD, number, first, units, threads)
         if kept_only:
             n = job[t.LAST]
             if thread == 0:
@@ -120,19 +157,19 @@ def _make_attention(product: Callable[..., None]) -> Callable[..., int]:
         for row in range(first, last):
             whole(normed, row, width, c_proj, levels, steps, sums)
         reached = wait(table[t.CONTROL], reached, threads)
-        stride = c_proj[t.PANELS] * LANES
-        first, last = share_panels(c_proj, PAIR, thread, threads)
-        product(c_proj, levels, steps, sums, n, wide, stride, first, last)
-        add_to(x, n, width, wide, stride, c_proj[t.BIAS], first, last)
+        project(table, claims + _WORD * t.OUT, n, c_proj, levels, steps, sums)
         return wait(table[t.CONTROL], reached, threads)
 
     return attention
 
 
-def _make_feed_forward(product: Callable[..., None]) -> Callable[..., int]:
+def _make_feed_forward(
+    product: Callable[..., None], project: Callable[..., None]
+) -> Callable[..., int]:
     @jit
     def feed_forward(table: Any, thread: int, index: int, n: int, reached: int) -> int:
-        """x + mlp(norm(x)). A thread rounds what it computed itself for the second matrix."""
+        """x + mlp(norm(x)). A thread rounds what it computed itself for the second matrix, to a
+        place behind what it was computed from, which others may still read."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
         model = words(table[t.MODEL], t.FIRST_LAYER)
         width, kind = model[t.WIDTH], model[t.ACTIVATION]
@@ -149,20 +186,24 @@ def _make_feed_forward(product: Callable[..., None]) -> Callable[..., int]:
             normalise(x, row, width, layer[t.NORM_2], layer[t.NORM_2_BIAS], epsilon, normed)
             whole(normed, row, width, c_fc, levels, steps, sums)
         reached = wait(table[t.CONTROL], reached, threads)
+        claims = table[t.CLAIMS] + _WORD * t.CLAIM * index
         stride, size = c_fc[t.PANELS] * LANES, c_proj[t.SIZE]
-        first, last = share_panels(c_fc, max(size // LANES, PAIR), thread, threads)
-        product(c_fc, levels, steps, sums, n, wide, stride, first, last)
-        activate(wide, n, stride, c_fc[t.BIAS], first, last, kind)
-        reached = wait(table[t.CONTROL], reached, threads)
-        start, end = first * LANES // size, min(-(-last * LANES // size), c_proj[t.BLOCKS])
         inner = min(stride, c_proj[t.BLOCKS] * size)
-        for row in range(n):
-            quantise(wide, row, stride, inner, c_proj, start, end, levels, steps, sums)
+        levels_2 = levels + n * c_fc[t.BLOCKS] * c_fc[t.SIZE]
+        steps_2, sums_2 = steps + n * c_fc[t.BLOCKS] * _FLOAT, sums + n * c_fc[t.BLOCKS] * _FLOAT
+        unit = max(size // LANES, PAIR)  # no block is rounded by two threads
+        units = -(-c_fc[t.PANELS] // unit)
+        number, first, last = claimed(claims + _WORD * t.FC, 0, 0, units, threads)
+        while first < units:
+            start, end = first * unit, min(last * unit, c_fc[t.PANELS])
+            product(c_fc, levels, steps, sums, n, wide, stride, start, end)
+            activate(wide, n, stride, c_fc[t.BIAS], start, end, kind)
+            start, end = start * LANES // size, min(-(-end * LANES // size), c_proj[t.BLOCKS])
+            for row in range(n):
+                quantise(wide, row, stride, inner, c_proj, start, end, levels_2, steps_2, sums_2)
+            number, first, last = claimed(claims + _WORD * t.FC, number, first, units, threads)
         reached = wait(table[t.CONTROL], reached, threads)
-        stride = c_proj[t.PANELS] * LANES
-        first, last = share_panels(c_proj, PAIR, thread, threads)
-        product(c_proj, levels, steps, sums, n, wide, stride, first, last)
-        add_to(x, n, width, wide, stride, c_proj[t.BIAS], first, last)
+        project(table, claims + _WORD * t.MLP, n, c_proj, levels_2, steps_2, sums_2)
         return wait(table[t.CONTROL], reached, threads)
 
     return feed_forward
@@ -193,6 +234,9 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
                 return asleep
         if thread <= 0:
             control[t.BASE] = atomic_load(table[t.CONTROL] + _WORD * t.BARRIER)
+            layers = words(table[t.MODEL], t.FIRST_LAYER)[t.LAYERS]
+            for i in range(t.CLAIM * (layers + 1)):
+                blank_word(table[t.CLAIMS] + _WORD * i)
             atomic_add(epoch, 1)
             forward(table, 0)
             atomic_swap(coming, 0)
@@ -243,10 +287,18 @@ def share(count: int, thread: int, threads: int) -> Any:
 
 
 @jit
-def share_panels(matrix: Any, unit: int, thread: int, threads: int) -> Any:
-    """This thread's panels, as multiples of `unit`."""
-    first, last = share(-(-matrix[t.PANELS] // unit), thread, threads)
-    return first * unit, min(last * unit, matrix[t.PANELS])
+def claimed(claims: int, number: int, first: int, units: int, threads: int) -> Any:
+    """The next piece of 0 … units, by the claims made so far: its number, its first unit and
+    the one behind its last. number, first: of an earlier piece. At the end first is `units`.
+
+    A piece is a threads' half of what is left (guided self-scheduling, Polychronopoulos and
+    Kuck 1987): long ones first, which memory likes, and short ones to end together.
+    """
+    mine = atomic_add(claims, 1)
+    while number < mine and first < units:
+        first += max((units - first) // (2 * threads), 1)
+        number += 1
+    return number, first, first + max((units - first) // (2 * threads), 1)
 
 
 @jit

@@ -101,11 +101,15 @@ def fetch(b: Any, address: Any) -> Any:
     return address
 
 
-def _blank(b: Any, address: Any) -> Any:
-    """An atomic store, since of others the compiler makes a call of memset."""
-    place = b.inttoptr(address, ir.IntType(8).as_pointer())
-    b.store_atomic(ir.IntType(8)(0), place, "monotonic", 1)
-    return address
+def _blank(kind: Any) -> Callable[..., Any]:
+    """An atomic store of 0, since of others the compiler makes a call of memset."""
+
+    def emit(b: Any, address: Any) -> Any:
+        place = b.inttoptr(address, kind.as_pointer())
+        b.store_atomic(kind(0), place, "monotonic", kind.width // 8)
+        return address
+
+    return emit
 
 
 def _call(b: Any, address: Any) -> Any:
@@ -128,7 +132,8 @@ atomic_swap = simple(
     [types.int64, types.int64],
     lambda b, p, x: b.atomic_rmw("xchg", _word(b, p), x, "seq_cst"),
 )
-blank = simple(types.int64, [types.int64], _blank)  # a byte becomes 0
+blank = simple(types.int64, [types.int64], _blank(ir.IntType(8)))  # a byte becomes 0
+blank_word = simple(types.int64, [types.int64], _blank(I64))
 prefetch = simple(types.int64, [types.int64], fetch)
 relax = simple(types.int64, [types.int64], _relax)
 call = simple(types.int32, [types.int64], _call)  # of a C function without parameters

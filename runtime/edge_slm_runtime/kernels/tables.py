@@ -6,8 +6,9 @@ Kept apart from the kernels so that a process that only runs them does not impor
 # The table that every call is given. CONTROL: see below; MODEL: the model's table; JOB: the
 # pass to be computed. The others are buffers: X float32 [n, D], the residual; WIDE float32
 # [n, widest], what a product gives; ATTENDED float32 [n, D]; LEVELS int8, STEPS float32 and
-# SUMS int32, activations as `tile` takes them; SCORES float32 [threads, positions].
-CONTROL, MODEL, JOB, X, WIDE, ATTENDED, LEVELS, STEPS, SUMS, SCORES, TABLE = range(11)
+# SUMS int32, activations as `tile` takes them, of two matrices; SCORES float32 [threads,
+# positions]; CLAIMS: see below.
+CONTROL, MODEL, JOB, X, WIDE, ATTENDED, LEVELS, STEPS, SUMS, SCORES, CLAIMS, TABLE = range(12)
 
 # Shared by the threads, each in a cache line of its own: the number of the job, whether one is
 # coming, the barriers
@@ -15,6 +16,10 @@ CONTROL, MODEL, JOB, X, WIDE, ATTENDED, LEVELS, STEPS, SUMS, SCORES, TABLE = ran
 # function that gives the core to another thread, and per thread whether it sleeps.
 LINE = 8  # int64s
 EPOCH, COMING, BARRIER, STOP, BASE, THREADS, YIELD, SLEEPERS = (LINE * i for i in range(8))
+
+# How many pieces of what the threads do together have been claimed: in a layer, of the four
+# products and of the heads; QKV of the layer behind the last is the LM head.
+QKV, HEAD, OUT, FC, MLP, CLAIM = range(6)
 
 # The model: its shape, then addresses.
 (
