@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from math import erf
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_slm_runtime.kernels import tables as t
@@ -17,6 +20,27 @@ from edge_slm_runtime.panels import UNIT
 from .test_product import GUARD, floats
 
 Array = NDArray[Any]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 600), st.integers(1, 9), st.randoms(use_true_random=False))
+def test_pieces_are_all_there_once(units: int, threads: int, random: Random) -> None:
+    """Whichever thread comes next, and however many never come."""
+    from edge_slm_runtime.kernels.gpt2 import claimed
+
+    claims = np.zeros(1, np.int64)
+    found: list[int] = []
+    last = dict.fromkeys(range(random.randint(1, threads)), (0, 0))
+    while last:
+        thread = random.choice(list(last))
+        number, first, end = claimed(claims.ctypes.data, *last[thread], units, threads)
+        if first < units:
+            found += range(first, end)
+            last[thread] = number, first
+        else:
+            assert first == units
+            del last[thread]
+    assert sorted(found) == list(range(units))
 
 
 def test_exp() -> None:

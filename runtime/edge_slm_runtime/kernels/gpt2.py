@@ -39,24 +39,20 @@ def make_forward(vnni: bool) -> Callable[..., None]:
     """forward(table, thread): one pass of the model."""
     product = make_product(vnni)
     project = _make_project(product)
-    attention, feed_forward = (
-        _make_attention(product, project),
-        _make_feed_forward(product, project),
-    )
+    attention = _make_attention(product, project)
+    feed_forward = _make_feed_forward(product, project)
 
     @jit
     def forward(table: Any, thread: int) -> None:
         control = words(table[t.CONTROL], t.SLEEPERS)
         threads, reached = control[t.THREADS], control[t.BASE]
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
-        epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
-        x, normed, width = table[t.X], table[t.ATTENDED], model[t.WIDTH]
         levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
 
         n = job[t.TOKENS]
         first, last = share(n, thread, threads)  # as `attention` will share them
         for row in range(first, last):
-            embed(table, job, row, width, x)
+            embed(table, job, row, model[t.WIDTH], table[t.X])
         for index in range(model[t.LAYERS]):
             # Behind the last layer's attention only some positions are asked for.
             kept_only = index == model[t.LAYERS] - 1
@@ -66,10 +62,7 @@ def make_forward(vnni: bool) -> Callable[..., None]:
             reached = feed_forward(table, thread, index, n, reached)
 
         head = words(table[t.MODEL] + _WORD * t.LM_HEAD, t.MATRIX)
-        first, last = share(n, thread, threads)
-        for row in range(first, last):
-            normalise(x, row, width, model[t.FINAL_WEIGHT], model[t.FINAL_BIAS], epsilon, normed)
-            whole(normed, row, width, head, levels, steps, sums)
+        norm(table, thread, n, model[t.FINAL_WEIGHT], model[t.FINAL_BIAS], head)
         reached = wait(table[t.CONTROL], reached, threads)
         stride, units = head[t.PANELS] * LANES, head[t.PANELS] // PAIR
         claims = table[t.CLAIMS] + _WORD * t.CLAIM * model[t.LAYERS]
@@ -114,19 +107,14 @@ def _make_attention(
         """x + attention(norm(x)), from n positions or those whose logits are wanted."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
-        width, heads = model[t.WIDTH], model[t.HEADS]
-        x, wide, normed = table[t.X], table[t.WIDE], table[t.ATTENDED]
+        width, heads, wide = model[t.WIDTH], model[t.HEADS], table[t.WIDE]
         levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
-        epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
         address = table[t.MODEL] + _WORD * (t.FIRST_LAYER + t.LAYER * index)
         layer = words(address, t.LAYER)
         c_attn = words(address + _WORD * t.C_ATTN, t.MATRIX)
         c_proj = words(address + _WORD * t.C_PROJ, t.MATRIX)
 
-        first, last = share(n, thread, threads)
-        for row in range(first, last):
-            normalise(x, row, width, layer[t.NORM_1], layer[t.NORM_1_BIAS], epsilon, normed)
-            whole(normed, row, width, c_attn, levels, steps, sums)
+        norm(table, thread, n, layer[t.NORM_1], layer[t.NORM_1_BIAS], c_attn)
         reached = wait(table[t.CONTROL], reached, threads)
         claims = table[t.CLAIMS] + _WORD * t.CLAIM * index
         stride, units = c_attn[t.PANELS] * LANES, c_attn[t.PANELS] // PAIR
@@ -150,12 +138,12 @@ def _make_attention(
         if kept_only:
             n = job[t.LAST]
             if thread == 0:
-                close_up(x, words(job[t.WANTED], n), width)
+                close_up(table[t.X], words(job[t.WANTED], n), width)
         reached = wait(table[t.CONTROL], reached, threads)
 
         first, last = share(n, thread, threads)
         for row in range(first, last):
-            whole(normed, row, width, c_proj, levels, steps, sums)
+            whole(table[t.ATTENDED], row, width, c_proj, levels, steps, sums)
         reached = wait(table[t.CONTROL], reached, threads)
         project(table, claims + _WORD * t.OUT, n, c_proj, levels, steps, sums)
         return wait(table[t.CONTROL], reached, threads)
@@ -171,20 +159,14 @@ def _make_feed_forward(
         """x + mlp(norm(x)). A thread rounds what it computed itself for the second matrix, to a
         place behind what it was computed from, which others may still read."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
-        model = words(table[t.MODEL], t.FIRST_LAYER)
-        width, kind = model[t.WIDTH], model[t.ACTIVATION]
-        x, wide, normed = table[t.X], table[t.WIDE], table[t.ATTENDED]
+        wide, kind = table[t.WIDE], words(table[t.MODEL], t.FIRST_LAYER)[t.ACTIVATION]
         levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
-        epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
         address = table[t.MODEL] + _WORD * (t.FIRST_LAYER + t.LAYER * index)
         layer = words(address, t.LAYER)
         c_fc = words(address + _WORD * t.C_FC, t.MATRIX)
         c_proj = words(address + _WORD * t.MLP_PROJ, t.MATRIX)
 
-        first, last = share(n, thread, threads)
-        for row in range(first, last):
-            normalise(x, row, width, layer[t.NORM_2], layer[t.NORM_2_BIAS], epsilon, normed)
-            whole(normed, row, width, c_fc, levels, steps, sums)
+        norm(table, thread, n, layer[t.NORM_2], layer[t.NORM_2_BIAS], c_fc)
         reached = wait(table[t.CONTROL], reached, threads)
         claims = table[t.CLAIMS] + _WORD * t.CLAIM * index
         stride, size = c_fc[t.PANELS] * LANES, c_proj[t.SIZE]
@@ -326,6 +308,18 @@ def embed(table: Any, job: Any, row: int, width: int, x: int) -> None:
     unpack(words(table[t.MODEL] + _WORD * t.EMBEDDING, t.MATRIX), token, here)
     for i in range(width):
         here[i] += added[i]
+
+
+@jit
+def norm(table: Any, thread: int, n: int, weight: int, bias: int, matrix: Any) -> None:
+    """This thread's rows of x, normalised, in 8 bits for `matrix`."""
+    model = words(table[t.MODEL], t.FIRST_LAYER)
+    width, target = model[t.WIDTH], table[t.ATTENDED]
+    epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
+    first, last = share(n, thread, words(table[t.CONTROL], t.SLEEPERS)[t.THREADS])
+    for row in range(first, last):
+        normalise(table[t.X], row, width, weight, bias, epsilon, target)
+        whole(target, row, width, matrix, table[t.LEVELS], table[t.STEPS], table[t.SUMS])
 
 
 @jit
