@@ -8,7 +8,6 @@ print(slm.generate("a red fox in the snow", task="image", words=24).text)
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 import edge_slm_runtime
@@ -26,7 +25,15 @@ __all__ = [
     "load",
     "shipped_bundle",
 ]
-__version__ = version("edge-slm")
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version  # a fifth of the whole import, for what few ask
+
+    return version("edge-slm")
 
 
 def shipped_bundle() -> Path:
