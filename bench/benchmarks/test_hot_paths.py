@@ -1,4 +1,4 @@
-"""Where the time of an answer goes, on the shipped bundle; `make bench` runs it.
+"""Where the time of an answer goes, on the reference model in int8; `make bench` runs it.
 
 One thread each, so that no thread waits for another one's core: what changes is the
 code, not the machine. How speed grows with threads is what `edge-slm bench` measures.
@@ -6,14 +6,17 @@ code, not the machine. How speed grows with threads is what `edge-slm bench` mea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import edge_slm
 from edge_slm import SLM, Request
+from edge_slm_bench.examples import Example
 from edge_slm_bench.paired import (
     CLOCK,
     Kernel,
@@ -23,10 +26,13 @@ from edge_slm_bench.paired import (
     memory_kernel,
 )
 from edge_slm_bench.prompts import request_of
+from edge_slm_converters import convert
+from edge_slm_runtime.command import Command
 from edge_slm_runtime.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 LONGEST = 160  # words; the length promise keeps an answer from ending early
+REFERENCE = Path(__file__).parents[2] / "models/reference"
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +50,23 @@ def interpreter() -> Kernel:
     return interpreter_kernel()
 
 
-@pytest.fixture(scope="module")
-def slm() -> Iterator[SLM]:
+@pytest.fixture(scope="session", params=["onnxruntime", "numba"])
+def opened(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., SLM]:
+    """`load` of the shipped bundle, or of the same model for our own kernels."""
+    if request.param == "onnxruntime":
+        return partial(edge_slm.load, threads=1)
+    bundle = tmp_path_factory.mktemp("bundle") / "numba"
+    short = Example("a red fox", Command("image", 7, 9), "a red fox in the snow at dusk")
+    convert(REFERENCE, bundle, ["numba-int8"], evaluation=[short] * 2, accept=True)
+    return partial(edge_slm.load, bundle, engine="numba", threads=1)
+
+
+@pytest.fixture(scope="session")
+def slm(opened: Callable[..., SLM]) -> Iterator[SLM]:
     # The same prompts again and again: whole, not what an earlier one left behind.
-    with edge_slm.load(threads=1, prefix_cache_mb=0) as loaded:
+    with opened(prefix_cache_mb=0) as loaded:
         yield loaded
 
 
@@ -55,8 +74,8 @@ def prompt(slm: SLM, tokens: int, turn: int = 0) -> str:
     return request_of(tokens, lambda text: len(slm.check(Request(text)).prompt), turn)
 
 
-def test_load(paired: Paired, compute: Kernel) -> None:
-    paired(lambda: edge_slm.load(threads=1).close(), compute)
+def test_load(paired: Paired, compute: Kernel, opened: Callable[..., SLM]) -> None:
+    paired(lambda: opened().close(), compute)
 
 
 def test_tokenise(paired: Paired, interpreter: Kernel, slm: SLM) -> None:
@@ -70,9 +89,11 @@ def test_prefill(paired: Paired, compute: Kernel, slm: SLM, tokens: int) -> None
     paired(lambda: slm.generate(text, max_new_tokens=1), compute)
 
 
-def test_prefill_of_192_under_another_command(paired: Paired, compute: Kernel) -> None:
+def test_prefill_of_192_under_another_command(
+    paired: Paired, compute: Kernel, opened: Callable[..., SLM]
+) -> None:
     """The request's keys and values are still there, from when it was asked for before."""
-    with edge_slm.load(threads=1) as slm:
+    with opened() as slm:
         text, words = prompt(slm, 192), cycle(range(8, 100, 8))
         paired(lambda: slm.generate(text, words=next(words), max_new_tokens=1), compute)
 
