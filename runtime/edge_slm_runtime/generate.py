@@ -162,8 +162,8 @@ class SLM:
     def generate_batch(
         self, requests: Iterable[Request], batch_size: int = 8
     ) -> Iterator[Generation]:
-        """Answers in input order, each equal to what it would be alone (int4: but for the
-        rounding of its kernels, which add in another order for several rows).
+        """Answers in input order, each equal to what it would be alone (onnxruntime's int4: but
+        for the rounding of its kernels, which add in another order for several rows).
 
         Requests are drawn as places get free, so `requests` may be endless.
         A bad request raises when it is drawn and ends the batch: where that
