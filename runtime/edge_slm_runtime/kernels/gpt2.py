@@ -31,7 +31,7 @@ from edge_slm_runtime.panels import LANES, PAIR
 
 _WORD, _FLOAT, _LINE, _PAGE = 8, 4, 64, 4096  # bytes
 _USUAL_HEAD = 64
-_SPINS_BEFORE_YIELD = 1 << 12
+_SPINS_BEFORE_YIELD = 1 << 6  # a microsecond or two: who is awaited may be in line for this core
 _SPINS_BEFORE_SLEEP = 1 << 17  # some milliseconds: longer than Python takes between two passes
 
 
@@ -292,7 +292,7 @@ def wait(control: int, reached: int, threads: int) -> int:
     spins = 0
     while atomic_load(barrier) < reached:
         spins = relax(spins)
-        if spins % _SPINS_BEFORE_YIELD == 0:  # more threads than cores
+        if spins % _SPINS_BEFORE_YIELD == 0:
             call(words(control, t.SLEEPERS)[t.YIELD])
     return reached
 
