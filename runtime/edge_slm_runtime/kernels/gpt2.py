@@ -273,8 +273,9 @@ def claimed(claims: int, number: int, first: int, units: int, threads: int) -> A
     """The next piece of 0 … units, by the claims made so far: its number, its first unit and
     the one behind its last. number, first: of an earlier piece. At the end first is `units`.
 
-    A piece is a threads' half of what is left (guided self-scheduling, Polychronopoulos and
-    Kuck 1987): long ones first, which memory likes, and short ones to end together.
+    A piece is half of a thread's share of what is left (guided self-scheduling,
+    Polychronopoulos and Kuck 1987): long ones first, which memory likes, and short ones to
+    end together.
     """
     mine = atomic_add(claims, 1)
     while number < mine and first < units:
