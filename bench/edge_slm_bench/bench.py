@@ -37,9 +37,9 @@ def run_bench(
     sweep = Sweep(models, settings, journal)
     threads = max(settings.threads)
     assessed = [model for model in models if examples.get(model.name)]
-    ours = [(m, spec) for m in models for spec in m.specs if not spec.peer]
+    ours = [(m, spec) for m in models for spec in m.as_shipped if not spec.peer]
     enduring = ours if endurance_requests else []
-    total = sweep.total + sum(len(m.specs) for m in assessed) + len(enduring)
+    total = sweep.total + sum(len(m.as_shipped) for m in assessed) + len(enduring)
     count = 0
 
     def done(what: str) -> None:

@@ -1,7 +1,8 @@
 """The process that measures: a JSON job on stdin, its result on the last line of stdout.
 
 Run by `edge_slm_bench.process` as `python -m edge_slm_bench.cell`. It imports as
-little as it can, because its own memory is part of the figure. Jobs, by "kind":
+little as it can, and only when the clock runs: memory and load are part of the figures.
+Jobs, by "kind":
 
 speed      one cell of the sweep in its scenario (`edge_slm_bench.scenarios`)
 answers    commanded requests through our runtime, with their texts and statistics
@@ -15,22 +16,23 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from edge_slm_bench.process import rss_mb
-from edge_slm_bench.runners import Prompt, Runner, Spec, open_runner
-from edge_slm_runtime.errors import EdgeSlmError, EngineError
-from edge_slm_runtime.memory import peak_rss_mb
+if TYPE_CHECKING:
+    from edge_slm_bench.runners import Runner
 
 Job = Mapping[str, Any]
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Raises EdgeSlmError."""
-    start = time.perf_counter()
+def run(job: Job, started: float) -> dict[str, Any]:
+    """started: perf_counter() when loading began. Raises EdgeSlmError."""
+    from edge_slm_bench.runners import Spec, open_runner
+    from edge_slm_runtime.memory import peak_rss_mb
+
     spec = Spec.of(job["spec"])
     runner = open_runner(spec, job["threads"])
-    load_ms = (time.perf_counter() - start) * 1000
+    load_ms = (time.perf_counter() - started) * 1000
     try:
         measured = KINDS[job["kind"]](runner, job)
     finally:
@@ -46,12 +48,17 @@ def _speed(runner: Runner, job: Job) -> dict[str, Any]:
 
 
 def _answers(runner: Any, job: Job) -> dict[str, Any]:
-    """`SLM.generate` of each request, `repetitions` times after one warm-up."""
-    requests = job["requests"]
-    if requests:
-        runner.slm.generate(**{**requests[0], "max_new_tokens": 4})
+    """Answers to the requests, `batch` at a time, `repetitions` times after one warm-up.
+    prefill: tokens of a prompt that are computed at once."""
+    from edge_slm_runtime import Request
+
+    if "prefill" in job:
+        runner.slm._engine.prefill_tokens = job["prefill"]
+    requests = [Request(**request) for request in job["requests"]]
+    for request in requests[:1]:
+        list(runner.slm.generate_batch([replace(request, max_new_tokens=4)], 1))
     answers = [
-        [runner.slm.generate(**request).as_dict() for request in requests]
+        [answer.as_dict() for answer in runner.slm.generate_batch(requests, job.get("batch", 1))]
         for _ in range(job.get("repetitions", 1))
     ]
     return {"threads": runner.slm.threads, "answers": answers}
@@ -70,7 +77,10 @@ def _logits(runner: Runner, job: Job) -> dict[str, Any]:
 
 
 def _endurance(runner: Runner, job: Job) -> dict[str, Any]:
-    prompts = [Prompt(p["request"], tuple(p["ids"])) for p in job["prompts"]]
+    from edge_slm_bench.process import rss_mb
+    from edge_slm_bench.runners import Prompt
+
+    prompts = [Prompt.of(p) for p in job["prompts"]]
     total, every = job["requests"], max(1, job["requests"] // 50)
     series = []
     for done in range(1, total + 1):
@@ -89,8 +99,11 @@ KINDS: Mapping[str, Callable[[Any, Job], dict[str, Any]]] = {
 
 
 def main() -> None:
+    job, started = json.load(sys.stdin), time.perf_counter()
+    from edge_slm_runtime.errors import EdgeSlmError, EngineError
+
     try:
-        result = run(json.load(sys.stdin))
+        result = run(job, started)
     except EdgeSlmError as error:
         result = {"error": [type(error).__name__, error.problem, error.hint]}
     except MemoryError:

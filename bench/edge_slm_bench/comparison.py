@@ -81,6 +81,7 @@ def where(cell: Mapping[str, Any]) -> str:
         return f"{cell['model']} {cell['variant']}"
     extra = {
         "single-stream": "",
+        "variations": ", variations",
         "offline": f", batch {cell['batch']}",
         "server": f", {cell['concurrency']} workers, {cell['rate']:g} requests/s",
     }[cell["scenario"]]

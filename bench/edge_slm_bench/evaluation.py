@@ -2,7 +2,8 @@
 
 Fidelity compares teacher-forced predictions on the responses with those of a
 reference; adherence lets the model alone (no length promise) answer the same
-requests under their own words, and counts what came. Each variant in fresh processes.
+requests under their own words, and counts what came. Each variant in fresh processes,
+and our own in all ways of decoding, which must agree (`edge_slm_bench.ways`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edge_slm_bench.quality import spearman, within_tolerance
 from edge_slm_bench.results import Quality
 from edge_slm_bench.runners import Float32, Spec
 from edge_slm_bench.sweep import Model
+from edge_slm_bench.ways import differing, plain_answers
 from edge_slm_runtime.bundle import TOKENIZER
 from edge_slm_runtime.command import count_words
 from edge_slm_runtime.errors import EdgeSlmError
@@ -41,16 +43,16 @@ def assess(
 
     done: called with a variant's name after it.
     """
-    named = {spec.variant: spec for spec in model.specs}
+    named = {spec.variant for spec in model.specs}
     reference = next((name for name in REFERENCES if name in named), "")
     codec = TextCodec(model.bundle / TOKENIZER, model.manifest.command)
     positions = model.manifest.model.positions
     scored = to_scored(examples, model.manifest.command, codec, positions)
     targets = np.array([token for s in scored for token in s.ids[s.prompt :]], np.int64)
-    limits = [_limit(model, codec, example) for example in examples]
+    requests = [_request(model, codec, example) for example in examples]
+    specs = model.as_shipped
     digest = hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:12]
     about = f"{len(scored)} responses, {len(targets)} tokens, digest {digest}"
-    texts: dict[str, list[str]] = {}
     found: list[Quality] = []
     with tempfile.TemporaryDirectory(prefix="edge-slm-bench-") as scratch:
 
@@ -63,7 +65,7 @@ def assess(
 
         expected = None
         # The reference first: the others are compared with it.
-        for spec in sorted(model.specs, key=lambda spec: spec.variant != reference):
+        for spec in sorted(specs, key=lambda spec: spec.variant != reference):
             figures: dict[str, Any] = {}
             try:
                 if reference:
@@ -73,46 +75,35 @@ def assess(
                     else:
                         figures["fidelity"] = fidelity(expected, rows, targets).as_dict()
                 if not spec.peer:
-                    texts[spec.variant] = _texts(spec, examples, limits, threads)
+                    plain = plain_answers(spec, requests, threads)
+                    figures |= _adherence(examples, [answer["text"] for answer in plain])
+                    ways = differing(model.manifest, spec, requests, plain, threads)
+                    figures["differing"] = ways
             except (EdgeSlmError, ValueError) as error:
                 figures["reason"] = str(error)
                 if spec.variant == reference:
                     reference = ""
-            if answers := texts.get(spec.variant):
-                figures |= _adherence(examples, answers)
             found.append(Quality(model.name, spec.variant, spec.peer, reference, about, **figures))
             done(spec.variant)
-    order = [spec.variant for spec in model.specs]
+    order = [spec.variant for spec in specs]
     return sorted(found, key=lambda quality: order.index(quality.variant))
 
 
-def _texts(
-    spec: Spec, examples: Sequence[Example], limits: Sequence[int], threads: int
-) -> list[str]:
-    requests = [
-        {
-            "request": example.request,
-            "task": example.command.task,
-            "words": count_words(example.response),
-            "keep_length": False,
-            "max_new_tokens": limit,
-        }
-        for example, limit in zip(examples, limits, strict=True)
-    ]
-    job = {"kind": "answers", "spec": spec.as_dict(), "threads": threads, "requests": requests}
-    (answers,) = launch(job)["answers"]
-    return [answer["text"] for answer in answers]
-
-
-def _limit(model: Model, codec: TextCodec, example: Example) -> int:
-    """Tokens of an answer: what the context has room for, and far more than was asked; a
-    model that has learnt nothing never ends by itself."""
-    schema = model.manifest.command
+def _request(model: Model, codec: TextCodec, example: Example) -> Mapping[str, Any]:
+    """`Request`'s arguments. An answer may have what the context has room for, and far more
+    than was asked; a model that has learnt nothing never ends by itself."""
+    schema, words = model.manifest.command, count_words(example.response)
     command = schema.check(example.command).commanded
     room = model.manifest.model.positions - len(
         schema.encode(example.request, command, codec.encode)
     )
-    return max(1, min(room, 4 * count_words(example.response) + 32))
+    return {
+        "request": example.request,
+        "task": example.command.task,
+        "words": words,
+        "keep_length": False,
+        "max_new_tokens": max(1, min(room, 4 * words + 32)),
+    }
 
 
 def _adherence(examples: Sequence[Example], texts: Sequence[str]) -> Mapping[str, Any]:

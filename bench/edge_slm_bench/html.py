@@ -42,6 +42,7 @@ def render(report: Report) -> str:
         *(Section(model, tiles=list(_headlines(report, model))) for model in several),
         _choice(report),
         _single_stream(report),
+        _variations(report),
         _offline(report),
         _server(report),
         _quality(report),
@@ -161,17 +162,12 @@ def _choice(report: Report) -> Section:
 
 
 def _single_stream(report: Report) -> Section:
-    figures = []
+    figures: list[Figure] = []
     for model in report.models:
         results = _results(report, model, "single-stream")
         if not results:
             continue
         threads = _threads(results)
-        first = [
-            Spread(r.cell.variant, values, f"{r.cell.prompt_tokens} tokens", r.peer)
-            for r in results
-            if (values := r.values("ttft_ms"))
-        ]
         decoding = list(_decoding(report, model).values())
         steps = [
             Spread(r.cell.variant, values, peer=r.peer) for r in decoding if (values := r.steps())
@@ -181,9 +177,7 @@ def _single_stream(report: Report) -> Section:
             for r in decoding
             if (ratio := report.figures(r).floor_ratio)
         ]
-        if first:
-            svg = spreads(f"Time to first token, {model}", first, "ms to the first token")
-            figures.append(Figure(svg, f"{model}, {threads}. {SPREAD}"))
+        figures += _first_tokens(model, results, "Time to first token")
         if steps:
             svg = spreads(f"Time per token, {model}", steps, "ms per token")
             figures.append(Figure(svg, f"{model}, {threads}. {STEPS}"))
@@ -194,6 +188,31 @@ def _single_stream(report: Report) -> Section:
     return Section(
         "One request at a time", text, figures=figures, tables=speed_tables(report, "single-stream")
     )
+
+
+def _variations(report: Report) -> Section:
+    figures: list[Figure] = []
+    for model in report.models:
+        results = _results(report, model, "variations")
+        figures += _first_tokens(model, results, "Time to first token under another command")
+    text = (
+        "Variations: one request under two commands in turn. What was computed for the last "
+        "prompt need not be computed again where the engine keeps it."
+    )
+    return Section(
+        "Variations of a request", text, figures=figures, tables=speed_tables(report, "variations")
+    )
+
+
+def _first_tokens(model: str, results: Sequence[CellResult], title: str) -> Iterable[Figure]:
+    rows = [
+        Spread(r.cell.variant, values, f"{r.cell.prompt_tokens} tokens", r.peer)
+        for r in results
+        if (values := r.values("ttft_ms"))
+    ]
+    if rows:
+        svg = spreads(f"{title}, {model}", rows, "ms to the first token")
+        yield Figure(svg, f"{model}, {_threads(results)}. {SPREAD}")
 
 
 def _offline(report: Report) -> Section:

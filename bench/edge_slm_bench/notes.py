@@ -117,9 +117,9 @@ DEFINITIONS: Mapping[str, Mapping[str, str]] = {
             "included."
         ),
         "load": (
-            "From nothing to a model that answers, the engine's import and the check of every "
-            "file's digest included. Cold: the files were out of the page cache; warm: they "
-            "were in it."
+            "From a Python that has imported nothing to a model that answers, with all imports and "
+            "the check of the files' digests. Cold: the files were out of the page cache; warm: "
+            "they were in it."
         ),
         "peak RSS": "The most resident memory of the process, in MB of 2²⁰ bytes.",
         "energy per token": (
@@ -139,9 +139,16 @@ DEFINITIONS: Mapping[str, Mapping[str, str]] = {
         ),
         "× floor": (
             "TPOT ÷ the time in which this machine read as many bytes as a step's weights from "
-            "memory just before the process; median over processes. "
-            "About 1 is as fast as memory allows; below 1, part of the weights stays in the "
-            "cache."
+            "memory just before the process, in the median of some passes over an array or in the "
+            "best one; median over processes. About 1 is as fast as memory allows; below 1, part "
+            "of the weights stays in the cache."
+        ),
+    },
+    "variations": {
+        "variations": (
+            "The request of the warm-up, under another words command, under its own, and so on: "
+            "an engine that keeps what it computed for the last prompt has only the command to "
+            "compute. Peers run as in the other tables, without such a cache."
         ),
     },
     "offline": {
@@ -162,6 +169,10 @@ DEFINITIONS: Mapping[str, Mapping[str, str]] = {
         "within tolerance": (
             "Share of answers within ±10% or ±2 words of what was asked, whichever is wider; "
             "the model alone, without the decoder's length promise."
+        ),
+        "answers that differ": (
+            "The same requests in a batch, behind a cached prefix, with the prompt in chunks and "
+            "with guessed tokens: how many greedy answers have another token anywhere."
         ),
     },
     "endurance": {

@@ -7,7 +7,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 from edge_slm_bench.runners.base import Prompt
-from edge_slm_bench.runners.edge_slm import longest_words
+from edge_slm_bench.runners.edge_slm import long_words
 from edge_slm_runtime.bundle import TOKENIZER, read_manifest
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import BadSetting, RequestTooLong
@@ -16,14 +16,16 @@ from edge_slm_runtime.text import TextCodec
 _WORDS = ("a", "cosy", "cabin", "in", "the", "snow", "at", "night")
 
 
-def prompts_of(bundle: str | Path, tokens: int, count: int) -> list[Prompt]:
-    """`count` prompts of exactly `tokens` tokens, command included.
+def prompts_of(bundle: str | Path, tokens: int, count: int, *, other: bool = False) -> list[Prompt]:
+    """`count` prompts of exactly `tokens` tokens, command included. other: the same requests
+    under another command, which asks for nearly as many words.
 
     Raises BadSetting when a command alone is longer, or no text has that length.
     """
     manifest = read_manifest(bundle)
     codec, schema = TextCodec(Path(bundle) / TOKENIZER, manifest.command), manifest.command
-    command = schema.check(Command(None, longest_words(schema))).commanded
+    words = long_words(schema)[other]
+    command = schema.check(Command(None, words)).commanded
 
     def encoded(text: str) -> tuple[int, ...]:
         return tuple(schema.encode(text, command, codec.encode))
@@ -40,7 +42,7 @@ def prompts_of(bundle: str | Path, tokens: int, count: int) -> list[Prompt]:
                 f"no prompt of {tokens} tokens can be made for {manifest.name}",
                 f"an empty one has {len(encoded('a'))} with its command",
             )
-        prompts.append(Prompt(text, ids))
+        prompts.append(Prompt(text, words, ids))
     return prompts
 
 

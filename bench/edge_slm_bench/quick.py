@@ -15,7 +15,7 @@ from typing import Any
 from edge_slm_bench.advice import WORDS, Row, faithfulness
 from edge_slm_bench.process import launch
 from edge_slm_bench.runners import Spec
-from edge_slm_bench.runners.edge_slm import longest_words, spec_of
+from edge_slm_bench.runners.edge_slm import long_words, spec_of
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.cores import default_threads
@@ -60,7 +60,7 @@ def requests_of(manifest: Manifest) -> dict[int, dict[str, Any]]:
     The task is the first one that training saw at all of them. Raises BadSetting.
     """
     schema, positions = manifest.command, manifest.model.positions
-    lengths = [n for n in WORDS if n <= longest_words(schema) and 2 * n + 48 <= positions]
+    lengths = [n for n in WORDS if n <= long_words(schema)[0] and 2 * n + 48 <= positions]
     if not lengths:
         raise BadSetting(
             f"the model's {positions} positions hold no answer of {WORDS[0]} words",

@@ -18,8 +18,8 @@ import numpy as np
 from edge_slm_runtime.errors import DataError
 
 SCHEMA_VERSION = 1
-Scenario = Literal["single-stream", "offline", "server"]
-SCENARIOS: tuple[Scenario, ...] = ("single-stream", "offline", "server")
+Scenario = Literal["single-stream", "variations", "offline", "server"]
+SCENARIOS: tuple[Scenario, ...] = ("single-stream", "variations", "offline", "server")
 # ok: at least one process was undisturbed. flagged: none was. The rest has no figures.
 Status = Literal["ok", "flagged", "failed", "skipped", "interrupted"]
 
@@ -69,7 +69,8 @@ class Sample:
     cold: whether the model's files were out of the page cache when it loaded them.
     flags: what disturbed it (`conditions.Watch`), empty when nothing did. seconds: wall
     time of all timings together. joules: of the same span; None where no counter is.
-    bandwidth: bytes/s that the cell's threads read from memory just before.
+    bandwidth, best_bandwidth: bytes/s that the cell's threads read from memory just before,
+    in the median pass and in the best one.
     """
 
     round: int
@@ -82,6 +83,7 @@ class Sample:
     flags: tuple[str, ...] = ()
     conditions: Mapping[str, Any] = field(default_factory=dict)
     bandwidth: float | None = None
+    best_bandwidth: float | None = None
 
     @property
     def tpot_ms(self) -> float | None:
@@ -124,11 +126,6 @@ class CellResult:
         known = all(j is not None for j in joules) and tokens
         kept = [t for t in timings if target_ms is not None and t.total_ms <= target_ms]
         single = self.cell.scenario != "offline"
-        floors = [
-            s.tpot_ms * s.bandwidth / (self.step_bytes * 1e3)
-            for s in self.used
-            if s.tpot_ms and s.bandwidth and self.step_bytes
-        ]
         return Figures(
             load_cold_ms=median([s.load_ms for s in self.used if s.cold]),
             load_ms=median(self.values("load_ms")),
@@ -145,10 +142,15 @@ class CellResult:
             goodput=len(kept) / seconds if target_ms is not None and seconds else None,
             peak_rss_mb=median(self.values("peak_rss_mb")),
             joules_per_token=sum(j or 0 for j in joules) / tokens if known else None,
-            floor_ratio=median(floors),
+            floor_ratio=self._floor_ratio("bandwidth"),
+            best_floor_ratio=self._floor_ratio("best_bandwidth"),
             processes=len(self.used),
             flagged=sum(bool(s.flags) for s in self.samples),
         )
+
+    def _floor_ratio(self, bandwidth: str) -> float | None:
+        found = [(s.tpot_ms, getattr(s, bandwidth)) for s in self.used if self.step_bytes]
+        return median([ms * rate / (self.step_bytes * 1e3) for ms, rate in found if ms and rate])
 
     def steps(self) -> list[float]:
         """In ms: intervals between tokens; a request's mean where its engine tells none."""
@@ -162,8 +164,8 @@ class Figures:
     """ms, tokens/s, MB (2²⁰ bytes), J/token; goodput in requests/s within the target.
 
     tpot_ms is the median over requests; its p90 and p99 are over single steps.
-    floor_ratio: decode time ÷ the time that reading the weights once took just before;
-    the median over processes.
+    floor_ratio: decode time ÷ the time that reading the weights once took just before, in
+    the median pass (best_floor_ratio: in the best one); the median over processes.
     """
 
     load_cold_ms: float | None
@@ -182,6 +184,7 @@ class Figures:
     peak_rss_mb: float | None
     joules_per_token: float | None
     floor_ratio: float | None
+    best_floor_ratio: float | None
     processes: int
     flagged: int
 
@@ -227,7 +230,8 @@ class Quality:
     fidelity: `Fidelity.as_dict` against `reference`'s logits, None for the reference.
     adherence: share of answers within the words' tolerance, mean absolute error in
     words, Spearman(asked, got), share of texts equal to the reference's; None for peers.
-    words: (asked, got) of every answer, the model alone (no length promise).
+    words: (asked, got) of every answer, the model alone (no length promise). differing:
+    way of decoding → how many of these answers came out otherwise (`ways`).
     """
 
     model: str
@@ -238,6 +242,7 @@ class Quality:
     fidelity: Mapping[str, float] | None = None
     adherence: Mapping[str, float] | None = None
     words: tuple[tuple[int, int], ...] = ()
+    differing: Mapping[str, int] | None = None
     reason: str = ""
 
 

@@ -18,12 +18,14 @@ from edge_slm_bench.results import Cell, CellResult, Figures, Report, Scenario, 
 
 _TITLES = {
     "single-stream": "one request at a time",
+    "variations": "one request under two commands in turn",
     "offline": "batches, tokens/s",
     "server": "requests at random times",
 }
 # What sets one row of a scenario apart from the next, and how it is said above the table.
 _KEYS: dict[Scenario, tuple[tuple[str, str], ...]] = {
     "single-stream": (("new_tokens", "new tokens"),),
+    "variations": (("new_tokens", "new tokens"),),
     "offline": (("prompt_tokens", "prompt tokens"), ("new_tokens", "new tokens")),
     "server": (
         ("prompt_tokens", "prompt tokens"),
@@ -161,6 +163,12 @@ def _columns(scenario: Scenario, results: Sequence[CellResult], report: Report) 
         yield Column("pp tok/s", lambda row: row.last("pp_per_second"), 1)
         yield Column("tg tok/s", lambda row: row.first("tg_per_second"), 1)
         yield Column("× floor", lambda row: row.first("floor_ratio"))
+        yield Column("× floor best", lambda row: row.first("best_floor_ratio"))
+    elif scenario == "variations":
+        for n in sorted({r.cell.prompt_tokens for r in results if r.samples}):
+            yield Column(f"TTFT ms {n}", _at("ttft_ms", "prompt_tokens", n))
+        yield Column("TPOT ms p50", lambda row: row.first("tpot_ms"))
+        yield Column("tok/s", lambda row: row.first("tokens_per_second"), 1)
     elif scenario == "offline":
         for n in sorted({r.cell.batch for r in results if r.samples}):
             yield Column(f"batch {n}", _at("tokens_per_second", "batch", n), 1)

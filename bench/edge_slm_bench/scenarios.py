@@ -1,6 +1,7 @@
 """How requests come to a loaded model, after MLPerf Inference (Reddi et al., arXiv 1911.02549).
 
 single-stream  one after the other: latency
+variations     one request under two commands in turn, as by a user who wants it longer: latency
 offline        all at once, in batches: throughput
 server         at random times (a Poisson process), to `concurrency` workers: goodput
 """
@@ -24,14 +25,22 @@ WARM_UP_TOKENS = 4
 
 def run_scenario(runner: Runner, job: Mapping[str, Any]) -> dict[str, Any]:
     """Warm-up, then the timed part under the energy counter, where there is one."""
-    prompts = [Prompt(p["request"], tuple(p["ids"])) for p in job["prompts"]]
-    timed = {"single-stream": single_stream, "offline": offline, "server": server}
+    prompts = [Prompt.of(p) for p in job["prompts"]]
+    timed = {
+        "single-stream": single_stream,
+        "variations": variations,
+        "offline": offline,
+        "server": server,
+    }
+    again = job["scenario"] == "variations"
     if job["scenario"] == "offline":
         runner.batch(prompts[: job["batch"]], WARM_UP_TOKENS)
     else:
-        runner.single(prompts[0], WARM_UP_TOKENS)
+        first = runner.single(prompts[0], job["new_tokens"] if again else WARM_UP_TOKENS)
     with find_meter() as meter:
         measured = timed[job["scenario"]](runner, prompts, job)
+    if again and runner.single(prompts[0], job["new_tokens"]).ids != first.ids:
+        raise EngineError("a request gets another answer when its beginning is in the cache")
     return {**measured, "joules": meter.joules}
 
 
@@ -43,6 +52,18 @@ def single_stream(
         # From the second on: the first was the warm-up's, and must be nobody's advantage.
         _timing(answered(runner, prompts[i % len(prompts)], job["new_tokens"]))
         for i in range(1, job["repetitions"] + 1)
+    ]
+    return {"timings": timings, "seconds": time.perf_counter() - start}
+
+
+def variations(runner: Runner, prompts: Sequence[Prompt], job: Mapping[str, Any]) -> dict[str, Any]:
+    """The warm-up's request under another command, under its own, and so on. An engine that
+    keeps what it computed for the last prompt has only the command to compute."""
+    turns = (Prompt.of(job["others"][0]), prompts[0])
+    start = time.perf_counter()
+    timings = [
+        _timing(answered(runner, turns[i % 2], job["new_tokens"]))
+        for i in range(job["repetitions"])
     ]
     return {"timings": timings, "seconds": time.perf_counter() - start}
 

@@ -30,7 +30,7 @@ from edge_slm_bench.results import (
     with_sample,
 )
 from edge_slm_bench.runners import Prompt, Spec
-from edge_slm_bench.runners.edge_slm import spec_of
+from edge_slm_bench.runners.edge_slm import can_speculate, spec_of, speculating
 from edge_slm_runtime.bundle import Manifest, read_manifest
 from edge_slm_runtime.errors import DependencyMissing, EdgeSlmError, EngineNotInstalled
 
@@ -48,6 +48,11 @@ class Model:
     manifest: Manifest
     specs: tuple[Spec, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def as_shipped(self) -> list[Spec]:
+        """Without the rows that are a variant under other options."""
+        return [spec for spec in self.specs if not spec.options]
 
     def as_dict(self) -> dict[str, Any]:
         facts = asdict(self.manifest.model)
@@ -79,15 +84,24 @@ class Settings:
 
 
 def model_of(
-    bundle: Path, variants: Sequence[str] | None = None, peers: Sequence[Spec] = (), name: str = ""
+    bundle: Path,
+    variants: Sequence[str] | None = None,
+    peers: Sequence[Spec] = (),
+    name: str = "",
+    *,
+    speculate: bool = False,
 ) -> Model:
-    """Raises a BundleError when the bundle cannot be read; unknown names in `variants`
-    become rows that say so."""
+    """speculate: each variant that can also with guessed tokens. Raises a BundleError when
+    the bundle cannot be read; unknown names in `variants` become rows that say so."""
     manifest = read_manifest(bundle)
     there = {v.name: v for v in manifest.variants}
     chosen = variants or list(there)
     missing = {n: f"the bundle has no variant {n}" for n in chosen if n not in there}
-    specs = [spec_of(bundle, there[n]) for n in chosen if n in there]
+    specs: list[Spec] = []
+    for variant in (there[n] for n in chosen if n in there):
+        specs.append(spec_of(bundle, variant))
+        if speculate and can_speculate(manifest, variant):
+            specs.append(speculating(specs[-1]))
     return Model(name or bundle.name, bundle, manifest, (*specs, *peers), missing)
 
 
@@ -125,7 +139,7 @@ class Sweep:
         self.models = {model.name: model for model in models}
         self.results: dict[Cell, CellResult] = {}
         self._specs: dict[Cell, Spec] = {}
-        self._prompts: dict[tuple[str, int], list[Prompt]] = {}
+        self._prompts: dict[tuple[str, int, bool], list[Prompt]] = {}
         self._journal = journal
         for model in models:
             known = {spec.variant: spec for spec in model.specs}
@@ -168,6 +182,7 @@ class Sweep:
             "threads": cell.threads,
             "scenario": cell.scenario,
             "prompts": [asdict(p) for p in self._prompts_of(cell)],
+            "others": [asdict(p) for p in self._prompts_of(cell, other=True)],
             "new_tokens": cell.new_tokens,
             "batch": cell.batch,
             "concurrency": cell.concurrency,
@@ -183,19 +198,20 @@ class Sweep:
             {
                 "round": number,
                 "cold": cold,
-                "bandwidth": bandwidth,
+                "bandwidth": bandwidth.median,
+                "best_bandwidth": bandwidth.best,
                 "flags": watch.flags,
                 "conditions": watch.as_dict(),
                 **found,
             }
         )
 
-    def _prompts_of(self, cell: Cell) -> list[Prompt]:
-        key = (cell.model, cell.prompt_tokens)
+    def _prompts_of(self, cell: Cell, *, other: bool = False) -> list[Prompt]:
+        key = (cell.model, cell.prompt_tokens, other)
         if key not in self._prompts:
-            count = max(_PROMPTS, *self.settings.batches)
+            count = 1 if other else max(_PROMPTS, *self.settings.batches)
             bundle = self.models[cell.model].bundle
-            self._prompts[key] = prompts_of(bundle, cell.prompt_tokens, count)
+            self._prompts[key] = prompts_of(bundle, cell.prompt_tokens, count, other=other)
         return self._prompts[key]
 
     def _write(self, line: Mapping[str, Any]) -> None:

@@ -41,7 +41,19 @@ def quality_tables(report: Report) -> list[Table]:
         rows = [_quality_row(q, adherence) for q in mine]
         about = f"{model}, fidelity to {mine[0].reference or 'nothing'}; {mine[0].evaluation}"
         found.append(Table(head, rows, about, [*peers, *reasons]))
+        if told := [q for q in mine if q.differing is not None]:
+            found.append(_differing_table(model, told))
     return found
+
+
+def _differing_table(model: str, told: Sequence[Quality]) -> Table:
+    ways = list(dict.fromkeys(way for q in told for way in q.differing or ()))
+    rows = [
+        [q.variant, str(len(q.words)), *(str((q.differing or {}).get(way, "–")) for way in ways)]
+        for q in told
+    ]
+    about = f"{model}, greedy answers that differ from those one by one, nothing cached"
+    return Table(["variant", "answers", *ways], rows, about, [])
 
 
 def _quality_row(quality: Quality, adherence: bool) -> list[str]:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     metavar="CHECKPOINT",
     help="Measure other engines too, on the weights that a bundle was made from; repeatable.",
 )
+@click.option(
+    "--speculate", is_flag=True, help="Measure each variant that can also with guessed tokens."
+)
 @click.option("--peer-variants", help="Comma-separated names of peers.  [default: all installed]")
 @click.option("--threads", type=counts, help="[default: the cores this process may use]")
 @click.option("--prompt-tokens", type=counts, default="16,64,256", show_default=True)
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--scenario",
     "scenarios",
-    type=click.Choice(["single-stream", "offline", "server"]),
+    type=click.Choice(["single-stream", "variations", "offline", "server"]),
     multiple=True,
     default=["single-stream"],
     show_default=True,
@@ -206,7 +209,12 @@ def _models(bundles: Sequence[Path], options: dict[str, Any], scratch: Path) -> 
     variants = options["variants"].split(",") if options["variants"] else None
     names = [path.name for path in bundles]
     models = [
-        model_of(path, variants, name=path.name if names.count(path.name) == 1 else str(path))
+        model_of(
+            path,
+            variants,
+            name=path.name if names.count(path.name) == 1 else str(path),
+            speculate=options["speculate"],
+        )
         for path in bundles
     ]
     wanted = options["peer_variants"].split(",") if options["peer_variants"] else None

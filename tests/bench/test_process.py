@@ -50,6 +50,13 @@ def test_a_process_answers_and_tells_its_own_peak(tiny_bundle: Path) -> None:
     assert 20 < found["peak_rss_mb"] < 400
 
 
+def test_imports_are_part_of_the_load() -> None:
+    """So nothing that is loaded is imported before the clock runs."""
+    code = "import sys, edge_slm_bench.cell; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "tokenizers", "onnxruntime", "edge_slm_runtime"} & set(done.stdout.split())
+
+
 def test_errors_of_the_child_are_those_of_the_parent(tiny_bundle: Path, tmp_path: Path) -> None:
     missing = {**spec(tiny_bundle), "path": str(tmp_path / "nowhere")}
     with pytest.raises(BundleNotFound):

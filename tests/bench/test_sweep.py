@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from edge_slm_bench.evaluation import assess
 from edge_slm_bench.examples import Example
 from edge_slm_bench.prompts import prompts_of, request_of
 from edge_slm_bench.results import Cell, CellResult, Report, Sample, Timing, with_sample
-from edge_slm_bench.runners import Spec, open_runner
+from edge_slm_bench.runners import Prompt, Run, Spec, open_runner
+from edge_slm_bench.scenarios import run_scenario
 from edge_slm_bench.sweep import Model, Settings, Sweep, endurance, model_of, plan
 from edge_slm_runtime import Request, load, read_manifest
 from edge_slm_runtime.command import Command
-from edge_slm_runtime.errors import BadSetting, BundleNotFound, DataError
+from edge_slm_runtime.errors import BadSetting, BundleNotFound, DataError, EngineError
 
 QUICK = Settings(threads=(1,), prompt_tokens=(16,), new_tokens=(6,), rounds=2, repetitions=2)
 EXAMPLES = [
@@ -41,9 +43,12 @@ def test_prompts_have_their_length_and_differ(tiny_bundle: Path) -> None:
         words = slm.schema.axis("words").edges[-1] - 1
         for tokens in (16, 64):
             prompts = prompts_of(tiny_bundle, tokens, 5)
-            assert len({prompt.ids for prompt in prompts}) == 5
-            for prompt in prompts:
-                asked = Request(prompt.request, words=words, max_new_tokens=1)
+            others = prompts_of(tiny_bundle, tokens, 5, other=True)
+            assert [one.request for one in others] == [one.request for one in prompts]
+            assert len({prompt.ids for prompt in prompts + others}) == 10
+            assert {prompt.words for prompt in prompts} == {words}
+            for prompt in prompts + others:
+                asked = Request(prompt.request, words=prompt.words, max_new_tokens=1)
                 assert slm.check(asked).prompt == prompt.ids
                 assert len(prompt.ids) == tokens
     with pytest.raises(BadSetting, match="no prompt of 2 tokens"):
@@ -65,14 +70,14 @@ def test_the_cells_are_the_product_of_the_axes(model: Model) -> None:
         QUICK,
         threads=(1, 2),
         prompt_tokens=(16, 125),
-        scenarios=("single-stream", "offline", "server"),
+        scenarios=("single-stream", "variations", "offline", "server"),
         batches=(2, 4),
         concurrencies=(1, 2),
         rates=(5.0,),
     )
     missing = replace(model, missing={"llama.cpp-F16": "not here"})
     cells = list(plan(missing, settings))
-    assert len({cell for cell, _ in cells}) == len(cells) == 2 * 2 * (1 + 2 + 2) * 3
+    assert len({cell for cell, _ in cells}) == len(cells) == 2 * 2 * (1 + 1 + 2 + 2) * 3
     reasons = {cell.variant: why for cell, why in cells if cell.prompt_tokens == 16}
     assert reasons == {"onnx-int8": "", "onnx-fp32": "", "llama.cpp-F16": "not here"}
     long = {why for cell, why in cells if cell.prompt_tokens == 125 and "llama" not in cell.variant}
@@ -82,7 +87,7 @@ def test_the_cells_are_the_product_of_the_axes(model: Model) -> None:
 def test_a_bench_measures_everything_and_can_be_read_again(model: Model, tmp_path: Path) -> None:
     settings = replace(
         QUICK,
-        scenarios=("single-stream", "offline", "server"),
+        scenarios=("single-stream", "variations", "offline", "server"),
         batches=(3,),
         concurrencies=(2,),
         rates=(200.0,),
@@ -98,8 +103,8 @@ def test_a_bench_measures_everything_and_can_be_read_again(model: Model, tmp_pat
         journal=tmp_path / "samples.jsonl",
         report=lambda done, total, what: seen.append(f"{done}/{total} {what}"),
     )
-    assert seen[0].startswith("1/16 ")
-    assert seen[-1].startswith("16/16 ")
+    assert seen[0].startswith("1/20 ")
+    assert seen[-1].startswith("20/20 ")
     assert seen[0].split()[-1] != seen[1].split()[-1]  # cells take turns
     for result in report.cells:
         assert result.status in ("ok", "flagged")
@@ -125,6 +130,7 @@ def test_a_bench_measures_everything_and_can_be_read_again(model: Model, tmp_pat
     assert by_name["onnx-int8"].reference == "onnx-fp32"
     assert (by_name["onnx-int8"].fidelity or {})["positions"] > 10
     assert [asked for asked, _ in by_name["onnx-int8"].words] == [5, 4, 6]
+    assert set((by_name["onnx-int8"].differing or {}).values()) == {0}
     assert {e.variant for e in report.endurance} == {"onnx-int8", "onnx-fp32"}
     assert all(e.rss_mb[-1][0] == 20 for e in report.endurance)
     file = tmp_path / "report.json"
@@ -181,7 +187,7 @@ def test_unknown_variants_and_bundles(tiny_bundle: Path, tmp_path: Path) -> None
         model_of(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("variant", ["onnx-fp32", "ctranslate2-float32", "onnx-int8"])
+@pytest.mark.parametrize("variant", ["onnx-fp32", "ctranslate2-float32", "onnx-int8", "numba-int8"])
 def test_our_runner_is_the_runtime(variant: str, tiny_bundle: Path) -> None:
     (model,) = [model_of(tiny_bundle, [variant])]
     runner = open_runner(model.specs[0], 1)
@@ -196,6 +202,45 @@ def test_our_runner_is_the_runtime(variant: str, tiny_bundle: Path) -> None:
     controls = len(read_manifest(tiny_bundle).command.special_tokens())
     assert int(np.argmax(logits[-1][controls:400])) + controls == runs[0].ids[0]
     runner.close()
+
+
+def test_guessed_tokens_make_a_row_of_their_own(tiny_bundle: Path) -> None:
+    names = ["onnx-int8", "ctranslate2-int8", "numba-int8"]
+    model = model_of(tiny_bundle, names, speculate=True)
+    told = [spec.variant for spec in model.specs]
+    assert told == [
+        "onnx-int8",
+        "onnx-int8+speculation",
+        "ctranslate2-int8",
+        "numba-int8",
+        "numba-int8+speculation",
+    ]
+    assert [spec.variant for spec in model.as_shipped] == names
+    (prompt,) = prompts_of(tiny_bundle, 20, 1)
+    answers = []
+    for spec in model.specs[3:]:
+        with closing(open_runner(spec, 1)) as runner:
+            answers.append([runner.single(prompt, 9).ids for _ in range(3)])
+    assert answers[0] == answers[1]
+
+
+class Forgetful:
+    """A runner whose answers depend on what it was asked before."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+        self.asked += 1
+        return Run((self.asked,) * new_tokens, (0.1,) * new_tokens)
+
+
+def test_another_answer_behind_a_cached_prefix_is_an_error() -> None:
+    prompt = {"request": "a", "words": 9, "ids": [1, 2]}
+    job = {"scenario": "variations", "prompts": [prompt], "others": [prompt]}
+    runner: Any = Forgetful()
+    with pytest.raises(EngineError, match="another answer when its beginning is in the cache"):
+        run_scenario(runner, {**job, "repetitions": 2, "new_tokens": 3})
 
 
 def test_without_a_reference_there_is_adherence_alone(tiny_bundle: Path) -> None:
@@ -226,10 +271,12 @@ def sample(
     flags: tuple[str, ...] = (),
     joules: float | None = None,
     bandwidth: float | None = None,
+    best: float | None = None,
 ) -> Sample:
     timing = Timing(total_ms=3 * ms, new_tokens=3, ttft_ms=ms, steps_ms=(ms, ms))
     seconds = 3 * ms / 1e3
-    return Sample(0, 10.0, False, (timing,), seconds, 50.0, joules, flags, bandwidth=bandwidth)
+    more = {"bandwidth": bandwidth, "best_bandwidth": best}
+    return Sample(0, 10.0, False, (timing,), seconds, 50.0, joules, flags, **more)
 
 
 def test_flagged_samples_are_kept_and_left_out() -> None:
@@ -249,6 +296,8 @@ def test_a_process_is_held_against_the_memory_of_its_moment() -> None:
     moments = (sample(4, bandwidth=1e6), sample(3, bandwidth=2e6))
     disturbed = sample(9, bandwidth=4e6, flags=("busy",))
     assert result([*moments, disturbed]).figures().floor_ratio == 2.5
+    best = result([sample(4, bandwidth=1e6, best=1.5e6)]).figures()
+    assert (best.floor_ratio, best.best_floor_ratio) == (2, 3)
 
 
 def test_energy_is_per_token_or_unknown() -> None:

@@ -23,7 +23,7 @@ from .greedy import greedy_ids
 TEXT = "ein kleines Café in Zürich, 東京の夜景, naïve façade, emoji 🦊🌲"
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed ([peers])")
-PROMPT = Prompt("", tuple(range(70, 86)))
+PROMPT = Prompt("", 0, tuple(range(70, 86)))
 NEW_TOKENS = 12
 
 

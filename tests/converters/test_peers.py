@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from edge_slm_runtime.errors import EngineError
 
 from .greedy import greedy_ids
 
-PROMPT = Prompt("", tuple(range(70, 86)))
-OTHERS = (PROMPT, Prompt("", tuple(range(100, 116))), Prompt("", tuple(range(300, 316))))
+PROMPT = Prompt("", 0, tuple(range(70, 86)))
+OTHERS = (PROMPT, Prompt("", 0, tuple(range(100, 116))), Prompt("", 0, tuple(range(300, 316))))
 NEW_TOKENS = 12
 
 
@@ -121,7 +121,7 @@ def test_a_fresh_process_opens_what_was_prepared(prepared: Peers) -> None:
         "scenario": "single-stream",
         "spec": spec.as_dict(),
         "threads": 1,
-        "prompts": [{"request": "", "ids": PROMPT.ids}],
+        "prompts": [asdict(PROMPT)],
         "new_tokens": 4,
         "repetitions": 2,
     }

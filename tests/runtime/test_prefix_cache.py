@@ -125,7 +125,7 @@ def test_a_long_prompt_is_computed_in_parts(
     prompt = np.random.default_rng(1).integers(60, 400, 100).tolist()
     whole, _ = prompt_logits(fresh, prompt)
     for most in (7, 33, 99):
-        monkeypatch.setattr("edge_slm_runtime.engines.stepping.PREFILL", most)
+        monkeypatch.setattr("edge_slm_runtime.engines.stepping.SteppingEngine.prefill_tokens", most)
         parts, _ = prompt_logits(fresh, prompt)
         assert np.array_equal(parts, whole)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +14,16 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request. request: text, for our own runtime, whose tokenising is part of its
+    """One request. request, words: for our own runtime, whose tokenising is part of its
     TTFT. ids: what the model sees, which peers are given as they are."""
 
     request: str
+    words: int
     ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Prompt:
+        return cls(data["request"], data["words"], tuple(data["ids"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,8 @@ class Spec:
 
     runner: the module beside this one. variant: the row's name. path: the bundle, the
     checkpoint or the file that it reads. step_bytes: weight bytes that one decode step
-    reads. peer: another engine than ours, on the same weights.
+    reads. peer: another engine than ours, on the same weights. options: what else `load` is
+    told (our runtime).
     """
 
     runner: str
@@ -47,6 +53,7 @@ class Spec:
     disk_bytes: int
     step_bytes: int
     peer: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

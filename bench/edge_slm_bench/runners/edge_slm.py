@@ -7,6 +7,7 @@ that of a user's request and its amount is that of the peers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from edge_slm_bench.runners.base import Float32, Prompt, Run, Spec
 from edge_slm_runtime import SLM, Request, load
-from edge_slm_runtime.bundle import Variant
+from edge_slm_runtime.bundle import SPECULATIVE_FILE, Manifest, Variant
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import EngineError
 
@@ -32,12 +33,23 @@ def spec_of(bundle: str | Path, variant: Variant) -> Spec:
     )
 
 
-def longest_words(schema: CommandSchema) -> int:
-    return schema.axis("words").edges[-1] - 1
+def speculating(spec: Spec) -> Spec:
+    """The same variant with guessed tokens: a row of its own."""
+    return replace(spec, variant=f"{spec.variant}+speculation", options={"speculate": True})
+
+
+def can_speculate(manifest: Manifest, variant: Variant) -> bool:
+    return variant.engine == "numba" or f"{variant.path}/{SPECULATIVE_FILE}" in manifest.files
+
+
+def long_words(schema: CommandSchema) -> tuple[int, int]:
+    """Words commands of the two longest kinds, the longest first."""
+    edges = schema.axis("words").edges
+    return edges[-1] - 1, edges[-2] - 1
 
 
 def open(spec: Spec, threads: int) -> EdgeSlmRunner:  # noqa: A001
-    return EdgeSlmRunner(load(spec.path, spec.engine, spec.precision, threads))
+    return EdgeSlmRunner(load(spec.path, spec.engine, spec.precision, threads, **spec.options))
 
 
 class EdgeSlmRunner:
@@ -59,10 +71,10 @@ class EdgeSlmRunner:
 
     def logits(self, ids: Sequence[int]) -> Float32:
         """Prediction by prediction, by the very steps that decode."""
-        from edge_slm_runtime.engines.onnx import OnnxEngine
+        from edge_slm_runtime.engines.stepping import SteppingEngine
 
         engine = self.slm._engine
-        if isinstance(engine, OnnxEngine):
+        if isinstance(engine, SteppingEngine):
             return np.stack([row.copy() for row in engine.logits(ids)])
         generator = engine._native.get()  # type: ignore[attr-defined]  # CTranslate2's own
         found: Float32 = np.asarray(generator.forward_batch([list(ids)]), np.float32)[0]
@@ -72,8 +84,7 @@ class EdgeSlmRunner:
         self.slm.close()
 
     def _request(self, prompt: Prompt, new_tokens: int) -> Request:
-        words = longest_words(self.slm.schema)
-        return Request(prompt.request, words=words, max_new_tokens=new_tokens)
+        return Request(prompt.request, words=prompt.words, max_new_tokens=new_tokens)
 
     @staticmethod
     def _check(found: Sequence[int], prompt: Prompt) -> None:

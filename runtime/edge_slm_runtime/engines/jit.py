@@ -24,7 +24,6 @@ from edge_slm_runtime.engines.stepping import SteppingEngine
 from edge_slm_runtime.engines.weights import Weights
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import tables as t
-from edge_slm_runtime.memory import PREFILL
 from edge_slm_runtime.panels import UNIT
 from edge_slm_runtime.sampling import Logits
 
@@ -74,7 +73,7 @@ class JitEngine(SteppingEngine):
         prompt = draft.plan.prompt
         tokens = sum(len(one.plan.prompt) for one in group) + len(prompt)
         known = max(shared(one.plan.prompt, prompt) for one in group)
-        return tokens <= PREFILL and 2 * known < len(prompt)
+        return tokens <= self.prefill_tokens and 2 * known < len(prompt)
 
     def _together(self, cache: KVCache, first: int, group: Sequence[Draft]) -> Iterator[Logits]:
         if len(group) == 1:

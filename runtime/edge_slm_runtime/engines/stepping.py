@@ -51,6 +51,7 @@ class SteppingEngine(ABC):
 
     name: str
     cache_dtype: Any = np.float32
+    prefill_tokens = PREFILL  # of a prompt, computed at once
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class SteppingEngine(ABC):
         prompt = draft.plan.prompt
         draft.cached = known = cache.begin(row, prompt)
         rest = len(prompt) - known
-        parts = -(-rest // PREFILL)
+        parts = -(-rest // self.prefill_tokens)
         starts = [known + rest * i // parts // ALIGN * ALIGN for i in range(parts)]
         # Attention takes queries by twice the size of a head: no lone one shall be left over.
         if (len(prompt) - starts[-1]) % (2 * self.row_shape[2]) == 1:
