@@ -44,9 +44,10 @@ class LengthKeeper:
         self.words = words
         self.min, self.max = tolerance(words)
         self._end_log_prob: dict[int, float] = {}
+        self._text, self._count = "", 0
 
     def may_end(self, text: str) -> bool:
-        return count_words(text) >= self.min
+        return self._words_of(text) >= self.min
 
     def note(self, text: str, end_log_prob: float) -> None:
         """Remembers how much the model wanted to end here (read by `cut`)."""
@@ -55,7 +56,7 @@ class LengthKeeper:
 
     def is_full(self, text: str) -> bool:
         """True when the next word would be, or already is, one too many."""
-        words = count_words(text)
+        words = self._words_of(text)
         return words > self.max or (words == self.max and text[-1].isspace())
 
     def sure(self, text: str) -> int:
@@ -64,10 +65,18 @@ class LengthKeeper:
         A cut keeps at least `min` words and trims punctuation of the last one,
         so the words before number `min` are safe.
         """
+        if not self.may_end(text):
+            return len(text)
         for number, word in enumerate(_WORD.finditer(text), 1):
             if number == self.min:
                 return word.start()
         return len(text)
+
+    def _words_of(self, text: str) -> int:
+        """Counted once for the questions of one token: a step leaves Python's caches cold."""
+        if text is not self._text:
+            self._text, self._count = text, count_words(text)
+        return self._count
 
     def cut(self, text: str, *, finished: bool = True) -> str:
         """The text up to the best word boundary of the window.
