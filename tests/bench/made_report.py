@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -124,6 +125,8 @@ def make_report(seed: int = 0, kinds: Mapping[str, Kind] = KINDS) -> Report:
                 cells.append(CellResult(missing, "openvino", "int4", True, 0, 0, "skipped", why))
     cells[5] = without(cells[5], "failed", "killed at its memory limit: 612 MB, allowed 600 MB")
     cells[14] = disturbed(cells[14])
+    for model, variant in itertools.product(SCALES, kinds):
+        cells.append(measured(Cell(model, variant, 2, "variations", 64, 48), seed, 3, kinds))
     return Report(
         command="edge-slm bench random-98m reference-11m --peers --html bench.html",
         started="2026-01-31T09:26:53+00:00",
@@ -145,7 +148,7 @@ def make_report(seed: int = 0, kinds: Mapping[str, Kind] = KINDS) -> Report:
             "threads": [1, 2],
             "prompt_tokens": [16, 64, 256],
             "new_tokens": [48],
-            "scenarios": ["single-stream", "offline", "server"],
+            "scenarios": ["single-stream", "variations", "offline", "server"],
             "rounds": 5,
             "repetitions": 3,
             "target_ms": 500.0,
@@ -200,6 +203,7 @@ def _quality(model: str, variant: str, kinds: Mapping[str, Kind]) -> Quality:
         "mae": float(abs(got - asked).mean()),
         "spearman": 0.97,
     }
+    more = {} if kind.engine == "ctranslate2" else {"prefix cache": 0}
     return Quality(
         model,
         variant,
@@ -209,6 +213,7 @@ def _quality(model: str, variant: str, kinds: Mapping[str, Kind]) -> Quality:
         None if variant == "transformers-fp32" else fidelity,
         None if kind.peer else obeyed,
         () if kind.peer else tuple((int(a), int(g)) for a, g in zip(asked, got, strict=True)),
+        None if kind.peer else {"batch 8": 3 * (kind.precision == "int4"), **more},
     )
 
 

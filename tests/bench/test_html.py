@@ -64,6 +64,7 @@ def test_every_part_is_there(page: str, report: Report) -> None:
         "reference-11m",
         "Speed against fidelity",
         "One request at a time",
+        "Variations of a request",
         "Batches",
         "Requests at random times",
         "Fidelity and adherence",
@@ -75,8 +76,9 @@ def test_every_part_is_there(page: str, report: Report) -> None:
     assert report.command in page
     assert "AMD EPYC 9645, 2 of 2 cores" in page
     assert "killed at its memory limit: 612 MB" in page
-    # Per model: the front, three of speed, batches, two of the server, four of words, memory.
-    assert _Seen(page).tags.count("figure") == 2 * (1 + 3 + 1 + 2 + 4 + 1)
+    # Per model: the front, three of speed, variations, batches, two of the server, four of words,
+    # memory.
+    assert _Seen(page).tags.count("figure") == 2 * (1 + 3 + 1 + 1 + 2 + 4 + 1)
 
 
 def test_the_one_to_choose_is_the_fastest_that_is_faithful(page: str) -> None:

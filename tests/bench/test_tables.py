@@ -155,7 +155,7 @@ def test_names_are_no_markup(report: Report) -> None:
 def test_markdown_tables_are_whole(report: Report) -> None:
     text = tables.markdown(report)
     blocks = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
-    assert len(blocks) == 2 * 3 + 2 + 2
+    assert len(blocks) == 2 * 4 + 2 * 2 + 2
     for block in blocks:
         head, rule, *rows = block.strip().splitlines()
         counts = {len(re.findall(r"(?<!\\)\|", line)) for line in (head, rule, *rows)}
@@ -163,6 +163,15 @@ def test_markdown_tables_are_whole(report: Report) -> None:
         assert rows
         assert re.fullmatch(r"\|(-{3}\||--:\|)+", rule)
     assert "AMD EPYC 9645, 2 of 2 cores" in text
+
+
+def test_answers_that_differ_have_a_table(report: Report) -> None:
+    table = next(t for t in tables.quality_tables(report) if "differ" in t.caption)
+    assert table.head == ["variant", "answers", "batch 8", "prefix cache"]
+    assert table.rows[2:] == [
+        ["onnx-int4", "200", "3", "0"],
+        ["ctranslate2-int8", "200", "0", "–"],
+    ]
 
 
 def test_csv_has_every_figure_of_every_cell(report: Report) -> None:
