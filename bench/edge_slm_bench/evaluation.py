@@ -77,7 +77,7 @@ def assess(
                 if not spec.peer:
                     plain = plain_answers(spec, requests, threads)
                     figures |= _adherence(examples, [answer["text"] for answer in plain])
-                    ways = differing(model.manifest, spec, requests, plain, threads)
+                    ways = differing(model.manifest.command, spec, requests, plain, threads)
                     figures["differing"] = ways
             except (EdgeSlmError, ValueError) as error:
                 figures["reason"] = str(error)

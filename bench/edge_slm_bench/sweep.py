@@ -30,7 +30,7 @@ from edge_slm_bench.results import (
     with_sample,
 )
 from edge_slm_bench.runners import Prompt, Spec
-from edge_slm_bench.runners.edge_slm import can_speculate, spec_of, speculating
+from edge_slm_bench.runners.edge_slm import spec_of, speculating
 from edge_slm_runtime.bundle import Manifest, read_manifest
 from edge_slm_runtime.errors import DependencyMissing, EdgeSlmError, EngineNotInstalled
 
@@ -91,7 +91,7 @@ def model_of(
     *,
     speculate: bool = False,
 ) -> Model:
-    """speculate: each variant that can also with guessed tokens. Raises a BundleError when
+    """speculate: numba variants with guessed tokens too. Raises a BundleError when
     the bundle cannot be read; unknown names in `variants` become rows that say so."""
     manifest = read_manifest(bundle)
     there = {v.name: v for v in manifest.variants}
@@ -100,7 +100,7 @@ def model_of(
     specs: list[Spec] = []
     for variant in (there[n] for n in chosen if n in there):
         specs.append(spec_of(bundle, variant))
-        if speculate and can_speculate(manifest, variant):
+        if speculate and variant.engine == "numba":
             specs.append(speculating(specs[-1]))
     return Model(name or bundle.name, bundle, manifest, (*specs, *peers), missing)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from edge_slm_bench.process import launch
 from edge_slm_bench.runners import Spec
-from edge_slm_bench.runners.edge_slm import can_speculate, long_words
-from edge_slm_runtime.bundle import Manifest
+from edge_slm_bench.runners.edge_slm import long_words
+from edge_slm_runtime.command import CommandSchema
 
 _PLAIN = {"prefix_cache_mb": 0}  # one request after the other, nothing kept of the one before
 _BATCHES = (8, 32)
@@ -23,7 +23,7 @@ def plain_answers(spec: Spec, requests: Sequence[Mapping[str, Any]], threads: in
 
 
 def differing(
-    manifest: Manifest,
+    schema: CommandSchema,
     spec: Spec,
     requests: Sequence[Mapping[str, Any]],
     plain: Sequence[Mapping[str, Any]],
@@ -32,7 +32,6 @@ def differing(
     """Way → how many answers to `requests` have other tokens than `plain` ones; only ways
     that the variant knows. Raises EdgeSlmError."""
     found = {}
-    (variant,) = (v for v in manifest.variants if v.name == spec.variant)
 
     def count(way: str, answers: Sequence[Mapping[str, Any]]) -> None:
         pairs = zip(plain, answers, strict=True)
@@ -41,14 +40,14 @@ def differing(
     alone = replace(spec, options=_PLAIN)
     for batch in _BATCHES:
         count(f"batch {batch}", _answers(alone, requests, threads, batch=batch))
-    if variant.engine == "ctranslate2":
+    if spec.engine == "ctranslate2":
         return found
     # Each request under another command first: all but the command is then cached.
-    other = {"words": long_words(manifest.command)[0], "max_new_tokens": 1}
+    other = {"words": long_words(schema)[0], "max_new_tokens": 1}
     twice = [asked for request in requests for asked in ({**request, **other}, request)]
     count("prefix cache", _answers(spec, twice, threads)[1::2])
     count(f"chunks of {_PREFILL}", _answers(alone, requests, threads, prefill=_PREFILL))
-    if can_speculate(manifest, variant):
+    if spec.engine == "numba":
         guessing = replace(spec, options={**_PLAIN, "speculate": True})
         count("speculation", _answers(guessing, requests, threads))
     return found

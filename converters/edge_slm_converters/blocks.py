@@ -98,8 +98,8 @@ def best_scale(
     """Scale and zero point [N] of `block` [B,N] with the least squared rounding error,
     inputs weighted by `importance` [B].
 
-    Each range tried is mapped to the levels, and its scale refitted by least squares:
-    ⟨w,s⟩ / ⟨s,s⟩ of the weights and their steps.
+    Each range tried is mapped to the levels, its scale refitted by least squares, ⟨w,s⟩ / ⟨s,s⟩
+    of the weights and their steps, and judged by the steps that this scale gives.
     """
     weight = (importance / importance.mean())[:, None]
     low, high = np.minimum(block.min(0), 0), np.maximum(block.max(0), 0)
@@ -113,7 +113,7 @@ def best_scale(
         fitted = (block * steps * weight).sum(0)
         norm = (steps * steps * weight).sum(0)
         scale = np.where(fitted > 0, fitted / np.where(norm > 0, norm, 1), scale)
-        error = (np.square(block - steps * scale) * weight).sum(0)
+        error = (np.square(block - to_steps(block, scale, zero) * scale) * weight).sum(0)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale = np.where(better, scale, best_scale)

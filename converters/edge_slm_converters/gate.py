@@ -16,7 +16,8 @@ import numpy as np
 from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
 from edge_slm_converters.checkpoint import Float32, GPT2Config
-from edge_slm_runtime.bundle import SPECULATIVE_FILE, ModelFacts, Variant
+from edge_slm_converters.graph import write_all_logits
+from edge_slm_runtime.bundle import ModelFacts, Variant
 from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.errors import CheckpointError
 
@@ -88,20 +89,23 @@ def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(folder / SPECULATIVE_FILE), options, providers=["CPUExecutionProvider"]
-    )
+    model = write_all_logits(folder)
+    try:
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"]
+        )
+    finally:
+        model.unlink()
     caches = [i.name for i in session.get_inputs() if i.name.startswith("past_key_values.")]
 
     def logits(ids: Sequence[int]) -> Float32:
         length = len(ids)
-        empty = np.zeros((1, config.heads, length + 1, config.head_width), np.float32)
+        empty = np.zeros((1, config.heads, length, config.head_width), np.float32)
         feed = {
             "input_ids": np.array([ids], np.int64),
             "position_ids": np.arange(length, dtype=np.int64)[None],
             "seqlens_k": np.array([length - 1], np.int32),
             "total_sequence_length": np.array(length, np.int32),
-            "keep": np.arange(length),
             **dict.fromkeys(caches, empty),
         }
         result: Float32 = session.run(["logits"], feed)[0][0]

@@ -29,7 +29,6 @@ from edge_slm_converters.onnx_writer import (
     import_onnx,
 )
 from edge_slm_converters.quantise import PRECISIONS, Precision, step_bytes, stored_bytes
-from edge_slm_runtime.bundle import SPECULATIVE_FILE
 from edge_slm_runtime.errors import CheckpointError
 
 LAST_POSITION = ("last.attention", "last.residual")  # the nodes that keep only one position
@@ -37,7 +36,7 @@ HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head
 
 
 def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
-    """Writes `folder/model.onnx`, `speculative.onnx` and the `model.data` of both.
+    """Writes `folder/model.onnx` and its `model.data`.
 
     precision: one of `PRECISIONS`, or what `mixed` made. Returns the bytes of weights that
     one decoding step reads. Raises CheckpointError for a shape that the operators cannot
@@ -54,61 +53,20 @@ def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path
     graph = GraphWriter(folder)
     GPT2Graph(checkpoint, precision, graph).build()
     graph.save("gpt2")
-    write_speculative(folder)
     _check(checkpoint, precision, graph)
     return step_bytes(config, precision)
 
 
-def write_speculative(folder: Path) -> Path:
-    """Writes, beside `model.onnx` and over the same weights, the graph that checks guesses.
-
-    It has one more input, keep int64 [K]: which of the S positions get logits [B,K,V]; B
-    is 1 and T one more than the tokens. In it a token gets the same numbers however many
-    are computed at once: a lone query would be multiplied by other kernels, which round
-    differently, so attention gets a copy of the last query. The copy's key and value
-    lie where those of the next token will.
-    """
+def write_all_logits(folder: Path) -> Path:
+    """Writes, beside `model.onnx` and over the same weights, the graph whose logits are
+    [B,S,V], one row per position: what fidelity is measured on."""
     onnx = import_onnx()
-    helper = onnx.helper
     model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
-    plain = model.graph
-    one, last, first, axis = constants = [
-        onnx.numpy_helper.from_array(array, f"speculative.{name}")
-        for name, array in (
-            ("one", np.array(1, np.int32)),
-            ("last", np.array([-1])),
-            ("first", np.array([0])),
-            ("axis", np.array([1])),
-        )
-    ]
-    lengths = ("seqlens_k", "total_sequence_length")
-    nodes = [helper.make_node("Add", [name, one.name], [f"{name}.more"]) for name in lengths]
-    for node in plain.node:
-        if node.op_type != "GroupQueryAttention":
-            if node.name in LAST_POSITION:
-                node.input[1] = "keep"
-            nodes.append(node)
-            continue
-        x, out = node.input[0], node.output[0]
-        node.input[0], node.output[0] = f"{out}.more", f"{out}.mixed"
-        node.input[-2:] = [f"{name}.more" for name in lengths]
-        nodes += [
-            helper.make_node("Gather", [x, last.name], [f"{out}.copy"], axis=1),
-            helper.make_node("Concat", [x, f"{out}.copy"], [f"{out}.more"], axis=1),
-            node,
-            helper.make_node("Slice", [f"{out}.mixed", first.name, last.name, axis.name], [out]),
-        ]
-    keep = helper.make_tensor_value_info("keep", onnx.TensorProto.INT64, ["K"])
-    plain.output[0].type.tensor_type.shape.dim[1].dim_param = "K"
-    graph = helper.make_graph(
-        nodes,
-        plain.name,
-        [*plain.input, keep],
-        plain.output,
-        [*plain.initializer, *constants],
-    )
-    model.graph.CopyFrom(graph)
-    path = folder / SPECULATIVE_FILE
+    for node in model.graph.node:
+        if node.name in LAST_POSITION:
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "S"
+    path = folder / "all_logits.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
     return path
 

@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     metavar="CHECKPOINT",
     help="Measure other engines too, on the weights that a bundle was made from; repeatable.",
 )
-@click.option(
-    "--speculate", is_flag=True, help="Measure each variant that can also with guessed tokens."
-)
+@click.option("--speculate", is_flag=True, help="Measure numba variants with guessed tokens too.")
 @click.option("--peer-variants", help="Comma-separated names of peers.  [default: all installed]")
 @click.option("--threads", type=counts, help="[default: the cores this process may use]")
 @click.option("--prompt-tokens", type=counts, default="16,64,256", show_default=True)

@@ -43,8 +43,6 @@ MAIN_FILE = {
     "ctranslate2": "model.bin",
     "numba": "model.safetensors",
 }
-# A second graph over the same weights, opened in its stead for speculative decoding.
-SPECULATIVE_FILE = "speculative.onnx"
 
 _MANIFEST_LIMIT = 16 << 20  # bytes; a real one is some kilobytes
 

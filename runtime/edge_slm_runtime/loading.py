@@ -47,8 +47,8 @@ def load(
     prefix_cache_mb: MiB of keys and values kept for prompts that begin alike
     (not for ctranslate2); 0 keeps none, and the last answer's are kept however long.
     speculate: guess tokens and check several at once, which pays when answers repeat what
-    was written before, and decodes a batch one by one (numba, and onnxruntime where the
-    bundle has the graph for it). max_memory_mb: MiB that the process may come to, by
+    was written before, and decodes a batch one by one (numba only: other engines would round
+    otherwise). max_memory_mb: MiB that the process may come to, by
     `memory.memory_estimate` for prompts and answers as long as the model takes; also a
     bound on the batch_size.
 

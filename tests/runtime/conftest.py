@@ -8,13 +8,13 @@ import pytest
 from edge_slm_runtime import SLM, CommandSchema, load
 from edge_slm_runtime.text import TextCodec
 
-# Those that our own sampler steps, and all.
+# Those that may guess tokens, those that our own sampler steps, and all.
+GUESSING = [("numba", "int8"), ("numba", "int4")]
 STEPPED = [
     ("onnxruntime", "fp32"),
     ("onnxruntime", "int8"),
     ("onnxruntime", "int4"),
-    ("numba", "int8"),
-    ("numba", "int4"),
+    *GUESSING,
 ]
 VARIANTS = [*STEPPED, ("ctranslate2", "fp32"), ("ctranslate2", "int8")]
 

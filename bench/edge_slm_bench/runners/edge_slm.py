@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_slm_bench.runners.base import Float32, Prompt, Run, Spec
 from edge_slm_runtime import SLM, Request, load
-from edge_slm_runtime.bundle import SPECULATIVE_FILE, Manifest, Variant
+from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import EngineError
 
@@ -36,10 +36,6 @@ def spec_of(bundle: str | Path, variant: Variant) -> Spec:
 def speculating(spec: Spec) -> Spec:
     """The same variant with guessed tokens: a row of its own."""
     return replace(spec, variant=f"{spec.variant}+speculation", options={"speculate": True})
-
-
-def can_speculate(manifest: Manifest, variant: Variant) -> bool:
-    return variant.engine == "numba" or f"{variant.path}/{SPECULATIVE_FILE}" in manifest.files
 
 
 def long_words(schema: CommandSchema) -> tuple[int, int]:

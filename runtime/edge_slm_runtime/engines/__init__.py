@@ -62,7 +62,7 @@ def open_engine(
         if variant.engine == "onnxruntime":
             from edge_slm_runtime.engines.onnx import OnnxEngine
 
-            return OnnxEngine(folder, manifest.model, threads, kept_bytes, speculate)
+            return OnnxEngine(folder, manifest.model, threads, kept_bytes)
         if variant.engine == "numba":
             from edge_slm_runtime.engines.jit import JitEngine
 

@@ -2,10 +2,8 @@
 
 Each layer's slice of the cache is bound as both past and present, so GroupQueryAttention
 appends in place. fp32 and int8 give a row the same numbers in whatever company; 4-bit
-kernels round a lone row otherwise.
-
-Speculative decoding runs another graph of the same weights. It rounds attention otherwise
-than the plain one, so quantised answers may differ from those without `speculate`.
+kernels round a lone row otherwise. Attention rounds a lone query otherwise than several,
+so nothing is guessed: guesses must not change an answer.
 """
 
 from __future__ import annotations
@@ -17,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_slm_runtime.bundle import MAIN_FILE, SPECULATIVE_FILE, ModelFacts
+from edge_slm_runtime.bundle import MAIN_FILE, ModelFacts
 from edge_slm_runtime.engines.base import Native, first_line
 from edge_slm_runtime.engines.kv_cache import Array
-from edge_slm_runtime.engines.stepping import GUESSES, SteppingEngine
+from edge_slm_runtime.engines.stepping import SteppingEngine
 from edge_slm_runtime.errors import EngineError, ManifestInvalid
 from edge_slm_runtime.sampling import Logits
 
@@ -28,11 +26,8 @@ from edge_slm_runtime.sampling import Logits
 class OnnxEngine(SteppingEngine):
     name = "onnxruntime"
 
-    def __init__(
-        self, folder: Path, facts: ModelFacts, threads: int, kept_bytes: int, speculate: bool
-    ) -> None:
-        """kept_bytes, speculate: see `SteppingEngine`; guessing takes a variant with a graph
-        that checks guesses.
+    def __init__(self, folder: Path, facts: ModelFacts, threads: int, kept_bytes: int) -> None:
+        """kept_bytes: see `SteppingEngine`.
 
         Raises EngineError when onnxruntime refuses the graph, ManifestInvalid when it
         is not the model of `facts`."""
@@ -44,12 +39,9 @@ class OnnxEngine(SteppingEngine):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        speculates = speculate and (folder / SPECULATIVE_FILE).is_file()
-        file = SPECULATIVE_FILE if speculates else MAIN_FILE[self.name]
+        file = folder / MAIN_FILE[self.name]
         try:
-            session = ort.InferenceSession(
-                str(folder / file), options, providers=["CPUExecutionProvider"]
-            )
+            session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             inputs = {item.name: item for item in session.get_inputs()}
             layers = sum(name.endswith(".key") for name in inputs)
             _, heads, _, head_size = inputs["past_key_values.0.key"].shape
@@ -66,31 +58,15 @@ class OnnxEngine(SteppingEngine):
                 f"{folder.name} has layers, heads, width, vocabulary {found}, "
                 f"the manifest says {told}"
             )
-        # The graph that checks guesses writes one position of no use behind the others.
-        super().__init__(Native(session), facts, threads, kept_bytes, speculates, int(speculates))
-        self._exact: bool | None = None
+        super().__init__(Native(session), facts, threads, kept_bytes)
 
-    def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
-        return _Pass(self, cache, width, kept)
-
-    def guesses_are_exact(self) -> bool:
-        """That is up to the CPU's kernels, so it is looked at before the first guess is used."""
-        if self._exact is None:
-            ids = range(1 + GUESSES)
-            cache = self.new_cache(1).array
-            alone = [row.copy() for row in self.logits(ids, cache)]
-            self._exact = all(
-                np.array_equal(
-                    _Pass(self, cache, width, width).run([ids[-width:]], [len(ids) - width])[0],
-                    alone[-width:],
-                )
-                for width in range(2, len(ids) + 1)
-            )
-        return self._exact
+    def new_pass(self, cache: Array, width: int, kept: int = 1) -> _Pass:
+        """The graph has logits behind the last new token alone."""
+        return _Pass(self, cache, width)
 
 
 class _Pass:
-    def __init__(self, engine: OnnxEngine, cache: Array, width: int, kept: int) -> None:
+    def __init__(self, engine: OnnxEngine, cache: Array, width: int) -> None:
         rows = cache.shape[1]
         self._native = engine.native
         self._binding = engine.native.get().io_binding()
@@ -98,15 +74,12 @@ class _Pass:
         self._positions = np.zeros((rows, width), np.int64)
         self._seqlens_k = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
-        self._keep = np.arange(-kept, 0)
-        self.logits = np.zeros((rows, kept, engine.vocab_size), np.float32)
+        self.logits = np.zeros((rows, 1, engine.vocab_size), np.float32)
         self._cache = cache  # kept alive: the binding holds bare addresses
         self._bind("input", "input_ids", self._ids)
         self._bind("input", "position_ids", self._positions)
         self._bind("input", "seqlens_k", self._seqlens_k)
         self._bind("input", "total_sequence_length", self._total)
-        if engine.speculates:
-            self._bind("input", "keep", self._keep)
         self._bind("output", "logits", self.logits)
         for i in range(engine.layers):
             for part, half in zip(("key", "value"), cache[2 * i : 2 * i + 2], strict=True):

@@ -59,16 +59,15 @@ class SteppingEngine(ABC):
         facts: ModelFacts,
         threads: int,
         kept_bytes: int,
-        speculates: bool,
-        spare: int = 0,
+        speculates: bool = False,
     ) -> None:
         """native: what is closed at the end. kept_bytes: of KV caches, for prompts that begin
-        alike; 0 keeps none. speculates: guess tokens. spare: positions of no use behind
-        the model's that a pass may write."""
+        alike; 0 keeps none. speculates: guess tokens; only for kernels that give a token the
+        same numbers however many are computed with it."""
         self.native, self.threads, self.speculates = native, threads, speculates
         self.layers, self.vocab_size = facts.layers, facts.vocab_size
         size = facts.width // facts.heads
-        self.row_shape = (facts.heads, facts.positions + spare, size)
+        self.row_shape = (facts.heads, facts.positions, size)
         self._shelf = Shelf((2 * self.layers, 1, *self.row_shape), kept_bytes, self.cache_dtype)
         self._ngrams = NGrams() if speculates else None
 
@@ -76,10 +75,6 @@ class SteppingEngine(ABC):
     def new_pass(self, cache: Array, width: int, kept: int) -> Pass:
         """For the rows of `cache` [2 · layers, rows, heads, positions, head size], `width` new
         tokens in each, and the logits behind the last `kept`."""
-
-    def guesses_are_exact(self) -> bool:
-        """Whether a token gets the same numbers however many are computed with it."""
-        return True
 
     def check(self, sampling: Sampling) -> None:
         self.native.get()
@@ -150,8 +145,7 @@ class SteppingEngine(ABC):
     def _guess(self, draft: Draft) -> list[int]:
         assert self._ngrams
         left = draft.plan.budget - len(draft.ids) - 1  # the last token needs no guess
-        guess = self._ngrams.guess(_end(draft), min(GUESSES, left))
-        return guess if guess and self.guesses_are_exact() else []
+        return self._ngrams.guess(_end(draft), min(GUESSES, left))
 
     def logits(self, ids: Sequence[int], cache: Array | None = None) -> Iterator[Logits]:
         """The prediction [V] behind each of `ids`, token by token as decoding goes: what
