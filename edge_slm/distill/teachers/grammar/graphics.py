@@ -73,6 +73,7 @@ def lettering(request: str, words: int, quality: Quality, rng: random.Random) ->
     generic = looks["generic"]
     if quality == "middling":
         pools: Pools = [(generic["boilerplate"], 1), (generic["phrases"], 0.2)]
+        pools.append((generic["compositions"], 0.02))  # for who asks for more than these have
         return commas(leads[0], pack(pools, room, lambda e: expand(e, rng, {}), rng))
     theme = Theme(setting={"lights": surface.get("lights", ("day", "dusk"))}, placed=True)
     scene = picture(leads[0], theme, 0, rng)
