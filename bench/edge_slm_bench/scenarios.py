@@ -59,7 +59,7 @@ def single_stream(
 def variations(runner: Runner, prompts: Sequence[Prompt], job: Mapping[str, Any]) -> dict[str, Any]:
     """The warm-up's request under another command, under its own, and so on. An engine that
     keeps what it computed for the last prompt has only the command to compute."""
-    turns = (Prompt.of(job["others"][0]), prompts[0])
+    turns = (Prompt.of(job["other"]), prompts[0])
     start = time.perf_counter()
     timings = [
         _timing(answered(runner, turns[i % 2], job["new_tokens"]))

@@ -182,7 +182,6 @@ class Sweep:
             "threads": cell.threads,
             "scenario": cell.scenario,
             "prompts": [asdict(p) for p in self._prompts_of(cell)],
-            "others": [asdict(p) for p in self._prompts_of(cell, other=True)],
             "new_tokens": cell.new_tokens,
             "batch": cell.batch,
             "concurrency": cell.concurrency,
@@ -190,6 +189,8 @@ class Sweep:
             "repetitions": s.server_requests if served else s.repetitions,
             "round": number,
         }
+        if cell.scenario == "variations":
+            job["other"] = asdict(self._prompts_of(cell, other=True)[0])
         cold = number == 0 and evict(spec.path)
         with Watch() as watch:
             bandwidth = read_bandwidth(cell.threads)

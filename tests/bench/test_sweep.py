@@ -236,7 +236,7 @@ class Forgetful:
 
 def test_another_answer_behind_a_cached_prefix_is_an_error() -> None:
     prompt = {"request": "a", "words": 9, "ids": [1, 2]}
-    job = {"scenario": "variations", "prompts": [prompt], "others": [prompt]}
+    job = {"scenario": "variations", "prompts": [prompt], "other": prompt}
     runner: Any = Forgetful()
     with pytest.raises(EngineError, match="another answer when its beginning is in the cache"):
         run_scenario(runner, {**job, "repetitions": 2, "new_tokens": 3})
