@@ -60,7 +60,7 @@ class OnnxEngine(SteppingEngine):
             )
         super().__init__(Native(session), facts, threads, kept_bytes)
 
-    def new_pass(self, cache: Array, width: int, kept: int = 1) -> _Pass:
+    def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
         """The graph has logits behind the last new token alone."""
         return _Pass(self, cache, width)
 

@@ -147,10 +147,10 @@ class SteppingEngine(ABC):
         left = draft.plan.budget - len(draft.ids) - 1  # the last token needs no guess
         return self._ngrams.guess(_end(draft), min(GUESSES, left))
 
-    def logits(self, ids: Sequence[int], cache: Array | None = None) -> Iterator[Logits]:
+    def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
         """The prediction [V] behind each of `ids`, token by token as decoding goes: what
         fidelity is measured on. The array is reused. Raises as `decode`."""
-        step = self.new_pass(self.new_cache(1).array if cache is None else cache, 1, 1)
+        step = self.new_pass(self.new_cache(1).array, 1, 1)
         for position, token in enumerate(ids):
             yield step.run([[token]], [position])[0, 0]
 
