@@ -102,9 +102,7 @@ class Decoder:
         """(inputs, outputs) of the matrices of all layers, by canonical name without
         `.weight`: layers.0.qkv, …"""
         shapes = self.layer_matrices()
-        return {
-            f"layers.{i}.{name}": shapes[name] for i in range(self.layers) for name in MATRICES
-        }
+        return {f"layers.{i}.{name}": shapes[name] for i in range(self.layers) for name in MATRICES}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name → shape of every tensor, in the order of computing."""
