@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config, read_json
-from edge_slm_runtime.draft import END_ID
+from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.files import write_aside
 
