@@ -10,17 +10,14 @@ K-quants, so ours is always Q8_0 (8.5 bits a weight instead of 6.6).
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config, read_json
-from edge_slm_converters.files import refuse_existing
 from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
+from edge_slm_runtime.files import write_aside
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -62,7 +59,7 @@ def write_gguf(checkpoint: Checkpoint, file: Path, quantisation: Quantisation) -
     _check_computation(checkpoint.config)
     stored = list(_stored(checkpoint, quantisation))
     merges = _merges(checkpoint)
-    with _written_aside(file) as aside:
+    with write_aside(file, replace=False) as aside:
         writer = GGUFWriter(aside, "gpt2")
         _add_shape(writer, checkpoint, quantisation)
         _add_tokenizer(writer, checkpoint, merges)
@@ -199,22 +196,3 @@ def _add_tensors(writer: GGUFWriter, stored: list[tuple[str, Float32, str]]) -> 
         qtype = GGMLQuantizationType[kind]
         data: Any = quantize(np.ascontiguousarray(tensor), qtype)
         writer.add_tensor(name, data, raw_dtype=qtype)
-
-
-@contextmanager
-def _written_aside(file: Path) -> Iterator[Path]:
-    """A path beside `file`, renamed to it on success and removed on any error."""
-    refuse_existing(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(descriptor)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(0o644)  # mkstemp makes it private
-        with aside.open("rb+") as written:
-            os.fsync(written.fileno())
-        refuse_existing(file)
-        aside.rename(file)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -76,15 +76,16 @@ class TextCodec:
         return self._bytes[token] if token < self.size else b""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; an incomplete last character is left out."""
+        """Text of `ids`; an unfinished last character (see Detokenizer) is left out."""
         detokenizer = Detokenizer(self)
         return "".join(detokenizer.push(token) for token in ids)
 
 
 class Detokenizer:
-    """Incremental decoding: a character comes out when its last byte is there.
+    """Incremental decoding: a character is returned with its last byte.
 
-    Bytes that can never become UTF-8 come out as U+FFFD.
+    The pieces together are `bytes.decode("utf-8", "replace")` of all bytes, except that
+    up to 3 bytes at the end are held back while they may begin a character.
     """
 
     def __init__(self, codec: TextCodec) -> None:
