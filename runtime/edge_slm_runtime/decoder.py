@@ -32,6 +32,7 @@ Norm = Literal["layer", "rms"]
 Position = Literal["learned", "rotary"]
 Mlp = Literal["plain", "gated"]
 LARGEST = 1 << 20  # size of anything in a model that is accepted
+LARGEST_TABLE = 1 << 26  # values of the table of rotary angles
 MATRICES = ("qkv", "out", "up", "down")  # of a layer, in the order of computing
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")
 
@@ -112,6 +113,7 @@ class Decoder:
             "head_width": rotary and self.head_width % 2,
             "rope_theta": rotary and not self.rope_theta,
             "rope_factors": len(self.rope_factors) not in (0, self.head_width // 2),
+            "positions": rotary and self.positions * self.head_width > LARGEST_TABLE,
             "attention_scale": len(self.attention_scale) != self.layers,
         }
         if found := [name for name, wrong in faults.items() if wrong]:
