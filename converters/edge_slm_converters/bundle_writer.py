@@ -17,10 +17,10 @@ from edge_slm_runtime.bundle import (
     TOKENIZER,
     Golden,
     Manifest,
-    ModelFacts,
     Variant,
     file_entry,
 )
+from edge_slm_runtime.decoder import gpt2
 
 
 class BundleWriter:
@@ -30,14 +30,18 @@ class BundleWriter:
         self.folder, self.name = folder, name
         config = checkpoint.config
         self._schema = checkpoint.schema
-        self.facts = ModelFacts(
-            architecture="gpt2",
+        self.parameters = config.parameters
+        self.decoder = gpt2(
             layers=config.layers,
             heads=config.heads,
             width=config.width,
             vocab_size=config.vocab_size,
             positions=config.positions,
-            parameters=config.parameters,
+            inner=config.inner,
+            norm_epsilon=config.layer_norm_epsilon,
+            activation=config.activation,
+            attention_scale=config.attention_scale,
+            tied=config.tied,
         )
         shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
 
@@ -50,7 +54,8 @@ class BundleWriter:
         """Lists every file that is there now and writes manifest.json."""
         manifest = Manifest(
             name=self.name,
-            model=self.facts,
+            model=self.decoder,
+            parameters=self.parameters,
             command=self._schema,
             variants=tuple(variants),
             files={

@@ -17,8 +17,9 @@ from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
 from edge_slm_converters.checkpoint import Float32, GPT2Config
 from edge_slm_converters.graph import write_all_logits
-from edge_slm_runtime.bundle import ModelFacts, Variant
+from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.cores import default_threads
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
@@ -114,10 +115,11 @@ def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
     return logits
 
 
-def numba_logits(folder: Path, facts: ModelFacts) -> LogitsOf:
-    from edge_slm_runtime.engines.jit import JitEngine
+def numba_logits(folder: Path, decoder: Decoder) -> LogitsOf:
+    from edge_slm_runtime.engines.base import EngineOptions
+    from edge_slm_runtime.engines.numba_engine import NumbaEngine
 
-    engine = JitEngine(folder, facts, default_threads(), 0, speculate=False)
+    engine = NumbaEngine(folder, decoder, EngineOptions(threads=default_threads()))
 
     def logits(ids: Sequence[int]) -> Float32:
         every = engine.new_pass(engine.new_cache(1).array, len(ids), len(ids))

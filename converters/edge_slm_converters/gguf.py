@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config, read_json
 from edge_slm_converters.files import refuse_existing
-from edge_slm_runtime.draft import END_ID
+from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from edge_slm_converters.checkpoint import Checkpoint, Float32, read_checkpoint
 from edge_slm_converters.graph import write_graph
 from edge_slm_converters.panels import write_panels
 from edge_slm_converters.quantise import Precision, Quantised
-from edge_slm_runtime.bundle import ModelFacts
-from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.decoder import Decoder, gpt2
+from edge_slm_runtime.engines.base import EngineOptions
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.panels import LANES, STRIP, UNIT, pack_levels, pack_outputs
 
@@ -65,16 +66,27 @@ def test_packed_levels_are_all_there(
         np.testing.assert_array_equal(lines[n // LANES, :, n % LANES], scale[:, n])
 
 
-def facts_of(source: Checkpoint) -> ModelFacts:
+def facts_of(source: Checkpoint) -> Decoder:
     c = source.config
-    return ModelFacts("gpt2", c.layers, c.heads, c.width, c.vocab_size, c.positions, 0)
+    return gpt2(
+        layers=c.layers,
+        heads=c.heads,
+        width=c.width,
+        vocab_size=c.vocab_size,
+        positions=c.positions,
+        inner=c.inner,
+        norm_epsilon=c.layer_norm_epsilon,
+        activation=c.activation,
+        attention_scale=c.attention_scale,
+        tied=c.tied,
+    )
 
 
 def numba_logits(source: Checkpoint, precision: str | Precision, folder: Path) -> Float32:
     """Of IDS [S,V], with two threads."""
     folder.mkdir(exist_ok=True)
     write_panels(source, precision, folder)
-    engine = JitEngine(folder, facts_of(source), 2, 0, speculate=False)
+    engine = NumbaEngine(folder, facts_of(source), EngineOptions(threads=2))
     step = engine.new_pass(engine.new_cache(1).array, len(IDS), len(IDS))
     result: Float32 = step.run([IDS], [0])[0].copy()
     engine.close()
