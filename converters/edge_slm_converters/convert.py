@@ -16,7 +16,6 @@ from edge_slm_converters.adherence import Judge
 from edge_slm_converters.bundle_writer import BundleWriter
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
 from edge_slm_converters.ct2 import write_ctranslate2
-from edge_slm_converters.files import written_aside
 from edge_slm_converters.goldens import (
     EXAMPLES,
     commanded_requests,
@@ -32,6 +31,7 @@ from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, GateRefused
+from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
 
 
@@ -100,7 +100,7 @@ def convert(
             f"variants: {', '.join(VARIANTS)}",
         )
     out, say = Path(out), progress or (lambda line: None)
-    with written_aside(out) as folder:
+    with write_folder_aside(out) as folder:
         say("reading the checkpoint")
         source = read_checkpoint(checkpoint)
         recipe = _recipe(source)
@@ -126,7 +126,7 @@ def convert(
         if evaluation is None:
             scored = own_answers(folder, written[0], source)
         else:
-            scored = to_scored(evaluation, source.schema, source.codec, source.config.positions)
+            scored = to_scored(evaluation, source.codec, source.config.positions)
         written = _measured(written, source, writer.decoder, folder, scored)
         say("measuring adherence")
         written, disobedient = _answered(written, source, folder, evaluation, judge)

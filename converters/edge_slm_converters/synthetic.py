@@ -16,8 +16,8 @@ import click
 import numpy as np
 
 from edge_slm_converters.checkpoint import parse_config
-from edge_slm_converters.files import written_aside
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing, EdgeSlmError
+from edge_slm_runtime.files import write_folder_aside
 
 
 def random_checkpoint(
@@ -70,7 +70,7 @@ def random_checkpoint(
         else:
             value = generator.standard_normal(shape, np.float32) * std
         tensors[f"transformer.{name}"] = value.astype(np.float16)
-    with written_aside(Path(path)) as folder:
+    with write_folder_aside(Path(path)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         for file in copied:

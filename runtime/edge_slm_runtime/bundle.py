@@ -103,7 +103,7 @@ class Manifest:
         data: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
-            "model": {**asdict(self.model), "parameters": self.parameters},
+            "model": {**self.model.to_json(), "parameters": self.parameters},
             **self.prompt.to_json(),
             "variants": [asdict(variant) for variant in self.variants],
             "goldens": [

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -74,13 +74,19 @@ class Decoder:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Decoder:
-        """From `dataclasses.asdict` of one, or its JSON. Raises TypeError, ValueError."""
+        """From `to_json` of one. Raises TypeError, ValueError."""
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         decoder = cls(**fields)
         decoder.check()
         return decoder
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
 
     def check(self) -> None:
         """Raises ValueError or TypeError, naming the field, for what no decoder can be."""

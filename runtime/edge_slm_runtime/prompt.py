@@ -118,7 +118,11 @@ class PromptForm:
         if not isinstance(facts, Mapping) or set(facts) != {"kind", "before", "after", "ends"}:
             raise ManifestInvalid("a prompt form must have kind, before, after and ends")
         ends = facts["ends"]
-        if not isinstance(ends, list) or not ends or not all(isinstance(e, str) and e for e in ends):
+        if (
+            not isinstance(ends, list)
+            or not ends
+            or not all(isinstance(e, str) and e for e in ends)
+        ):
             raise ManifestInvalid("a prompt form must name the tokens that end an answer")
         if facts["kind"] not in ("chat", "plain"):
             raise ManifestInvalid(f"unknown prompt form {shown(facts['kind'])}")

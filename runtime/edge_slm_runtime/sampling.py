@@ -158,7 +158,11 @@ def drawn(chances: NDArray[np.float64], point: float) -> int:
 def log_probability(logits: Logits, tokens: Sequence[int]) -> float:
     """Natural log of the softmax of `logits` [V] at the likeliest of `tokens`."""
     top = float(logits.max())
-    return float(max(logits[token] for token in tokens)) - top - math.log(float(np.exp(logits - top).sum()))
+    return (
+        float(max(logits[token] for token in tokens))
+        - top
+        - math.log(float(np.exp(logits - top).sum()))
+    )
 
 
 def _number(value: object) -> float:

@@ -42,7 +42,9 @@ class TextCodec:
         self._tokenizer = _opened(path)
         self.size: int = self._tokenizer.get_vocab_size()
         added = self._tokenizer.get_added_tokens_decoder()
-        self._ids: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+        self._ids: dict[str, int] = {
+            token.content: i for i, token in added.items() if token.special
+        }
         for token in form.tokens:
             i = self._tokenizer.token_to_id(token)
             if i is None:
@@ -127,7 +129,7 @@ class TextCodec:
         return self._bytes[token] if token < self.size else b""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; an incomplete last character is left out."""
+        """Text of `ids`; an unfinished last character (see Detokenizer) is left out."""
         detokenizer = Detokenizer(self)
         return "".join(detokenizer.push(token) for token in ids)
 
@@ -151,9 +153,10 @@ def _opened(path: Path) -> Tokenizer:
 
 
 class Detokenizer:
-    """Incremental decoding: a character comes out when its last byte is there.
+    """Incremental decoding: a character is returned with its last byte.
 
-    Bytes that can never become UTF-8 come out as U+FFFD.
+    The pieces together are `bytes.decode("utf-8", "replace")` of all bytes, except that
+    up to 3 bytes at the end are held back while they may begin a character.
     """
 
     def __init__(self, codec: TextCodec) -> None:

@@ -13,7 +13,6 @@ import mmap
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_slm_runtime.files import write_aside
 from edge_slm_runtime.kernels.elf import flat_image
 
 _NAME = "entry"
@@ -174,13 +174,5 @@ def _read(file: Path) -> bytes:
 def _write(file: Path, code: bytes) -> None:
     """For this user alone: it is going to be run."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(code + hashlib.sha256(code).digest())
-            out.flush()
-            os.fsync(out.fileno())
-        Path(aside).replace(file)
-    except BaseException:
-        Path(aside).unlink()
-        raise
+    with write_aside(file, mode=0o600) as aside:
+        aside.write_bytes(code + hashlib.sha256(code).digest())
