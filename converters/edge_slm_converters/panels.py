@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from edge_slm_converters.blocks import Blocks
-from edge_slm_converters.checkpoint import Array, Checkpoint, Float32
+from edge_slm_converters.checkpoint import Array, Checkpoint, Float32, GPT2Config
 from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
+from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
-from edge_slm_runtime.panels import ALIGNMENT, SHAPE, UNIT, pack_levels, pack_outputs
+from edge_slm_runtime.panels import ALIGNMENT, UNIT, file_metadata, pack_levels, pack_outputs
 
 _MATRIX_PARTS = (".levels", ".scale", ".zero")
 
@@ -34,11 +35,7 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     if not isinstance(precision, Quantised):
         raise CheckpointError(f"the numba engine has no {precision.name}", "choose int8 or int4")
     config = checkpoint.config
-    settings = {
-        "activation": config.activation,
-        "layer_norm_epsilon": repr(config.layer_norm_epsilon),
-        **{name: str(getattr(config, name)) for name in SHAPE},
-    }
+    settings = file_metadata(_decoder(config))
     tensors = dict(_tensors(checkpoint, precision))
     embedding = () if config.tied else ("wte.levels", "wte.scale")
     read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)
@@ -47,6 +44,18 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     with (folder / NumbaEngine.main_file).open("wb") as file:
         file.writelines((len(header).to_bytes(8, "little"), header, data))
     return sum(tensors[name].nbytes for name in read)
+
+
+def _decoder(config: GPT2Config) -> Decoder:
+    return gpt2(
+        layers=config.layers,
+        heads=config.heads,
+        width=config.width,
+        vocab_size=config.vocab_size,
+        positions=config.positions,
+        norm_epsilon=config.layer_norm_epsilon,
+        activation=config.activation,
+    )
 
 
 def _split(content: bytes) -> tuple[bytes, memoryview]:

@@ -268,7 +268,9 @@ def _examples(model: Model, options: dict[str, Any]) -> list[Example]:
         return []
     untrained = {"recipe": {"data": {"holdout_percent": HOLDOUT_PERCENT}}}
     recipe = model.manifest.provenance.get("recipe") or untrained
-    return held_out(options["data"], model.manifest.command.tasks, recipe, options["examples"])
+    return held_out(
+        options["data"], model.manifest.prompt.grammar.tasks, recipe, options["examples"]
+    )
 
 
 def _write(report: Report, out: Path) -> None:

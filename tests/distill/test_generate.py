@@ -115,14 +115,14 @@ def test_temperature_zero_ignores_seeds(generator: EpisodeGenerator) -> None:
 
 def test_control_tokens_and_padding_ids_are_never_drawn(generator: EpisodeGenerator) -> None:
     logits = torch.zeros(2000, 417)
-    logits[:, 1 : generator.codec.controls] = 50.0
+    logits[:, 1 : len(generator.codec.controls)] = 50.0
     logits[:, generator.codec.size :] = 50.0
     drawn = generator._pick(logits, torch.rand(2000, dtype=torch.float64), 1.0)
-    assert set(drawn.tolist()) <= {0, *range(generator.codec.controls, generator.codec.size)}
+    assert set(drawn.tolist()) <= {0, *range(len(generator.codec.controls), generator.codec.size)}
 
 
 def test_the_draw_follows_the_softmax(generator: EpisodeGenerator) -> None:
-    first = generator.codec.controls
+    first = len(generator.codec.controls)
     logits = torch.full((20_000, 417), -30.0)
     logits[:, first : first + 3] = torch.tensor([1.0, 0.0, 2.0])
     draws = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

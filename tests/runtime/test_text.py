@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_slm_runtime import CommandSchema
+from edge_slm_runtime import CommandSchema, PromptForm
 from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
@@ -49,12 +49,12 @@ def test_any_bytes_decode_as_they_come(codec: TextCodec, data: bytes) -> None:
 def test_control_tokens_in_text_are_plain_text(codec: TextCodec, schema: CommandSchema) -> None:
     for token in schema.special_tokens():
         ids = codec.encode(token)
-        assert min(ids) >= codec.controls
+        assert codec.controls.isdisjoint(ids)
         assert codec.decode(ids) == token
 
 
 def test_control_and_padding_ids_have_no_characters(codec: TextCodec) -> None:
-    assert codec.decode([0, 1, codec.controls - 1, codec.size, codec.size + 99]) == ""
+    assert codec.decode([*codec.controls, codec.size, codec.size + 99]) == ""
 
 
 def test_tokenizer_that_does_not_fit_the_schema(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -65,11 +65,11 @@ def test_tokenizer_that_does_not_fit_the_schema(tiny_bundle: Path, tmp_path: Pat
     data["added_tokens"][1]["content"] = "<|other|>"
     data["model"]["vocab"]["<|other|>"] = data["model"]["vocab"].pop("<|request|>")
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), "utf-8")
-    with pytest.raises(ManifestInvalid, match="must have id"):
-        TextCodec(tmp_path / "tokenizer.json", schema)
+    with pytest.raises(ManifestInvalid, match="has no control token"):
+        TextCodec(tmp_path / "tokenizer.json", PromptForm.commanded(schema))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ManifestInvalid, match="cannot be read"):
-        TextCodec(tmp_path / "tokenizer.json", schema)
+        TextCodec(tmp_path / "tokenizer.json", PromptForm.commanded(schema))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def tampered(
         data = json.loads((tiny_bundle / "tokenizer.json").read_text("utf-8"))
         change(data)
         (tmp_path / "tokenizer.json").write_text(json.dumps(data), "utf-8")
-        return TextCodec(tmp_path / "tokenizer.json", schema)
+        return TextCodec(tmp_path / "tokenizer.json", PromptForm.commanded(schema))
 
     return load
 
