@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 import edge_slm
+from edge_slm.cli import console
 from edge_slm.cli.batch import batch
 from edge_slm.cli.bench import bench
-from edge_slm.cli.console import EXIT_CODES, Commands
 from edge_slm.cli.convert import convert
 from edge_slm.cli.demo import demo
 from edge_slm.cli.distill import distill
@@ -21,8 +21,8 @@ __all__ = ["main"]
 
 
 @click.group(
-    cls=Commands,
-    epilog=EXIT_CODES,
+    cls=console.Commands,
+    epilog=console.EXIT_CODES,
     commands=[demo, distill, convert, verify, info, generate, batch, profile, bench, evaluate],
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -79,6 +79,7 @@ class Command:
     relevance: int | None = None
 
     def as_dict(self) -> dict[str, str | int | None]:
+        """Axis → value, None where it is left open."""
         return {"task": self.task, "words": self.words, "relevance": self.relevance}
 
 
@@ -187,9 +188,11 @@ class CommandSchema:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
         return self.axis("task").values
 
     def axis(self, name: str) -> Axis:
+        """The axis of that name."""
         return next(axis for axis in self.axes if axis.name == name)
 
     def command_tokens(self, command: Command) -> list[str]:
@@ -199,6 +202,7 @@ class CommandSchema:
 
     @property
     def levels(self) -> int:
+        """Number of relevance levels."""
         return len(self.axis("relevance").values)
 
     @property
@@ -290,6 +294,7 @@ class CommandSchema:
     # -- data -----------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
+        """Contents of command.json, which `from_json` reads."""
         return {
             "axes": [
                 {"name": a.name, "kind": a.kind, "values": list(a.values), "edges": list(a.edges)}

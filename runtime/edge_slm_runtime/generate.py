@@ -46,6 +46,7 @@ class Stream(Iterator[str]):
 
     @property
     def result(self) -> Generation:
+        """The answer and its metadata. Raises RuntimeError before the end of the stream."""
         if self._result is None:
             raise RuntimeError("the stream has a result once it was read to its end")
         return self._result
@@ -83,6 +84,7 @@ class SLM:
 
     @property
     def threads(self) -> int:
+        """Compute threads of the engine."""
         return self._engine.threads
 
     @property

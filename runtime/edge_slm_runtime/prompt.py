@@ -53,6 +53,7 @@ class PromptForm:
 
     @classmethod
     def commanded(cls, schema: CommandSchema) -> PromptForm:
+        """The form of a model that reads commands of this schema."""
         return cls("command", (END,), schema=schema)
 
     @property

@@ -46,10 +46,12 @@ class Request:
 
     @property
     def command(self) -> Command:
+        """Task, words and relevance of the request."""
         return Command(self.task, self.words, self.relevance)
 
     @property
     def sampling(self) -> Sampling:
+        """The settings of the sampler, checked. Raises BadSetting."""
         return Sampling(
             self.temperature,
             self.top_k,

@@ -25,6 +25,8 @@ from edge_slm_runtime import Request, load, read_manifest
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import BadSetting, BundleNotFound, DataError, EngineError
 
+pytestmark = pytest.mark.slow
+
 QUICK = Settings(threads=(1,), prompt_tokens=(16,), new_tokens=(6,), rounds=2, repetitions=2)
 EXAMPLES = [
     Example("a cabin", Command("image", 5), "a cosy cabin in snow"),

@@ -12,6 +12,8 @@ from edge_slm_bench import ways
 from edge_slm_bench.runners.edge_slm import spec_of
 from edge_slm_runtime import read_manifest
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = [
     {"request": f"a cabin {where}", "words": 5, "keep_length": False, "max_new_tokens": 8}
     for where in ("in the snow", "by the sea at dawn", "behind seven hills")

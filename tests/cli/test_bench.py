@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--prompt-tokens", "16", "--new-tokens", "6", "--threads", "1", "--repetitions", "2"]
 
 

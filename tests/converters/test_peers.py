@@ -20,6 +20,8 @@ from edge_slm_runtime.errors import EngineError
 
 from .greedy import greedy_ids
 
+pytestmark = pytest.mark.slow
+
 PROMPT = Prompt("", 0, tuple(range(70, 86)))
 OTHERS = (PROMPT, Prompt("", 0, tuple(range(100, 116))), Prompt("", 0, tuple(range(300, 316))))
 NEW_TOKENS = 12

@@ -17,6 +17,8 @@ from edge_slm.distill.trainer import learning_rate
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError, TargetExists
 
+pytestmark = pytest.mark.slow
+
 
 def metrics(run: Path, stage: str = "stage-1") -> list[dict[str, float]]:
     lines = (run / f"metrics-{stage}.jsonl").read_text("utf-8").splitlines()

@@ -23,6 +23,7 @@ from edge_slm_runtime.errors import BadSetting, EngineError, TargetExists
 
 # Ray warns of settings that it makes itself.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
     pytest.mark.timeout(900),  # three processes import torch: seconds, or minutes if it is busy
 ]

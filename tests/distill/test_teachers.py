@@ -237,9 +237,10 @@ def test_a_context_that_is_too_short_is_one_clear_line(model: Path) -> None:
         list(teacher.answer([Ask("title", "an oak " * 9000)], 1))
 
 
+@pytest.mark.slow
 def test_a_stopped_local_run_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    settings = recipe("transformers", str(model), requests=2 * BATCH + 3, candidates=2)
-    given = {"title": [f"bronze; horse, {i}" for i in range(2 * BATCH + 3)]}
+    settings = recipe("transformers", str(model), requests=BATCH + 6, candidates=2)
+    given = {"title": [f"bronze; horse, {i}" for i in range(BATCH + 6)]}
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     teach(LocalTeacher(str(model), 1.0), ["title"], settings, whole, 5, quiet, given)
 
@@ -291,6 +292,7 @@ def transformers_serve(model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         server.wait()
 
 
+@pytest.mark.slow
 def test_a_real_server(transformers_serve: str, tmp_path: Path) -> None:
     settings = recipe("server", "tiny", requests=6, candidates=4, temperature=1.0)
     journal = tmp_path / "answers.jsonl"
@@ -335,6 +337,7 @@ def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_kill_9_costs_nothing_that_was_answered(tmp_path: Path) -> None:
     with ChatServer(delay=0.02) as server:
         folder, calm = tmp_path / "killed", tmp_path / "calm"

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from edge_slm.distill.model import fresh_model
 from edge_slm.distill.packing import Packer
 from edge_slm.distill.recipe import Recipe
-from edge_slm.distill.throughput import flops_per_step, made_up_records
+from edge_slm.distill.throughput import flops_per_step, made_up_records, main
 from edge_slm_runtime.command import CommandSchema, default_axes
 
 RECIPE = """
@@ -63,8 +64,7 @@ def test_made_up_records_fill_rows(file: Path) -> None:
 
 
 def test_the_command_prints_consistent_figures(file: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "edge_slm.distill.throughput", str(file)]
-    done = subprocess.run([*command, "--steps", "3", "--json"], capture_output=True, check=True)
+    done = CliRunner().invoke(main, [str(file), "--steps", "3", "--json"], catch_exceptions=False)
     result = json.loads(done.stdout)
     assert result["tokens_per_step"] == 384
     assert result["tokens_per_second"] == pytest.approx(384 / result["seconds_per_step"])

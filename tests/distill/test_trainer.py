@@ -97,6 +97,7 @@ if trainer.accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(recipe: Recipe, tmp_path: Path) -> None:
     script, result = tmp_path / "two.py", tmp_path / "weights.pt"
     script.write_text(_TWO, "utf-8")

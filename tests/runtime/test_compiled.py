@@ -25,6 +25,8 @@ from edge_slm_runtime.kernels.elf import flat_image
 
 from .test_process import python
 
+pytestmark = pytest.mark.slow
+
 IMAGES = sys.platform == "linux" and platform.machine() == "x86_64"
 needs_images = pytest.mark.skipif(not IMAGES, reason="images are for x86-64 Linux")
 GPT2 = Traits("layer", "learned", "plain")

@@ -15,6 +15,8 @@ from edge_slm_runtime.decoder import gpt2
 from edge_slm_runtime.errors import BadSetting, OutOfMemory
 from edge_slm_runtime.memory import memory_estimate
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = Path(__file__).parents[2] / "models/reference"
 # GPT-2 of 98M parameters: MiB measured on Linux x86-64 as in `test_measured…` below.
 FACTS = gpt2(layers=12, heads=12, width=768, vocab_size=16384, positions=512)

@@ -22,7 +22,10 @@ from edge_slm_runtime.kernels import layout as t
 
 from .test_process import python
 
-pytestmark = pytest.mark.timeout(120, method="thread")  # what hangs here, hangs outside Python
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(120, method="thread"),  # a thread that hangs does so outside Python
+]
 
 IDS = np.random.default_rng(8).integers(60, 400, 60).tolist()
 CUTS = ([60], [1] * 60, [7, 20, 1, 32], [59, 1])

@@ -23,6 +23,7 @@ class Prompt:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Prompt:
+        """From JSON data."""
         return cls(data["request"], data["words"], tuple(data["ids"]))
 
 
@@ -56,10 +57,12 @@ class Spec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, for `of`."""
         return asdict(self)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Spec:
+        """From what `as_dict` returned."""
         return cls(**data)
 
 

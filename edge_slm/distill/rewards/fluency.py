@@ -159,5 +159,6 @@ class Fluency:
     name = "fluency"
 
     def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
+        """float32 [len(samples)]."""
         scores = [guards(sample.request, sample.response).fluency for sample in samples]
         return np.array(scores, np.float32)

@@ -88,5 +88,6 @@ class Keywords:
     name = "keywords"
 
     def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
+        """float32 [len(samples)]."""
         scores = [coverage(sample.request, sample.response) for sample in samples]
         return np.array(scores, np.float32)

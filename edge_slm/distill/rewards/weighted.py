@@ -31,4 +31,5 @@ class Weighted:
         return np.asarray(np.average(scores, axis=0, weights=weights), np.float32)
 
     def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
+        """float32 [len(samples)]."""
         return self.combine(self.components(samples, progress))
