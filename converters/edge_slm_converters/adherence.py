@@ -80,7 +80,7 @@ def requests(
     for text, command in [*asked, *at_levels]:
         prompt = schema.encode(text, schema.check(command).commanded, source.codec.encode)
         # A model that has learnt nothing never ends by itself.
-        tokens = min(source.config.positions - len(prompt), 2 * (command.words or 0) + 16)
+        tokens = min(source.decoder.positions - len(prompt), 2 * (command.words or 0) + 16)
         if tokens > 0:
             found.append(
                 Request(

@@ -28,16 +28,16 @@ class BundleWriter:
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, name: str) -> None:
         self.folder, self.name = folder, name
-        config = checkpoint.config
+        decoder = checkpoint.decoder
         self._schema = checkpoint.schema
         self.facts = ModelFacts(
-            architecture="gpt2",
-            layers=config.layers,
-            heads=config.heads,
-            width=config.width,
-            vocab_size=config.vocab_size,
-            positions=config.positions,
-            parameters=config.parameters,
+            architecture=decoder.architecture,
+            layers=decoder.layers,
+            heads=decoder.heads,
+            width=decoder.width,
+            vocab_size=decoder.vocab_size,
+            positions=decoder.positions,
+            parameters=checkpoint.parameters,
         )
         shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
 

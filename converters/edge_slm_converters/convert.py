@@ -125,7 +125,7 @@ def convert(
         if evaluation is None:
             scored = own_answers(folder, written[0], source)
         else:
-            scored = to_scored(evaluation, source.schema, source.codec, source.config.positions)
+            scored = to_scored(evaluation, source.schema, source.codec, source.decoder.positions)
         written = _measured(written, source, writer.facts, folder, scored)
         say("measuring adherence")
         written, disobedient = _answered(written, source, folder, evaluation, judge)
@@ -169,11 +169,11 @@ def _measured(
     scored: Sequence[Scored],
 ) -> list[Variant]:
     """The variants with their fidelity; the reference, the first, has none."""
-    reference = gate.onnx_logits(folder / REFERENCE, source.config)
+    reference = gate.onnx_logits(folder / REFERENCE, source.decoder)
     measured = [variants[0]]
     for variant in variants[1:]:
         if variant.engine == "onnxruntime":
-            logits = gate.onnx_logits(folder / variant.path, source.config)
+            logits = gate.onnx_logits(folder / variant.path, source.decoder)
         elif variant.engine == "numba":
             logits = gate.numba_logits(folder / variant.path, facts)
         else:
@@ -192,7 +192,7 @@ def _answered(
 ) -> tuple[list[Variant], dict[str, list[str]]]:
     """The variants with their adherence, and what falls behind the first, by name."""
     if evaluation is None:
-        tokens = source.config.positions // 2
+        tokens = source.decoder.positions // 2
         own = commanded_requests(source, EXAMPLES, tokens)
         asked = [(one.request, one.command) for one in own]
     else:

@@ -15,10 +15,11 @@ import numpy as np
 
 from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
-from edge_slm_converters.checkpoint import Float32, GPT2Config
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.graph import write_all_logits
 from edge_slm_runtime.bundle import ModelFacts, Variant
 from edge_slm_runtime.cores import default_threads
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
@@ -83,7 +84,7 @@ def refusals(
     return refused
 
 
-def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
+def onnx_logits(folder: Path, decoder: Decoder) -> LogitsOf:
     """Logits of every position from the very weights that ship."""
     import onnxruntime
 
@@ -100,7 +101,7 @@ def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
 
     def logits(ids: Sequence[int]) -> Float32:
         length = len(ids)
-        empty = np.zeros((1, config.heads, length, config.head_width), np.float32)
+        empty = np.zeros((1, decoder.kv_heads, length, decoder.head_width), np.float32)
         feed = {
             "input_ids": np.array([ids], np.int64),
             "position_ids": np.arange(length, dtype=np.int64)[None],

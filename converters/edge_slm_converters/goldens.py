@@ -16,9 +16,10 @@ from random import Random
 
 import edge_slm_runtime
 from edge_slm_bench.examples import Scored
-from edge_slm_converters.checkpoint import Checkpoint, GPT2Config
+from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.bundle import Golden, Variant
 from edge_slm_runtime.command import Command
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, RequestError
 from edge_slm_runtime.records import Request
 
@@ -57,7 +58,7 @@ def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Aske
     Raises CheckpointError when the model's context has no room for one of them
     and an answer of `tokens`.
     """
-    schema, positions = source.schema, source.config.positions
+    schema, positions = source.schema, source.decoder.positions
     tasks, words, requests = cycle(schema.tasks), cycle(WORDS), cycle(REQUESTS)
     top = len(schema.axis("relevance").values) - 1
     asked = []
@@ -76,7 +77,7 @@ def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Aske
 
 def own_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[Scored]:
     """What `variant` itself answers to `commanded_requests`, to be scored."""
-    tokens = min(EXAMPLE_TOKENS, source.config.positions // 2)
+    tokens = min(EXAMPLE_TOKENS, source.decoder.positions // 2)
     asked = commanded_requests(source, EXAMPLES, tokens)
     answers = _answers(bundle, variant, asked, tokens)
     return [
@@ -93,8 +94,8 @@ def sampled_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[
     Tasks, lengths and levels of the command vary, and everything random has a fixed seed.
     Fewer texts of a larger model, whose every position costs more: see `sample_count`.
     """
-    tokens = min(SAMPLE_TOKENS, source.config.positions // 2)
-    rng, count = Random(0), sample_count(source.config)
+    tokens = min(SAMPLE_TOKENS, source.decoder.positions // 2)
+    rng, count = Random(0), sample_count(source.decoder, source.parameters)
     heard, found = list(REQUESTS), list[Scored]()
     with edge_slm_runtime.load(
         bundle, engine=variant.engine, precision=variant.precision, verify=False
@@ -126,9 +127,9 @@ def sampled_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[
     return found
 
 
-def sample_count(config: GPT2Config) -> int:
+def sample_count(decoder: Decoder, parameters: int) -> int:
     """How many texts a model is calibrated on; a narrow one has fewer moments to learn."""
-    return max(SAMPLES[0], min(SAMPLES[1], 3 * config.width, SAMPLE_WORK // config.parameters))
+    return max(SAMPLES[0], min(SAMPLES[1], 3 * decoder.width, SAMPLE_WORK // parameters))
 
 
 def _drawn(
@@ -147,17 +148,17 @@ def _drawn(
             prompt = tuple(schema.encode(request, command, source.codec.encode))
         except RequestError:  # an untrained model writes anything
             continue
-        if len(prompt) + tokens <= source.config.positions:
+        if len(prompt) + tokens <= source.decoder.positions:
             return Asked(request, command, prompt)
     raise CheckpointError(
-        f"a context of {source.config.positions} tokens is too short to calibrate the model in",
+        f"a context of {source.decoder.positions} tokens is too short to calibrate the model in",
         f"a prompt and an answer of {tokens} must fit",
     )
 
 
 def goldens(bundle: Path, variants: Sequence[Variant], source: Checkpoint) -> list[Golden]:
     """Requests with the ids that each variant gives, greedily and without length promise."""
-    tokens = min(GOLDEN_TOKENS, source.config.positions // 2)
+    tokens = min(GOLDEN_TOKENS, source.decoder.positions // 2)
     asked = commanded_requests(source, GOLDENS, tokens)
     found = [Golden(one.request, one.command, tokens, {}) for one in asked]
     for variant in variants:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_slm_converters.arrays import Array, Float32
 from edge_slm_converters.blocks import Blocks
-from edge_slm_converters.checkpoint import Array, Checkpoint, Float32
+from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
 from edge_slm_runtime.bundle import MAIN_FILE
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
-from edge_slm_runtime.panels import ALIGNMENT, SHAPE, UNIT, pack_levels, pack_outputs
+from edge_slm_runtime.panels import ALIGNMENT, SHAPE, UNIT, pack_levels, pack_outputs, stored_name
 
 _MATRIX_PARTS = (".levels", ".scale", ".zero")
 
@@ -33,14 +34,14 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
         precision = PRECISIONS[precision]
     if not isinstance(precision, Quantised):
         raise CheckpointError(f"the numba engine has no {precision.name}", "choose int8 or int4")
-    config = checkpoint.config
+    decoder = checkpoint.decoder
     settings = {
-        "activation": config.activation,
-        "layer_norm_epsilon": repr(config.layer_norm_epsilon),
-        **{name: str(getattr(config, name)) for name in SHAPE},
+        "activation": decoder.activation,
+        "layer_norm_epsilon": repr(decoder.norm_epsilon),
+        **{name: str(getattr(decoder, name)) for name in SHAPE},
     }
     tensors = dict(_tensors(checkpoint, precision))
-    embedding = () if config.tied else ("wte.levels", "wte.scale")
+    embedding = () if decoder.tied else ("wte.levels", "wte.scale")
     read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)
     header, data = _split(save(tensors, settings))
     header += b" " * (-(8 + len(header)) % ALIGNMENT)  # so that data can be mapped into memory
@@ -56,24 +57,23 @@ def _split(content: bytes) -> tuple[bytes, memoryview]:
 
 
 def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str, Array]]:
-    config, given = checkpoint.config, checkpoint.tensors
-    yield from _matrix("wte", precision.of("wte", given["wte.weight"].T))
-    if not config.tied:
-        yield from _matrix("lm_head", precision.of("lm_head", checkpoint.head.T))
-    yield "wpe", _filled(given["wpe.weight"].ravel())
-    for name in ("ln_f.weight", "ln_f.bias"):
-        yield name, _filled(given[name])
-    for i in range(config.layers):
-        for norm in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
-            yield f"h.{i}.{norm}", _filled(given[f"h.{i}.{norm}"])
-    for name in config.matrices():
+    decoder, given = checkpoint.decoder, checkpoint.tensors
+    yield from _matrix("wte", precision.of("embedding", given["embedding"].T))
+    if not decoder.tied:
+        yield from _matrix("lm_head", precision.of("head", checkpoint.head.T))
+    yield "wpe", _filled(given["positions"].ravel())
+    for name, tensor in given.items():
+        if "norm." in name:
+            yield stored_name(name), _filled(tensor)
+    for name in decoder.matrices():
+        weight, bias, stored = given[f"{name}.weight"], given[f"{name}.bias"], stored_name(name)
         # The queries' factor, put where it costs nothing.
-        factor = np.ones(given[f"{name}.bias"].shape, np.float32)
-        if name.endswith("attn.c_attn"):
+        factor = np.ones(len(bias), np.float32)
+        if name.endswith(".qkv"):
             layer = int(name.split(".")[1])
-            factor[: config.width] = config.attention_scale[layer]
-        yield from _matrix(name, precision.of(name, given[f"{name}.weight"]), factor)
-        yield f"{name}.bias", _filled(given[f"{name}.bias"] * factor)
+            factor[: decoder.attention_width] = decoder.attention_scale[layer]
+        yield from _matrix(stored, precision.of(name, weight), factor)
+        yield f"{stored}.bias", _filled(bias * factor)
 
 
 def _matrix(

@@ -31,7 +31,28 @@ ALIGNMENT = 64  # bytes
 # What the file's metadata says of the model, beside activation and layer_norm_epsilon.
 SHAPE = ("layers", "heads", "width", "vocab_size", "positions")
 
+# The names of tensors in the files of bundles are those of GPT-2, whatever the architecture:
+# they were there before there was another one.
+_STORED = {
+    "embedding": "wte",
+    "positions": "wpe",
+    "layers": "h",
+    "attention_norm": "ln_1",
+    "qkv": "attn.c_attn",
+    "out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+    "final_norm": "ln_f",
+    "head": "lm_head",
+}
+
 UInt8 = NDArray[np.uint8]
+
+
+def stored_name(name: str) -> str:
+    """The name in a bundle's files of a canonical tensor (see `decoder`)."""
+    return ".".join(_STORED.get(part, part) for part in name.split("."))
 
 
 def pack_levels(levels: UInt8, bits: int, size: int) -> UInt8:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import RANGES, TOP_LEVEL, Blocks, block_bytes, bytewise, nearest
-from edge_slm_converters.checkpoint import Float32
 from edge_slm_converters.gptq import carried, gptq, loss
 from edge_slm_converters.onnx_writer import MODEL_FILE, GraphWriter
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
