@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import edge_slm_runtime
 from edge_slm_runtime import SLM, Command, EdgeSlmError, Generation, Request, Stats, Stream
-from edge_slm_runtime.memory import PREFIX_CACHE_MB
 
 __all__ = [
     "SLM",
@@ -41,25 +41,6 @@ def shipped_bundle() -> Path:
     return Path(__file__).parent / "data" / "reference-bundle"
 
 
-def load(
-    path: str | os.PathLike[str] | None = None,
-    *,
-    engine: str = "auto",
-    precision: str = "auto",
-    threads: int | None = None,
-    verify: bool = True,
-    prefix_cache_mb: float = PREFIX_CACHE_MB,
-    speculate: bool = False,
-    max_memory_mb: float | None = None,
-) -> SLM:
-    """`edge_slm_runtime.load`, with the shipped bundle when no path is given."""
-    return edge_slm_runtime.load(
-        shipped_bundle() if path is None else path,
-        engine=engine,
-        precision=precision,
-        threads=threads,
-        verify=verify,
-        prefix_cache_mb=prefix_cache_mb,
-        speculate=speculate,
-        max_memory_mb=max_memory_mb,
-    )
+def load(path: str | os.PathLike[str] | None = None, **options: Any) -> SLM:
+    """`edge_slm_runtime.load` with its options; without a path, of the shipped bundle."""
+    return edge_slm_runtime.load(shipped_bundle() if path is None else path, **options)

@@ -48,12 +48,9 @@ def _speed(runner: Runner, job: Job) -> dict[str, Any]:
 
 
 def _answers(runner: Any, job: Job) -> dict[str, Any]:
-    """Answers to the requests, `batch` at a time, `repetitions` times after one warm-up.
-    prefill: tokens of a prompt that are computed at once."""
+    """Answers to the requests, `batch` at a time, `repetitions` times after one warm-up."""
     from edge_slm_runtime import Request
 
-    if "prefill" in job:
-        runner.slm._engine.prefill_tokens = job["prefill"]
     requests = [Request(**request) for request in job["requests"]]
     for request in requests[:1]:
         list(runner.slm.generate_batch([replace(request, max_new_tokens=4)], 1))

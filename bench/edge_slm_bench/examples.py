@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.command import Command, CommandSchema
-from edge_slm_runtime.draft import END_ID
 from edge_slm_runtime.text import TextCodec
 
 

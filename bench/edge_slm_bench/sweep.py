@@ -32,6 +32,7 @@ from edge_slm_bench.results import (
 from edge_slm_bench.runners import Prompt, Spec
 from edge_slm_bench.runners.edge_slm import spec_of, speculating
 from edge_slm_runtime.bundle import Manifest, read_manifest
+from edge_slm_runtime.engines import engine_class
 from edge_slm_runtime.errors import DependencyMissing, EdgeSlmError, EngineNotInstalled
 
 _PROMPTS = 8  # different ones that a cell takes in turn
@@ -100,7 +101,7 @@ def model_of(
     specs: list[Spec] = []
     for variant in (there[n] for n in chosen if n in there):
         specs.append(spec_of(bundle, variant))
-        if speculate and variant.engine == "numba":
+        if speculate and engine_class(variant.engine).guesses:
             specs.append(speculating(specs[-1]))
     return Model(name or bundle.name, bundle, manifest, (*specs, *peers), missing)
 

@@ -11,6 +11,7 @@ from edge_slm_bench.process import launch
 from edge_slm_bench.runners import Spec
 from edge_slm_bench.runners.edge_slm import long_words
 from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.engines import engine_class
 
 _PLAIN = {"prefix_cache_mb": 0}  # one request after the other, nothing kept of the one before
 _BATCHES = (8, 32)
@@ -40,14 +41,15 @@ def differing(
     alone = replace(spec, options=_PLAIN)
     for batch in _BATCHES:
         count(f"batch {batch}", _answers(alone, requests, threads, batch=batch))
-    if spec.engine == "ctranslate2":
+    if not engine_class(spec.engine).prefix_cache:
         return found
     # Each request under another command first: all but the command is then cached.
     other = {"words": long_words(schema)[0], "max_new_tokens": 1}
     twice = [asked for request in requests for asked in ({**request, **other}, request)]
     count("prefix cache", _answers(spec, twice, threads)[1::2])
-    count(f"chunks of {_PREFILL}", _answers(alone, requests, threads, prefill=_PREFILL))
-    if spec.engine == "numba":
+    in_chunks = replace(spec, options={**_PLAIN, "prefill_tokens": _PREFILL})
+    count(f"chunks of {_PREFILL}", _answers(in_chunks, requests, threads))
+    if engine_class(spec.engine).guesses:
         guessing = replace(spec, options={**_PLAIN, "speculate": True})
         count("speculation", _answers(guessing, requests, threads))
     return found

@@ -17,7 +17,6 @@ from edge_slm_runtime.bundle import (
     TOKENIZER,
     Golden,
     Manifest,
-    ModelFacts,
     Variant,
     file_entry,
 )
@@ -28,17 +27,8 @@ class BundleWriter:
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, name: str) -> None:
         self.folder, self.name = folder, name
-        decoder = checkpoint.decoder
         self._schema = checkpoint.schema
-        self.facts = ModelFacts(
-            architecture=decoder.architecture,
-            layers=decoder.layers,
-            heads=decoder.heads,
-            width=decoder.width,
-            vocab_size=decoder.vocab_size,
-            positions=decoder.positions,
-            parameters=checkpoint.parameters,
-        )
+        self.decoder, self.parameters = checkpoint.decoder, checkpoint.parameters
         shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
 
     def write_manifest(
@@ -50,7 +40,8 @@ class BundleWriter:
         """Lists every file that is there now and writes manifest.json."""
         manifest = Manifest(
             name=self.name,
-            model=self.facts,
+            model=self.decoder,
+            parameters=self.parameters,
             command=self._schema,
             variants=tuple(variants),
             files={

@@ -28,8 +28,9 @@ from edge_slm_converters.graph import write_graph
 from edge_slm_converters.mixed import int4
 from edge_slm_converters.panels import write_panels
 from edge_slm_converters.quantise import Precision
-from edge_slm_runtime.bundle import Manifest, ModelFacts, Variant
+from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, count_words
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, GateRefused
 from edge_slm_runtime.memory import memory_estimate
 
@@ -126,7 +127,7 @@ def convert(
             scored = own_answers(folder, written[0], source)
         else:
             scored = to_scored(evaluation, source.schema, source.codec, source.decoder.positions)
-        written = _measured(written, source, writer.facts, folder, scored)
+        written = _measured(written, source, source.decoder, folder, scored)
         say("measuring adherence")
         written, disobedient = _answered(written, source, folder, evaluation, judge)
         refused = gate.refusals(written, disobedient)
@@ -164,7 +165,7 @@ def _write(name: str, source: Checkpoint, precision: str | Precision, folder: Pa
 def _measured(
     variants: Sequence[Variant],
     source: Checkpoint,
-    facts: ModelFacts,
+    facts: Decoder,
     folder: Path,
     scored: Sequence[Scored],
 ) -> list[Variant]:

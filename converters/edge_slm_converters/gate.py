@@ -17,7 +17,7 @@ from edge_slm_bench.examples import Scored
 from edge_slm_bench.fidelity import Fidelity, FidelityMeter
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.graph import write_all_logits
-from edge_slm_runtime.bundle import ModelFacts, Variant
+from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
@@ -115,10 +115,11 @@ def onnx_logits(folder: Path, decoder: Decoder) -> LogitsOf:
     return logits
 
 
-def numba_logits(folder: Path, facts: ModelFacts) -> LogitsOf:
-    from edge_slm_runtime.engines.jit import JitEngine
+def numba_logits(folder: Path, decoder: Decoder) -> LogitsOf:
+    from edge_slm_runtime.engines.base import EngineOptions
+    from edge_slm_runtime.engines.numba_engine import NumbaEngine
 
-    engine = JitEngine(folder, facts, default_threads(), 0, speculate=False)
+    engine = NumbaEngine(folder, decoder, EngineOptions(threads=default_threads()))
 
     def logits(ids: Sequence[int]) -> Float32:
         every = engine.new_pass(engine.new_cache(1).array, len(ids), len(ids))

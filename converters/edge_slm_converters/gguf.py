@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.checkpoint import Checkpoint, read_json
 from edge_slm_converters.files import refuse_existing
+from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.draft import END_ID
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 
 if TYPE_CHECKING:

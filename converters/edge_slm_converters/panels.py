@@ -11,7 +11,7 @@ from edge_slm_converters.arrays import Array, Float32
 from edge_slm_converters.blocks import Blocks
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
-from edge_slm_runtime.bundle import MAIN_FILE
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.panels import ALIGNMENT, SHAPE, UNIT, pack_levels, pack_outputs, stored_name
 
@@ -45,7 +45,7 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)
     header, data = _split(save(tensors, settings))
     header += b" " * (-(8 + len(header)) % ALIGNMENT)  # so that data can be mapped into memory
-    with (folder / MAIN_FILE["numba"]).open("wb") as file:
+    with (folder / NumbaEngine.main_file).open("wb") as file:
         file.writelines((len(header).to_bytes(8, "little"), header, data))
     return sum(tensors[name].nbytes for name in read)
 

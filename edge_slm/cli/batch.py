@@ -132,7 +132,7 @@ def batch(
         edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
         _opened(source, twice=output is not None) as stream,
     ):
-        if defaults["temperature"] and slm.variant.engine == "ctranslate2":
+        if defaults["temperature"] and not slm.seeds:
             raise NotSupportedByEngine(
                 "ctranslate2 has no seeds, so a sampled batch could not be continued",
                 "use --engine onnxruntime, or temperature 0",

@@ -35,7 +35,7 @@ def _print(manifest: Manifest) -> None:
     for name, value in (
         ("name", manifest.name),
         ("model", f"{model.architecture}, {model.layers} layers × {model.width}"),
-        ("parameters", f"{model.parameters / 1e6:.1f} M"),
+        ("parameters", f"{manifest.parameters / 1e6:.1f} M"),
         ("vocabulary", f"{model.vocab_size} tokens"),
         ("context", f"{model.positions} tokens"),
         ("tasks", ", ".join(schema.tasks)),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from edge_slm_runtime.engines import ENGINES
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +32,7 @@ model_options = _together(
     click.option("--bundle", type=folder, help="Bundle folder.  [default: the one shipped]"),
     click.option(
         "--engine",
-        type=click.Choice(["auto", "numba", "onnxruntime", "ctranslate2"]),
+        type=click.Choice(["auto", *ENGINES]),
         default="auto",
         show_default=True,
     ),

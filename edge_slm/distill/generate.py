@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from edge_slm_converters.checkpoint import read_schema
+from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.command import Command
-from edge_slm_runtime.draft import END_ID
 from edge_slm_runtime.errors import (
     CheckpointError,
     DependencyMissing,

@@ -21,6 +21,8 @@ from types import UnionType
 from typing import Any
 
 from edge_slm_runtime.command import Command, CommandSchema
+from edge_slm_runtime.decoder import LARGEST, Decoder, gpt2
+from edge_slm_runtime.engines import ENGINES, engine_class
 from edge_slm_runtime.errors import (
     BundleError,
     BundleNotFound,
@@ -37,27 +39,8 @@ from edge_slm_runtime.errors import (
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SCHEMA_VERSION = 1
-# The file each engine opens inside a variant's folder.
-MAIN_FILE = {
-    "onnxruntime": "model.onnx",
-    "ctranslate2": "model.bin",
-    "numba": "model.safetensors",
-}
 
 _MANIFEST_LIMIT = 16 << 20  # bytes; a real one is some kilobytes
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """Shape of the model; `positions` is the context in tokens."""
-
-    architecture: str
-    layers: int
-    heads: int
-    width: int
-    vocab_size: int
-    positions: int
-    parameters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +81,11 @@ class Manifest:
     """manifest.json as data; `to_json` adds the digest, `from_json` checks it."""
 
     name: str
-    model: ModelFacts
+    model: Decoder
     command: CommandSchema
     variants: tuple[Variant, ...]
     files: Mapping[str, FileEntry]
+    parameters: int = 0
     goldens: tuple[Golden, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -118,7 +102,7 @@ class Manifest:
         data: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
-            "model": asdict(self.model),
+            "model": {**asdict(self.model), "parameters": self.parameters},
             "command": self.command.to_json(),
             "variants": [asdict(variant) for variant in self.variants],
             "goldens": [
@@ -155,7 +139,8 @@ class Manifest:
         try:
             manifest = cls(
                 name=_typed(data["name"], str),
-                model=_record(ModelFacts, data["model"]),
+                model=_decoder(data["model"]),
+                parameters=_typed(data["model"]["parameters"], int),
                 command=CommandSchema.from_json(data["command"]),
                 variants=tuple(_record(Variant, item) for item in data["variants"]),
                 goldens=tuple(
@@ -250,9 +235,9 @@ def _check_paths(manifest: Manifest) -> None:
     needed = [TOKENIZER]
     for variant in manifest.variants:
         plain_path(variant.path, f"variant {variant.name} is at")
-        if variant.engine not in MAIN_FILE:
+        if variant.engine not in ENGINES:
             raise ManifestInvalid(f"variant {variant.name} is for engine {variant.engine!r}")
-        needed.append(f"{variant.path}/{MAIN_FILE[variant.engine]}")
+        needed.append(f"{variant.path}/{engine_class(variant.engine).main_file}")
     for path in needed:
         if path not in manifest.files:
             raise FileMissing(f"{path} is not in the manifest", "convert again")
@@ -269,6 +254,20 @@ def plain_path(path: str, what: str) -> None:
     )
     if bad:
         raise PathEscape(f"{what} {path!r}", "only plain paths inside the bundle are allowed")
+
+
+def _decoder(data: Any) -> Decoder:
+    """The model of a manifest; bundles written before `Decoder` was there say less of a GPT-2.
+
+    Raises KeyError, TypeError, ValueError.
+    """
+    facts = {key: value for key, value in _typed(data, dict).items() if key != "parameters"}
+    if _typed(facts["architecture"], str) == "gpt2" and len(facts) == 6:
+        sizes = {key: _typed(facts[key], int) for key in facts if key != "architecture"}
+        if not 1 <= sizes["heads"] <= sizes["width"] or sizes["layers"] > LARGEST:
+            raise ValueError("the sizes of the model do not fit together")
+        facts = asdict(gpt2(**sizes))
+    return Decoder.from_json(facts)
 
 
 def _typed(value: Any, kind: type | UnionType) -> Any:

@@ -20,8 +20,10 @@ Biases of linear layers are always there, zeros where the model has none; RMS no
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 Norm = Literal["layer", "rms"]
 Position = Literal["learned", "rotary"]
 Mlp = Literal["plain", "gated"]
+LARGEST = 1 << 20  # size of anything in a model that is accepted
 MATRICES = ("qkv", "out", "up", "down")  # of a layer, in the order of computing
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")
 
@@ -69,6 +72,47 @@ class Decoder:
     tied: bool
     rope_factors: tuple[float, ...] = ()
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Decoder:
+        """From `dataclasses.asdict` of one, or its JSON. Raises TypeError, ValueError."""
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        decoder = cls(**fields)
+        decoder.check()
+        return decoder
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError, naming the field, for what no decoder can be."""
+        for name in _SIZES:
+            size = getattr(self, name)
+            if type(size) is not int or not 1 <= size <= LARGEST:
+                raise ValueError(f"{name} is {size!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        numbers = {
+            "norm_epsilon": (self.norm_epsilon,),
+            "rope_theta": (self.rope_theta,),
+            "attention_scale": self.attention_scale,
+            "rope_factors": self.rope_factors,
+        }
+        for name, values in numbers.items():
+            if not all(type(x) in (int, float) and 0 <= x < math.inf for x in values):
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        rotary = self.position == "rotary"
+        faults = {
+            "kv_heads": self.heads % self.kv_heads,
+            "head_width": rotary and self.head_width % 2,
+            "rope_theta": rotary and not self.rope_theta,
+            "rope_factors": len(self.rope_factors) not in (0, self.head_width // 2),
+            "attention_scale": len(self.attention_scale) != self.layers,
+        }
+        if found := [name for name, wrong in faults.items() if wrong]:
+            raise ValueError(f"{found[0]} does not fit the other sizes")
+        if not isinstance(self.architecture, str):
+            raise TypeError(f"architecture is {self.architecture!r}")
+
     @property
     def traits(self) -> Traits:
         return Traits(self.norm, self.position, self.mlp)
@@ -102,9 +146,7 @@ class Decoder:
         """(inputs, outputs) of the matrices of all layers, by canonical name without
         `.weight`: layers.0.qkv, …"""
         shapes = self.layer_matrices()
-        return {
-            f"layers.{i}.{name}": shapes[name] for i in range(self.layers) for name in MATRICES
-        }
+        return {f"layers.{i}.{name}": shapes[name] for i in range(self.layers) for name in MATRICES}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name → shape of every tensor, in the order of computing."""
@@ -134,13 +176,24 @@ class Decoder:
         exponents = np.arange(0, self.head_width, 2, dtype=np.float32) / self.head_width
         frequencies = 1 / np.float32(self.rope_theta) ** exponents
         factors = np.array(self.rope_factors or 1, np.float32)
-        return (frequencies / factors).astype(np.float32)
+        scaled: NDArray[np.float32] = (frequencies / factors).astype(np.float32)
+        return scaled
 
     def rotary_table(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Cosines and sines of every position, each [positions, head_width / 2]."""
         positions = np.arange(self.positions, dtype=np.float32)
         angles = positions[:, None] * self.rotary_frequencies()
         return np.cos(angles), np.sin(angles)
+
+
+_SIZES = tuple("layers width heads kv_heads head_width inner vocab_size positions".split())
+_CHOICES: Mapping[str, Sequence[object]] = {
+    "norm": get_args(Norm),
+    "position": get_args(Position),
+    "mlp": get_args(Mlp),
+    "activation": ACTIVATIONS,
+    "tied": (True, False),
+}
 
 
 def gpt2(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from edge_slm_runtime.answer import Answer, Plan, Step
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
-from edge_slm_runtime.draft import Draft, Plan, Step
 from edge_slm_runtime.engines.base import Engine
 from edge_slm_runtime.errors import BadSetting, OutOfMemory, RequestTooLong, shown
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import peak_rss_mb
-from edge_slm_runtime.records import Generation, Request, Stats
-from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
+from edge_slm_runtime.records import Generation, Request, Stats, Trace
+from edge_slm_runtime.sampling import Logits
 from edge_slm_runtime.text import TextCodec
 
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
@@ -37,7 +39,7 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         for step in self._steps:
             if step.done:
-                self._result = self._slm._result_of(step.draft)
+                self._result = self._slm._result_of(step.answer)
             if step.text:
                 return step.text
         raise StopIteration
@@ -82,82 +84,26 @@ class SLM:
     def threads(self) -> int:
         return self._engine.threads
 
-    def generate(
-        self,
-        request: str,
-        *,
-        task: str | None = None,
-        words: int | None = None,
-        relevance: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE,
-        seed: int | None = None,
-        stop: tuple[str, ...] | list[str] | str = (),
-        max_new_tokens: int | None = None,
-        keep_length: bool = True,
-    ) -> Generation:
-        """Answers one request; the settings are those of `Request`.
+    @property
+    def seeds(self) -> bool:
+        """Whether the engine honours a seed."""
+        return self._engine.seeds
+
+    def generate(self, request: str | Request, **settings: Any) -> Generation:
+        """Answers one request; settings: the other fields of `Request`.
 
         Raises a RequestError (EmptyRequest, RequestNotText, RequestTooLong,
         ControlTokenInRequest, UnknownTask, WordsOutOfRange,
         RelevanceOutOfRange, BadSetting) before anything is computed,
-        NotSupportedByEngine, UsedAfterFork.
+        NotSupportedByEngine, UsedAfterFork; TypeError for a setting that does not exist.
         """
-        asked = Request(
-            request,
-            task,
-            words,
-            relevance,
-            temperature,
-            top_k,
-            top_p,
-            repetition_penalty,
-            no_repeat_ngram_size,
-            seed,
-            stop,
-            max_new_tokens,
-            keep_length,
-        )
-        return next(self.generate_batch([asked], batch_size=1))
+        return next(self.generate_batch([Request.of(request, **settings)], batch_size=1))
 
-    def stream(
-        self,
-        request: str,
-        *,
-        task: str | None = None,
-        words: int | None = None,
-        relevance: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE,
-        seed: int | None = None,
-        stop: tuple[str, ...] | list[str] | str = (),
-        max_new_tokens: int | None = None,
-        keep_length: bool = True,
-    ) -> Stream:
+    def stream(self, request: str | Request, **settings: Any) -> Stream:
         """`generate`, piece by piece: never a broken character, never part of a
         stop sequence, never a word that the length promise may take back."""
-        asked = Request(
-            request,
-            task,
-            words,
-            relevance,
-            temperature,
-            top_k,
-            top_p,
-            repetition_penalty,
-            no_repeat_ngram_size,
-            seed,
-            stop,
-            max_new_tokens,
-            keep_length,
-        )
-        return Stream(self, self._engine.decode([self._draft(asked)], 1))
+        answer = self._answer(Request.of(request, **settings))
+        return Stream(self, self._engine.decode([answer], 1))
 
     def generate_batch(
         self, requests: Iterable[Request], batch_size: int = 8
@@ -184,14 +130,7 @@ class SLM:
         Raises as `generate`. The Plan says what the model would be given.
         """
         command = self.schema.check(request.command)
-        sampling = Sampling(
-            request.temperature,
-            request.top_k,
-            request.top_p,
-            request.repetition_penalty,
-            request.no_repeat_ngram_size,
-            request.seed,
-        )
+        sampling = request.sampling
         self._engine.check(sampling)
         stop = (request.stop,) if isinstance(request.stop, str) else request.stop
         if not isinstance(stop, tuple | list) or not all(isinstance(s, str) and s for s in stop):
@@ -217,17 +156,21 @@ class SLM:
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
-        """What the bare model says: greedy, nothing held back. Goldens are made of it."""
-        asked = Request(
-            request,
-            command.task,
-            command.words,
-            command.relevance,
-            no_repeat_ngram_size=0,
-            max_new_tokens=max_new_tokens,
-            keep_length=False,
-        )
-        return next(self.generate_batch([asked], batch_size=1)).token_ids
+        """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
+        settings = {**command.as_dict(), "no_repeat_ngram_size": 0, "keep_length": False}
+        return self.generate(request, max_new_tokens=max_new_tokens, **settings).token_ids
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """The predictions [len(ids), V] after each of `ids`, computed by the steps that decode:
+        what fidelity is measured on. Raises UsedAfterFork, EngineError."""
+        return np.stack([row.copy() for row in self._engine.logits(ids)])
+
+    def trace(self, request: str | Request, **settings: Any) -> Trace:
+        """Answers a request and says when each token came. Raises as `generate`."""
+        started = perf_counter()
+        answer = self._answer(Request.of(request, **settings))
+        seconds = [perf_counter() - started for _ in self._engine.decode([answer], 1)]
+        return Trace(answer.plan.prompt, tuple(answer.ids), tuple(seconds))
 
     def close(self) -> None:
         """Frees the model; a later call raises EngineError."""
@@ -244,16 +187,16 @@ class SLM:
     ) -> None:
         self.close()
 
-    def _draft(self, request: Request) -> Draft:
+    def _answer(self, request: Request) -> Answer:
         started = perf_counter()
-        return Draft(self.check(request), self._codec, started)
+        return Answer(self.check(request), self._codec, started)
 
     def _batch(self, requests: Iterable[Request], batch_size: int) -> Iterator[Generation]:
-        order: deque[Draft] = deque()
+        order: deque[Answer] = deque()
 
-        def drawn() -> Iterator[Draft]:
+        def drawn() -> Iterator[Answer]:
             for request in requests:
-                order.append(self._draft(request))
+                order.append(self._answer(request))
                 yield order[-1]
 
         for step in self._engine.decode(drawn(), batch_size):
@@ -281,37 +224,37 @@ class SLM:
             )
         return (room, "context") if asked is None else (asked, "max_tokens")
 
-    def _result_of(self, draft: Draft) -> Generation:
-        total = draft.ended - draft.started
-        plan, count = draft.plan, len(draft.ids)
-        words = count_words(draft.text)
+    def _result_of(self, answer: Answer) -> Generation:
+        total = answer.ended - answer.started
+        plan, count = answer.plan, len(answer.ids)
+        words = count_words(answer.text)
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
-        seed = draft.seed if self.variant.engine != "ctranslate2" else None
+        seed = answer.seed if self._engine.seeds else None
         stats = Stats(
             engine=self.variant.engine,
             precision=self.variant.precision,
             threads=self._engine.threads,
             prompt_tokens=len(plan.prompt),
-            cached_tokens=draft.cached,
+            cached_tokens=answer.cached,
             new_tokens=count,
-            guessed_tokens=draft.guessed,
-            ttft_ms=(draft.first - draft.started) * 1e3,
-            tpot_ms=(draft.last - draft.first) * 1e3 / (count - 1) if count > 1 else None,
+            guessed_tokens=answer.guessed,
+            ttft_ms=(answer.first - answer.started) * 1e3,
+            tpot_ms=(answer.last - answer.first) * 1e3 / (count - 1) if count > 1 else None,
             tokens_per_second=count / total,
             total_ms=total * 1e3,
             peak_rss_mb=peak_rss_mb(),
             load_ms=self._load_ms,
         )
         return Generation(
-            text=draft.text,
+            text=answer.text,
             words=words,
             request=plan.request,
             asked=plan.asked,
             commanded=plan.commanded,
-            finish_reason=draft.finish or plan.limit,
+            finish_reason=answer.finish or plan.limit,
             in_tolerance=low <= words <= high if plan.asked.words else None,
             seed=seed,
-            token_ids=tuple(draft.ids),
+            token_ids=tuple(answer.ids),
             warnings=plan.warnings,
             stats=stats,
         )

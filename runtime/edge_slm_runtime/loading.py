@@ -14,7 +14,10 @@ from time import perf_counter
 from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.cores import default_threads
-from edge_slm_runtime.engines import open_engine, pick_variant, preload
+from edge_slm_runtime.engines import engine_class
+from edge_slm_runtime.engines.base import PREFILL, EngineOptions
+from edge_slm_runtime.engines.choice import open_engine, pick_variant
+from edge_slm_runtime.engines.kv_cache import ALIGN
 from edge_slm_runtime.errors import BadSetting, ManifestInvalid, OutOfMemory, shown
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.integrity import verify_contents, verify_structure
@@ -34,6 +37,7 @@ def load(
     prefix_cache_mb: float = PREFIX_CACHE_MB,
     speculate: bool = False,
     max_memory_mb: float | None = None,
+    prefill_tokens: int = PREFILL,
 ) -> SLM:
     """Verifies a bundle and loads one of its variants.
 
@@ -50,7 +54,8 @@ def load(
     was written before, and decodes a batch one by one (numba only: other engines would round
     otherwise). max_memory_mb: MiB that the process may come to, by
     `memory.memory_estimate` for prompts and answers as long as the model takes; also a
-    bound on the batch_size.
+    bound on the batch_size. prefill_tokens: of a prompt, computed at once; fewer take less
+    memory and more time (not for ctranslate2).
 
     Raises a BundleError (see `integrity.verify`), VariantNotFound,
     EngineNotInstalled, EngineError, BadSetting, OutOfMemory.
@@ -59,6 +64,10 @@ def load(
     if threads is not None and not (is_count(threads) and 1 <= threads <= _THREADS_MAX):
         raise BadSetting(f"threads is {shown(threads)}", f"allowed: 1 … {_THREADS_MAX}, whole")
     _check_size("prefix_cache_mb", prefix_cache_mb)
+    if not is_count(prefill_tokens) or prefill_tokens < ALIGN:
+        raise BadSetting(
+            f"prefill_tokens is {shown(prefill_tokens)}", f"allowed: {ALIGN} or more, whole"
+        )
     root = Path(path)
     manifest = verify_structure(root)
     variant = pick_variant(manifest, engine, precision)
@@ -68,10 +77,10 @@ def load(
         most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
     verify_contents(root, manifest, [TOKENIZER], hashes=verify)
     weights = [path for path in manifest.files_of(variant) if path != TOKENIZER]
-    verified = _meanwhile(partial(verify_contents, root, manifest, weights, hashes=verify))
+    verified = _run_in_background(partial(verify_contents, root, manifest, weights, hashes=verify))
     try:  # hashing leaves Python free for it
         with suppress(Exception):  # the engine's own import raises it again
-            preload(variant.engine)
+            engine_class(variant.engine).preload(manifest.model)
         codec = TextCodec(root / TOKENIZER, manifest.command)
     finally:
         verified()
@@ -83,9 +92,13 @@ def load(
         root / variant.path,
         manifest,
         variant,
-        threads or default_threads(),
-        int(prefix_cache_mb * (1 << 20)),
-        speculate,
+        EngineOptions(
+            variant.precision,
+            threads or default_threads(),
+            int(prefix_cache_mb * (1 << 20)),
+            speculate,
+            prefill_tokens,
+        ),
     )
     return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3, most_rows)
 
@@ -121,14 +134,12 @@ def _most_rows(
             if fitting
             else f"the least that this bundle needs is {told}, without a prefix cache",
         )
-    return rows if variant.engine != "ctranslate2" else None
+    return rows if engine_class(variant.engine).batches else None
 
 
-def _meanwhile(work: Callable[[], None]) -> Callable[[], None]:
-    """Starts `work` in a thread; what is returned waits for its end and raises its error.
-
-    `concurrent.futures` would take longer to import than is won.
-    """
+def _run_in_background(work: Callable[[], None]) -> Callable[[], None]:
+    """Starts `work` in a thread; returns a function that waits for its end and raises its
+    error. (`concurrent.futures` takes longer to import than the thread saves.)"""
     errors: list[BaseException] = []
 
     def run() -> None:

@@ -6,28 +6,15 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from edge_slm_runtime.bundle import Manifest, Variant
+from edge_slm_runtime.engines import engine_class
+from edge_slm_runtime.engines.base import PREFILL
 
 PREFIX_CACHE_MB = 16.0  # of keys and values kept for prompts that begin alike, by default
-PREFILL = 256  # positions of a prompt that are computed at once, to bound what they take
-
-# MiB of a process with the engine and no model in it, code that runs included, and how many
-# bytes of memory a byte of weights takes once the kernels have packed it: a block's scale is
-# there thrice, in the file, packed, and times the sum of its weights. Fitted on Linux x86-64
-# with CPython 3.11, onnxruntime 1.31 and ctranslate2 4.8 to models of 11M and 98M parameters.
-_PROCESS_MB = {"onnxruntime": 67.0, "ctranslate2": 70.0, "numba": 48.0}
-_RESIDENT = {
-    ("onnxruntime", "fp32"): 1.0,
-    ("onnxruntime", "int8"): 1.12,
-    ("onnxruntime", "int4"): 1.18,
-    ("ctranslate2", "fp32"): 1.0,
-    ("ctranslate2", "int8"): 1.0,
-    ("numba", "int8"): 1.0,
-    ("numba", "int4"): 1.0,
-}
 _MB = 1 << 20
 _FLOAT = 4  # bytes
-_CACHE_BYTES = {"numba": 2}  # of a key or value; others keep floats
 
 
 def peak_rss_mb() -> float:
@@ -56,29 +43,29 @@ def memory_estimate(
     """Peak resident memory in MiB of a process that does nothing but run `variant`.
 
     rows: answers written together. positions: tokens of the longest prompt and its answer;
-    None is all that the model has. prefix_cache_mb: as given to `load`; it is used up only
-    by several different prompts, and ctranslate2 has none.
+    None is all that the model has. prefix_cache_mb: as given to `load`; several different
+    prompts fill it.
 
     The sum of the process with its engine, the weights, the keys and values (2 × layers ×
-    positions × width a row, floats or halves) and what computing a prompt takes; or, if that
-    is more, the embedding table, which is in memory twice while it is loaded. Within 10%
+    positions × width of the key-value heads a row, floats or halves) and what computing a prompt
+    takes; or, if that is more, the embedding table, which is in memory twice while it is
+    loaded. Within 10%
     or 10 MiB of what is measured on Linux x86-64.
     """
-    model = manifest.model
-    weights = variant.weight_bytes_per_token * _RESIDENT[variant.engine, variant.precision]
+    model, engine = manifest.model, engine_class(variant.engine)
+    weights = variant.weight_bytes_per_token * engine.resident[variant.precision]
     tokens = model.positions if positions is None else min(positions, model.positions)
-    number = _CACHE_BYTES.get(variant.engine, _FLOAT)
-    cache = rows * 2 * model.layers * tokens * model.width * number
-    at_once = min(tokens, PREFILL)
-    work = 2 * rows * model.vocab_size  # logits, and what a sampler makes of them
-    if variant.engine == "numba":  # activations as floats and as bytes
-        work += at_once * 7 * model.width
-    else:  # the arena holds some of the feed-forward's at a time; attention scores
-        work += at_once * 24 * model.width + model.heads * at_once * tokens
-    used = (cache + work * _FLOAT) / _MB
-    if variant.engine != "ctranslate2":
+    cached = (
+        rows * 2 * model.layers * tokens * model.kv_width * np.dtype(engine.cache_dtype).itemsize
+    )
+    # Logits, and what a sampler makes of them.
+    work = 2 * rows * model.vocab_size
+    work += engine.work_floats(model, rows, min(tokens, PREFILL), tokens)
+    used = (cached + work * _FLOAT) / _MB
+    if engine.prefix_cache:
         used += prefix_cache_mb
     table = model.vocab_size * model.width * (_FLOAT if variant.precision == "fp32" else 1)
-    if variant.engine == "numba":
-        table = 0  # read into its place
-    return _PROCESS_MB[variant.engine] + weights / _MB + max(used, table / _MB)
+    if not engine.loads_table_twice:
+        table = 0
+    mb: float = engine.process_mb + weights / _MB + max(used, table / _MB)
+    return mb

@@ -1,7 +1,7 @@
 """Guesses of the next tokens, from what followed the same tokens before.
 
-The draft of speculative decoding: a guess costs some microseconds and is checked by the
-model, so it may be wrong and is never harmful (Leviathan et al., arXiv 2211.17192; drafts
+The answer of speculative decoding: a guess costs some microseconds and is checked by the
+model, so it may be wrong and is never harmful (Leviathan et al., arXiv 2211.17192; answers
 from n-grams as in prompt look-up decoding). A small table learns from the prompts and answers of
 the process; it is bounded, and forgets what was not confirmed.
 """

@@ -1,20 +1,20 @@
-"""What goes into the runtime and what comes out: a request, an answer, its timings."""
+"""Requests, generated texts and their timings."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from edge_slm_runtime.answer import FinishReason
 from edge_slm_runtime.command import Command
-from edge_slm_runtime.draft import FinishReason
-from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
+from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked, and how it is to be written.
+    """A text to expand and the settings of the answer.
 
-    request: the text to expand. task, words, relevance: the command; None
+    request: the text. task, words, relevance: the command; None
     leaves it to the model. temperature … seed: see `Sampling`. stop: the text
     ends before the first of these. max_new_tokens: None is what the context
     holds. keep_length: keep the length promise (see `length`).
@@ -34,9 +34,30 @@ class Request:
     max_new_tokens: int | None = None
     keep_length: bool = True
 
+    @classmethod
+    def of(cls, request: str | Request, **settings: Any) -> Request:
+        """A request with these settings; those that it has already are replaced.
+
+        Raises TypeError for a setting that does not exist.
+        """
+        if isinstance(request, Request):
+            return replace(request, **settings) if settings else request
+        return cls(request, **settings)
+
     @property
     def command(self) -> Command:
         return Command(self.task, self.words, self.relevance)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.repetition_penalty,
+            self.no_repeat_ngram_size,
+            self.seed,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +90,20 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """An answer, and the truth about it.
+class Trace:
+    """Token ids of a prompt and of its answer, and the seconds from submission to each step
+    of the engine: the answer's tokens, and its end where the model ended it."""
 
-    asked is what the caller wanted, commanded what the model was told.
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Generated text and its metadata.
+
+    asked is what the caller wanted, commanded what the model was given.
     finish_reason: `stop` the model ended; `length` cut at the maximum of the
     length promise; `stop_sequence`; `max_tokens`; `context` the context is full.
     in_tolerance: words against the *asked* words, None when none were asked.

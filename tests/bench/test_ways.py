@@ -58,7 +58,14 @@ def test_each_way_is_taken(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -
     ways.differing(manifest.command, spec, again, ways.plain_answers(spec, again, 1), 1)
     plain, eight, many, kept, _, guessing = taken
     assert [job.get("batch") for job in jobs] == [None, 8, 32, None, None, None]
-    assert [job.get("prefill") for job in jobs] == [None, None, None, None, 8, None]
+    assert [job["spec"]["options"].get("prefill_tokens") for job in jobs] == [
+        None,
+        None,
+        None,
+        None,
+        8,
+        None,
+    ]
     assert not any(stats["cached_tokens"] for stats in plain + guessing)
     assert all(stats["cached_tokens"] > 4 for stats in kept[1::2])
     assert sum(stats["guessed_tokens"] for stats in guessing) > 0

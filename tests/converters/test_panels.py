@@ -20,8 +20,8 @@ from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
 from edge_slm_converters.graph import write_graph
 from edge_slm_converters.panels import write_panels
 from edge_slm_converters.quantise import Precision, Quantised
-from edge_slm_runtime.bundle import ModelFacts
-from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.engines.base import EngineOptions
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.panels import LANES, STRIP, UNIT, pack_levels, pack_outputs, stored_name
 
@@ -66,16 +66,11 @@ def test_packed_levels_are_all_there(
         np.testing.assert_array_equal(lines[n // LANES, :, n % LANES], scale[:, n])
 
 
-def facts_of(source: Checkpoint) -> ModelFacts:
-    d = source.decoder
-    return ModelFacts("gpt2", d.layers, d.heads, d.width, d.vocab_size, d.positions, 0)
-
-
 def numba_logits(source: Checkpoint, precision: str | Precision, folder: Path) -> Float32:
     """Of IDS [S,V], with two threads."""
     folder.mkdir(exist_ok=True)
     write_panels(source, precision, folder)
-    engine = JitEngine(folder, facts_of(source), 2, 0, speculate=False)
+    engine = NumbaEngine(folder, source.decoder, EngineOptions(threads=2))
     step = engine.new_pass(engine.new_cache(1).array, len(IDS), len(IDS))
     result: Float32 = step.run([IDS], [0])[0].copy()
     engine.close()

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from edge_slm_runtime import load, read_manifest
-from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.engines.base import EngineOptions
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.kernels import compiled
-from edge_slm_runtime.kernels.image import flat_image
+from edge_slm_runtime.kernels.elf import flat_image
 
 from .test_process import python
 
@@ -217,8 +218,8 @@ def test_an_image_computes_what_the_object_does(
     found = []
     for entry in entries:
         facts = read_manifest(tiny_bundle).model
-        engine = JitEngine(tiny_bundle / "numba-int4", facts, 2, 0, speculate=False)
-        engine.crew._entry = entry
+        engine = NumbaEngine(tiny_bundle / "numba-int4", facts, EngineOptions(threads=2))
+        engine.team._entry = entry
         step = engine.new_pass(engine.new_cache(1).array, 50, 50)
         found.append(step.run([range(70, 120)], [0]).copy())
         engine.close()

@@ -309,7 +309,7 @@ def test_what_the_engine_cannot_compute_is_an_engine_error(
 ) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     data = json.loads((bundle / MANIFEST).read_text("utf-8"))
-    for positions in (data["model"]["positions"] * 4, 10**18):
+    for positions in (data["model"]["positions"] * 4, 1 << 16):
         data["model"]["positions"] = positions
         data["digest"] = manifest_digest(data)
         (bundle / MANIFEST).write_text(json.dumps(data), "utf-8")
@@ -330,10 +330,10 @@ def test_caches_are_kept_up_to_their_bytes_and_not_after_close(
             next(stream)
         for stream in streams[:2]:
             stream.close()
-        assert len(slm._engine._shelf._kept) == kept  # type: ignore[attr-defined]
+        assert len(slm._engine._prefixes._kept) == kept  # type: ignore[attr-defined]
         slm.close()
         streams[2].close()
-        assert slm._engine._shelf._kept == []  # type: ignore[attr-defined]
+        assert slm._engine._prefixes._kept == []  # type: ignore[attr-defined]
 
 
 def test_a_slow_reader_does_not_slow_the_model_in_the_figures(tiny_bundle: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.panels import UNIT
 
 from .test_product import GUARD, floats
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 @given(st.integers(0, 600), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_pieces_are_all_there_once(units: int, threads: int, random: Random) -> None:
     """Whichever thread comes next, and however many never come."""
-    from edge_slm_runtime.kernels.gpt2 import claimed
+    from edge_slm_runtime.kernels.forward import claimed
 
     claims = np.zeros(1, np.int64)
     found: list[int] = []
@@ -180,7 +180,7 @@ def test_attention(
     parts[:, t.ROW], parts[:, t.FIRST], parts[:, t.NEW] = rows, firsts, widths
     parts[:, t.KEPT], parts[:, t.FIRST_KEPT] = kept, (0, kept[0])
     table, job, model = (np.zeros(n, np.int64) for n in (t.TABLE, t.PASS, t.FIRST_LAYER))
-    table[t.WIDE], table[t.ATTENDED] = wide.ctypes.data, out.ctypes.data
+    table[t.PRODUCT], table[t.ATTENDED] = wide.ctypes.data, out.ctypes.data
     table[t.SCORES], table[t.JOB] = scores.ctypes.data, job.ctypes.data
     table[t.MODEL] = model.ctypes.data
     job[t.ANSWERS], job[t.CACHE_ROWS], job[t.CACHE] = 2, ROWS, cache.ctypes.data

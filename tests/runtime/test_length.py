@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_slm_runtime.answer import END_ID, Answer, Plan
 from edge_slm_runtime.command import Command, count_words
-from edge_slm_runtime.draft import END_ID, Draft, Plan
 from edge_slm_runtime.length import LengthKeeper, tolerance
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
@@ -27,16 +27,16 @@ def plan(words: int | None, budget: int = 400, stop: tuple[str, ...] = ()) -> Pl
     return Plan("x", command, command, (), (1, 2), budget, "max_tokens", words, stop, Sampling())
 
 
-def write(draft: Draft, codec: TextCodec, wishes: list[int]) -> str:
-    """Lets a model that wants `wishes` write `draft`; returns what was streamed."""
+def write(answer: Answer, codec: TextCodec, wishes: list[int]) -> str:
+    """Lets a model that wants `wishes` write `answer`; returns what was streamed."""
     shown = ""
     for wish in wishes:
         logits = np.zeros(codec.size + 5, np.float32)
         logits[codec.size - 1] = 5  # the second choice: a token with letters
         logits[wish] = 10
-        step = draft.accept(draft.choose(logits))
+        step = answer.accept(answer.choose(logits))
         shown += step.text
-        assert draft.text.startswith(shown), "nothing that was shown is taken back"
+        assert answer.text.startswith(shown), "nothing that was shown is taken back"
         if step.done:
             break
     return shown
@@ -55,15 +55,15 @@ def test_the_promise_holds_for_any_tokens(
 ) -> None:
     low, high = tolerance(words)
     wishes = data.draw(st.lists(tokens(codec), min_size=4, max_size=60))
-    draft = Draft(plan(words, budget=len(wishes)), codec, 0.0)
-    shown = write(draft, codec, wishes)
-    assert draft.finish
-    assert shown == draft.text == draft.text.strip()
-    assert draft.words <= high
-    if draft.finish != "max_tokens":
-        assert low <= draft.words
-        assert draft.finish in ("stop", "length")
-    assert not set(draft.ids) & {*range(codec.controls), *range(codec.size, codec.size + 5)}
+    answer = Answer(plan(words, budget=len(wishes)), codec, 0.0)
+    shown = write(answer, codec, wishes)
+    assert answer.finish
+    assert shown == answer.text == answer.text.strip()
+    assert answer.words <= high
+    if answer.finish != "max_tokens":
+        assert low <= answer.words
+        assert answer.finish in ("stop", "length")
+    assert not set(answer.ids) & {*range(codec.controls), *range(codec.size, codec.size + 5)}
 
 
 @given(data=st.data(), stop=st.lists(st.text(" abe,.\n", min_size=1, max_size=3), max_size=2))
@@ -73,23 +73,23 @@ def test_streamed_pieces_are_the_text(
 ) -> None:
     wishes = data.draw(st.lists(tokens(codec), min_size=1, max_size=40))
     words = data.draw(st.none() | st.integers(1, 6))
-    draft = Draft(plan(words, len(wishes), tuple(stop)), codec, 0.0)
-    assert write(draft, codec, wishes) == draft.text
-    assert not any(text in draft.text for text in stop)
-    assert words is None or draft.words <= tolerance(words)[1]
+    answer = Answer(plan(words, len(wishes), tuple(stop)), codec, 0.0)
+    assert write(answer, codec, wishes) == answer.text
+    assert not any(text in answer.text for text in stop)
+    assert words is None or answer.words <= tolerance(words)[1]
 
 
-def run(codec: TextCodec, text: str, words: int) -> Draft:
-    draft = Draft(plan(words), codec, 0.0)
-    write(draft, codec, codec.encode(text))
-    return draft
+def run(codec: TextCodec, text: str, words: int) -> Answer:
+    answer = Answer(plan(words), codec, 0.0)
+    write(answer, codec, codec.encode(text))
+    return answer
 
 
 def test_cut_prefers_a_sentence_then_a_clause(codec: TextCodec) -> None:
-    draft = run(codec, "one two three. four five, six seven eight nine", words=5)
-    assert (draft.text, draft.finish) == ("one two three.", "length")
-    draft = run(codec, "one two three, four five six seven eight nine", words=5)
-    assert draft.text == "one two three"
+    answer = run(codec, "one two three. four five, six seven eight nine", words=5)
+    assert (answer.text, answer.finish) == ("one two three.", "length")
+    answer = run(codec, "one two three, four five six seven eight nine", words=5)
+    assert answer.text == "one two three"
 
 
 def test_cut_avoids_a_dangling_word(codec: TextCodec) -> None:
@@ -125,31 +125,31 @@ def test_a_stop_sequence_behind_the_maximum(codec: TextCodec) -> None:
     tokens = [codec.bytes_of(i) for i in range(codec.size)]
     last = next(i for i, t in enumerate(tokens) if t[:1] == b" " and t[1:].isalpha() and t[3:])
     stop = tokens[last].decode()[2:]  # the sixth word begins in the token that completes it
-    draft = Draft(plan(3, stop=(stop,)), codec, 0.0)
-    shown = write(draft, codec, [*codec.encode("aa bb cc dd ee"), last])
-    assert shown == draft.text
-    assert 1 <= draft.words <= 5
+    answer = Answer(plan(3, stop=(stop,)), codec, 0.0)
+    shown = write(answer, codec, [*codec.encode("aa bb cc dd ee"), last])
+    assert shown == answer.text
+    assert 1 <= answer.words <= 5
 
 
 def test_timings_end_with_the_answer_and_leave_the_reader_out(codec: TextCodec) -> None:
-    draft = Draft(plan(None, budget=2), codec, perf_counter())
+    answer = Answer(plan(None, budget=2), codec, perf_counter())
     token = codec.size - 1
-    draft.accept(token)
-    draft.away = 100.0
-    draft.accept(token)
-    assert draft.last == draft.ended
-    assert -100 < draft.ended - draft.started < -99
+    answer.accept(token)
+    answer.away = 100.0
+    answer.accept(token)
+    assert answer.last == answer.ended
+    assert -100 < answer.ended - answer.started < -99
 
 
 def test_an_early_end_is_held_back(codec: TextCodec) -> None:
-    draft = Draft(plan(3), codec, 0.0)
-    assert not draft.may_end()
-    write(draft, codec, [END_ID])
-    assert draft.finish is None
-    assert draft.ids == [codec.size - 1]
+    answer = Answer(plan(3), codec, 0.0)
+    assert not answer.may_end()
+    write(answer, codec, [END_ID])
+    assert answer.finish is None
+    assert answer.ids == [codec.size - 1]
 
 
 def test_without_words_the_model_alone_decides(codec: TextCodec) -> None:
-    draft = Draft(plan(None), codec, 0.0)
-    write(draft, codec, [END_ID])
-    assert (draft.text, draft.finish) == ("", "stop")
+    answer = Answer(plan(None), codec, 0.0)
+    write(answer, codec, [END_ID])
+    assert (answer.text, answer.finish) == ("", "stop")

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from edge_slm_runtime import Request, load, read_manifest
-from edge_slm_runtime.bundle import ModelFacts, Variant
+from edge_slm_runtime.bundle import Variant
+from edge_slm_runtime.decoder import gpt2
 from edge_slm_runtime.errors import BadSetting, OutOfMemory
 from edge_slm_runtime.memory import memory_estimate
 
 REFERENCE = Path(__file__).parents[2] / "models/reference"
 # GPT-2 of 98M parameters: MiB measured on Linux x86-64 as in `test_measured…` below.
-FACTS = ModelFacts("gpt2", 12, 12, 768, 16384, 512, 98_032_128)
+FACTS = gpt2(layers=12, heads=12, width=768, vocab_size=16384, positions=512)
 MEASURED = {"fp32": (390_070_272, 494), "int8": (103_647_232, 233), "int4": (61_174_272, 177)}
 
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_slm_runtime import SLM, Request, load
-from edge_slm_runtime.draft import Draft
-from edge_slm_runtime.engines.kv_cache import KVCache, Shelf
+from edge_slm_runtime.answer import Answer
+from edge_slm_runtime.engines.kv_cache import KVCache, PrefixCache
 from edge_slm_runtime.engines.stepping import SteppingEngine
 from edge_slm_runtime.errors import BadSetting, EmptyRequest, EngineError
 
@@ -41,15 +41,15 @@ def pair(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[tuple[SL
 
 
 def prompt_logits(slm: SLM, prompt: list[int]) -> Any:
-    """Logits behind a prompt, through the shelf as an answer does it; and the tokens reused."""
+    """Logits after a prompt, computed as for an answer; and the tokens reused."""
     engine = slm._engine
     assert isinstance(engine, SteppingEngine)
-    cache = engine._shelf.lend(prompt)
+    cache = engine._prefixes.checkout(prompt)
     plan = slm.check(Request("a cat"))
-    draft = Draft(replace(plan, prompt=tuple(prompt)), slm._codec, perf_counter())
-    logits = engine._prefill(cache, 0, draft).copy()
-    engine._shelf.take_back(cache, len(prompt))
-    return logits, draft.cached
+    answer = Answer(replace(plan, prompt=tuple(prompt)), slm._codec, perf_counter())
+    logits = engine._prefill(cache, 0, answer).copy()
+    engine._prefixes.checkin(cache, len(prompt))
+    return logits, answer.cached
 
 
 def most_known(prompt: int) -> int:
@@ -125,7 +125,7 @@ def test_a_long_prompt_is_computed_in_parts(
     prompt = np.random.default_rng(1).integers(60, 400, 100).tolist()
     whole, _ = prompt_logits(fresh, prompt)
     for most in (7, 33, 99):
-        monkeypatch.setattr("edge_slm_runtime.engines.stepping.SteppingEngine.prefill_tokens", most)
+        monkeypatch.setattr(fresh._engine, "prefill_tokens", most)
         parts, _ = prompt_logits(fresh, prompt)
         assert np.array_equal(parts, whole)
 
@@ -170,70 +170,70 @@ def test_size_of_the_prefix_cache_is_checked(tiny_bundle: Path, size: Any) -> No
 # -- what is kept ---------------------------------------------------------------
 
 
-def used(shelf: Shelf, prompt: list[int], positions: int = 0) -> int:
+def used(prefix_cache: PrefixCache, prompt: list[int], positions: int = 0) -> int:
     """An answer to `prompt`; how many of its tokens were known."""
-    cache = shelf.lend(prompt)
+    cache = prefix_cache.checkout(prompt)
     known = cache.begin(0, prompt)
     cache.prompts[0] = tuple(prompt)
-    shelf.take_back(cache, positions or len(prompt))
+    prefix_cache.checkin(cache, positions or len(prompt))
     return known
 
 
 def test_the_longest_unused_goes_first() -> None:
-    shelf = Shelf(SHAPE, 3 * 8 * POSITION, KIND)  # three prompts of 8
+    prefix_cache = PrefixCache(SHAPE, 3 * 8 * POSITION, KIND)  # three prompts of 8
     a, b, c, d = ([token] * 8 for token in range(4))
     for prompt in (a, b, c, a, d):  # d takes the place of b
-        used(shelf, prompt)
-    assert [used(shelf, p) for p in (a, c, d)] == [6, 6, 6]
-    assert used(shelf, b) == 0
-    assert shelf.bytes <= 3 * 8 * POSITION
+        used(prefix_cache, prompt)
+    assert [used(prefix_cache, p) for p in (a, c, d)] == [6, 6, 6]
+    assert used(prefix_cache, b) == 0
+    assert prefix_cache.bytes <= 3 * 8 * POSITION
 
 
 def test_a_common_beginning_is_copied_while_there_is_room() -> None:
-    shelf = Shelf(SHAPE, 1 << 30, KIND)
+    prefix_cache = PrefixCache(SHAPE, 1 << 30, KIND)
     a, b = [1] * 5 + [2] * 9, [1] * 5 + [3] * 9
-    assert [used(shelf, p) for p in (a, b, a, b)] == [0, 4, 12, 12]
+    assert [used(prefix_cache, p) for p in (a, b, a, b)] == [0, 4, 12, 12]
 
 
 def test_three_tokens_in_common_are_not_worth_it() -> None:
-    shelf = Shelf(SHAPE, 1 << 30, KIND)
-    assert [used(shelf, p) for p in ([1, 1, 1, 2, 2], [1, 1, 1, 3, 3])] == [0, 0]
+    prefix_cache = PrefixCache(SHAPE, 1 << 30, KIND)
+    assert [used(prefix_cache, p) for p in ([1, 1, 1, 2, 2], [1, 1, 1, 3, 3])] == [0, 0]
 
 
 def test_the_last_one_is_kept_however_long() -> None:
-    shelf = Shelf(SHAPE, 8, KIND)
-    assert [used(shelf, [1] * 12) for _ in range(2)] == [0, 10]
-    assert used(shelf, [2] * 12) == 0
-    assert shelf.bytes == 12 * POSITION
+    prefix_cache = PrefixCache(SHAPE, 8, KIND)
+    assert [used(prefix_cache, [1] * 12) for _ in range(2)] == [0, 10]
+    assert used(prefix_cache, [2] * 12) == 0
+    assert prefix_cache.bytes == 12 * POSITION
 
 
 def test_what_a_longer_answer_wrote_counts() -> None:
-    shelf = Shelf(SHAPE, 1 << 30, KIND)
-    used(shelf, [1] * 4, positions=16)
-    used(shelf, [1] * 4)
-    assert shelf.bytes == 16 * POSITION
+    prefix_cache = PrefixCache(SHAPE, 1 << 30, KIND)
+    used(prefix_cache, [1] * 4, positions=16)
+    used(prefix_cache, [1] * 4)
+    assert prefix_cache.bytes == 16 * POSITION
 
 
 def test_half_precision_takes_half_the_bytes() -> None:
-    shelf = Shelf(SHAPE, 1 << 30, np.float16)
-    used(shelf, [1] * 12)
-    assert shelf.bytes == 6 * POSITION
-    assert used(shelf, [1] * 12) == 10
+    prefix_cache = PrefixCache(SHAPE, 1 << 30, np.float16)
+    used(prefix_cache, [1] * 12)
+    assert prefix_cache.bytes == 6 * POSITION
+    assert used(prefix_cache, [1] * 12) == 10
 
 
 def test_copying_from_a_cache_is_a_use_of_it() -> None:
-    shelf = Shelf(SHAPE, 28 * POSITION, KIND)
+    prefix_cache = PrefixCache(SHAPE, 28 * POSITION, KIND)
     a, b = [1] * 9, [2] * 9
     for prompt in (a, b, [1] * 4 + [3] * 4):  # the beginning of a is copied, so b goes
-        used(shelf, prompt)
-    used(shelf, [4] * 9)
-    assert [cache.prompts[0][0] for cache in shelf._kept].count(2) == 0
+        used(prefix_cache, prompt)
+    used(prefix_cache, [4] * 9)
+    assert [cache.prompts[0][0] for cache in prefix_cache._kept].count(2) == 0
 
 
 def test_nothing_is_kept_without_a_limit() -> None:
-    shelf = Shelf(SHAPE, 0, KIND)
-    assert [used(shelf, [1] * 12) for _ in range(2)] == [0, 0]
-    assert shelf.bytes == 0
+    prefix_cache = PrefixCache(SHAPE, 0, KIND)
+    assert [used(prefix_cache, [1] * 12) for _ in range(2)] == [0, 0]
+    assert prefix_cache.bytes == 0
 
 
 @settings(deadline=None)
@@ -243,16 +243,16 @@ def test_nothing_is_kept_without_a_limit() -> None:
 )
 def test_what_is_known_is_true_and_bounded(limit: int, prompts: list[list[int]]) -> None:
     """Each position holds its token as if that were its key."""
-    shelf = Shelf(SHAPE, limit, KIND)
+    prefix_cache = PrefixCache(SHAPE, limit, KIND)
     for prompt in prompts:
-        cache = shelf.lend(prompt)
+        cache = prefix_cache.checkout(prompt)
         known = cache.begin(0, prompt)
         assert known <= len(prompt) - 2
         assert cache.array[0, 0, 0, :known, 0].tolist() == prompt[:known]
         cache.array[0, 0, 0, : len(prompt), 0] = prompt
         cache.prompts[0] = tuple(prompt)
-        shelf.take_back(cache, len(prompt))
-        assert shelf.bytes <= max(limit, POSITION * cache.written)
+        prefix_cache.checkin(cache, len(prompt))
+        assert prefix_cache.bytes <= max(limit, POSITION * cache.written)
         assert cache.written >= len(prompt)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.compiled import has_vnni
 from edge_slm_runtime.panels import ALIGNMENT, LANES, UNIT, pack_levels, pack_outputs
 

@@ -71,7 +71,7 @@ def test_batches_and_remembered_prompts(
 def test_prompts_in_parts(slms: dict[str, SLM], asked: list[Request], most: int) -> None:
     alone = told(slms["plain"].generate_batch(asked, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edge_slm_runtime.engines.stepping.SteppingEngine.prefill_tokens", most)
+        patch.setattr(slms["plain"]._engine, "prefill_tokens", most)
         assert told(slms["plain"].generate_batch(asked, 1)) == alone
 
 

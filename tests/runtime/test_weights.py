@@ -14,17 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_slm_runtime import read_manifest
-from edge_slm_runtime.bundle import ModelFacts
-from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.engines.base import EngineOptions
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.engines.weights import Weights
 from edge_slm_runtime.errors import EngineError, ManifestInvalid
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 
 Header = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def facts(tiny_bundle: Path) -> ModelFacts:
+def facts(tiny_bundle: Path) -> Decoder:
     return read_manifest(tiny_bundle).model
 
 
@@ -67,7 +68,7 @@ def all_in_place(weights: Weights) -> bool:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_what_was_written_is_read(
-    tiny_bundle: Path, facts: ModelFacts, contents: dict[str, Any], precision: str
+    tiny_bundle: Path, facts: Decoder, contents: dict[str, Any], precision: str
 ) -> None:
     header, data = contents[precision]
     weights = Weights(tiny_bundle / f"numba-{precision}/model.safetensors", facts)
@@ -79,7 +80,7 @@ def test_what_was_written_is_read(
         assert tensor.tobytes() == data[start : start + tensor.nbytes]
 
 
-def test_a_file_that_is_none(file: Path, facts: ModelFacts) -> None:
+def test_a_file_that_is_none(file: Path, facts: Decoder) -> None:
     for raw in (b"", b"\0" * 7, b"\0" * 8, b"\xff" * 8, b"\x01" + b"\0" * 7, b"\xff" * 5000):
         file.write_bytes(raw)
         with pytest.raises(EngineError, match="numba-int8 cannot be read"):
@@ -90,7 +91,7 @@ def test_a_file_that_is_none(file: Path, facts: ModelFacts) -> None:
 
 
 def test_data_that_are_not_on_a_boundary(
-    file: Path, facts: ModelFacts, contents: dict[str, Any]
+    file: Path, facts: Decoder, contents: dict[str, Any]
 ) -> None:
     header, data = contents["int8"]
     text = json.dumps(header).encode()
@@ -100,7 +101,7 @@ def test_data_that_are_not_on_a_boundary(
         Weights(file, facts)
 
 
-def test_a_header_that_is_too_long(file: Path, facts: ModelFacts, contents: dict[str, Any]) -> None:
+def test_a_header_that_is_too_long(file: Path, facts: Decoder, contents: dict[str, Any]) -> None:
     header, data = contents["int8"]
     write(file, json.dumps(header).encode() + b" " * (17 << 20), data)
     with pytest.raises(EngineError, match="a header of"):
@@ -109,7 +110,7 @@ def test_a_header_that_is_too_long(file: Path, facts: ModelFacts, contents: dict
 
 @pytest.mark.parametrize("cut", [1, 63, 64, 5000, 10**9])
 def test_a_file_that_is_cut_short(
-    file: Path, facts: ModelFacts, contents: dict[str, Any], cut: int
+    file: Path, facts: Decoder, contents: dict[str, Any], cut: int
 ) -> None:
     header, data = contents["int8"]
     write(file, header, data[: max(0, len(data) - cut)])
@@ -127,7 +128,7 @@ def test_a_file_that_is_cut_short(
     ],
     ids=lambda text: str(text[:24]),
 )
-def test_a_header_that_is_none(file: Path, facts: ModelFacts, text: bytes) -> None:
+def test_a_header_that_is_none(file: Path, facts: Decoder, text: bytes) -> None:
     write(file, text, b"\0" * 64)
     with pytest.raises(EngineError, match="cannot be read"):
         Weights(file, facts)
@@ -142,7 +143,7 @@ def test_a_header_that_is_none(file: Path, facts: ModelFacts, text: bytes) -> No
     ids=str,
 )
 def test_settings_that_are_none(
-    file: Path, facts: ModelFacts, contents: dict[str, Any], change: dict[str, Any]
+    file: Path, facts: Decoder, contents: dict[str, Any], change: dict[str, Any]
 ) -> None:
     header, data = copy.deepcopy(contents["int8"])
     header["__metadata__"].update(change)
@@ -160,7 +161,7 @@ WRONG: tuple[Any, ...] = (None, 7, "x", [], {}, -1, True, 1.5, 2**70, [1, [2]], 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tensor_that_is_not_what_it_must_be(
-    file: Path, facts: ModelFacts, contents: dict[str, Any], name: str
+    file: Path, facts: Decoder, contents: dict[str, Any], name: str
 ) -> None:
     original, data = contents["int8"]
     start, end = original[name]["data_offsets"]
@@ -204,7 +205,7 @@ def test_a_tensor_that_is_not_what_it_must_be(
         Weights(file, facts)
 
 
-def test_levels_of_another_shape(file: Path, facts: ModelFacts, contents: dict[str, Any]) -> None:
+def test_levels_of_another_shape(file: Path, facts: Decoder, contents: dict[str, Any]) -> None:
     """As many bytes, taken otherwise: other blocks, panels, bits."""
     header, data = contents["int8"]
     name = "h.0.mlp.c_fc.levels"  # 16 panels, one block of 64
@@ -228,7 +229,7 @@ NAMED = ("layers", "heads", "width", "vocab_size", "positions")
 
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.fixed_dictionaries(dict.fromkeys(NAMED, SIZES)))
-def test_any_facts(tiny_bundle: Path, facts: ModelFacts, sizes: dict[str, int]) -> None:
+def test_any_facts(tiny_bundle: Path, facts: Decoder, sizes: dict[str, int]) -> None:
     path = tiny_bundle / "numba-int8/model.safetensors"
     for name, size in sizes.items():
         for told in (replace(facts, **{name: size}), replace(facts, **sizes)):
@@ -248,7 +249,7 @@ def test_any_facts(tiny_bundle: Path, facts: ModelFacts, sizes: dict[str, int]) 
 )
 def test_a_header_with_any_bytes_changed(
     tmp_path_factory: pytest.TempPathFactory,
-    facts: ModelFacts,
+    facts: Decoder,
     contents: dict[str, Any],
     precision: str,
     changes: list[tuple[int, int]],
@@ -269,7 +270,7 @@ def test_a_header_with_any_bytes_changed(
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_any_numbers_are_computed_with(
-    file: Path, facts: ModelFacts, contents: dict[str, Any], precision: str
+    file: Path, facts: Decoder, contents: dict[str, Any], precision: str
 ) -> None:
     """Of no use, but no crash: infinite, not a number, the largest."""
     header, data = contents[precision]
@@ -281,7 +282,7 @@ def test_any_numbers_are_computed_with(
                 count = (part.stop - part.start) // 4
                 changed[part] = np.full(count, value, np.float32).tobytes()
         write(file, header, bytes(changed))
-        engine = JitEngine(file.parent, facts, 2, 0, speculate=False)
+        engine = NumbaEngine(file.parent, facts, EngineOptions(threads=2))
         step = engine.new_pass(engine.new_cache(1).array, 9, 9)
         step.run([range(70, 79)], [0])
         engine.close()

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
-
-import numpy as np
 
 from edge_slm_bench.runners.base import Float32, Prompt, Run, Spec
 from edge_slm_runtime import SLM, Request, load
@@ -55,26 +52,16 @@ class EdgeSlmRunner:
         self.slm = slm
 
     def single(self, prompt: Prompt, new_tokens: int) -> Run:
-        start = perf_counter()
-        draft = self.slm._draft(self._request(prompt, new_tokens))
-        seconds = [perf_counter() - start for _ in self.slm._engine.decode([draft], 1)]
-        self._check(draft.plan.prompt, prompt)
-        return Run(tuple(draft.ids), tuple(seconds))
+        trace = self.slm.trace(self._request(prompt, new_tokens))
+        self._check(trace.prompt, prompt)
+        return Run(trace.ids, trace.seconds)
 
     def batch(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
         requests = [self._request(prompt, new_tokens) for prompt in prompts]
         return [g.token_ids for g in self.slm.generate_batch(requests, len(requests))]
 
     def logits(self, ids: Sequence[int]) -> Float32:
-        """Prediction by prediction, by the very steps that decode."""
-        from edge_slm_runtime.engines.stepping import SteppingEngine
-
-        engine = self.slm._engine
-        if isinstance(engine, SteppingEngine):
-            return np.stack([row.copy() for row in engine.logits(ids)])
-        generator = engine._native.get()  # type: ignore[attr-defined]  # CTranslate2's own
-        found: Float32 = np.asarray(generator.forward_batch([list(ids)]), np.float32)[0]
-        return found
+        return self.slm.logits(ids)
 
     def close(self) -> None:
         self.slm.close()

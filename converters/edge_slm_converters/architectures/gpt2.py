@@ -18,7 +18,8 @@ from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.panels import stored_name
 
 PREFIX = "transformer."
-BUFFERS: tuple[str, ...] = (".attn.bias", ".attn.masked_bias")  # the causal mask, in old checkpoints
+# The causal mask, in old checkpoints.
+BUFFERS: tuple[str, ...] = (".attn.bias", ".attn.masked_bias")
 
 
 def decoder(config: Config) -> Decoder:

@@ -92,7 +92,7 @@ def evaluate(
         "model": {
             "name": slm.manifest.name,
             "variant": slm.variant.name,
-            "parameters": slm.manifest.model.parameters,
+            "parameters": slm.manifest.parameters,
             "recipe": _recipe(slm).get("digest"),
             "levels": slm.schema.levels,
         },

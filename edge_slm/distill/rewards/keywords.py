@@ -27,7 +27,7 @@ _ASKING = frozenset("creat featur generat includ mak pleas us use".split())  # s
 _IRREGULAR = {
     "men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot",
     "teeth": "tooth", "mice": "mouse", "geese": "goose", "wolves": "wolf", "leaves": "leaf",
-    "knives": "knife", "shelves": "shelf", "ran": "run", "sat": "sit", "stood": "stand",
+    "knives": "knife", "shelves": "prefix_cache", "ran": "run", "sat": "sit", "stood": "stand",
     "flew": "fly", "held": "hold", "wore": "wear", "worn": "wear", "rode": "ride",
 }  # fmt: skip
 

@@ -1,35 +1,121 @@
-"""What an engine is to the generator: a source of tokens for drafts."""
+"""What an engine is to the generator: a source of tokens for answers, and facts about itself."""
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib
+import importlib.util
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 from weakref import WeakSet
 
-from edge_slm_runtime.draft import Draft, Step
+import numpy as np
+
+from edge_slm_runtime.answer import Answer, Step
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import EngineError, UsedAfterFork
-from edge_slm_runtime.sampling import Sampling
+from edge_slm_runtime.sampling import Logits, Sampling
+
+PREFILL = 256  # positions of a prompt that are computed at once, to bound the memory they take
 
 
-class Engine(Protocol):
-    """A loaded model. `name` is the package, `threads` what it computes with."""
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a variant is opened.
 
-    name: str
+    cache_bytes: of keys and values kept for prompts that begin alike, 0 keeps none.
+    speculate: guess tokens and check several at once. prefill_tokens: of a prompt, computed at
+    once. An engine ignores what it cannot do.
+    """
+
+    precision: str = "int8"
+    threads: int = 1
+    cache_bytes: int = 0
+    speculate: bool = False
+    prefill_tokens: int = PREFILL
+
+
+class Engine(ABC):
+    """A loaded model, and what callers have to know about engines of its class.
+
+    name: in manifests, and the package that it needs. install: the command that installs it.
+    main_file: what it opens in a variant's folder. seeds: a request's seed is honoured.
+    batches: several answers are computed together. prefix_cache: prompts that begin alike are
+    computed once. guesses: `EngineOptions.speculate` is honoured. cache_dtype: of keys and
+    values. process_mb: MiB of a process with the engine and no model in it; resident: by
+    precision, bytes of memory per byte of weights once the engine has packed them (both
+    fitted on Linux x86-64 with CPython 3.11, onnxruntime 1.31 and ctranslate2 4.8 to models
+    of 11M and 98M parameters). loads_table_twice: the embedding is in memory twice during
+    loading.
+    """
+
+    name: ClassVar[str]
+    install: ClassVar[str]
+    main_file: ClassVar[str]
+    seeds: ClassVar[bool] = True
+    batches: ClassVar[bool] = True
+    prefix_cache: ClassVar[bool] = True
+    guesses: ClassVar[bool] = False
+    cache_dtype: ClassVar[Any] = np.float32
+    process_mb: ClassVar[float]
+    resident: ClassVar[Mapping[str, float]]
+    loads_table_twice: ClassVar[bool] = True
+
     threads: int
 
-    def check(self, sampling: Sampling) -> None:
+    @abstractmethod
+    def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
+        """Loads the variant in `folder`.
+
+        Raises EngineError when the engine refuses it, ManifestInvalid when it is not the model
+        of `decoder`, ImportError when the engine's package is not there.
+        """
+
+    @classmethod
+    def installed(cls) -> bool:
+        return importlib.util.find_spec(cls.name) is not None
+
+    @classmethod
+    def fast_here(cls) -> bool:
+        """Whether this processor has the instructions that make the engine fast."""
+        return True
+
+    @classmethod
+    def preload(cls, decoder: Decoder) -> None:
+        """Imports what opening needs, so that it can happen beside other work.
+
+        Raises ImportError.
+        """
+        importlib.import_module(cls.name)
+
+    @classmethod
+    def work_floats(cls, decoder: Decoder, rows: int, prefill: int, tokens: int) -> int:
+        """float32 values of activations while a prompt is computed, `prefill` positions at once
+        of `tokens` in all: a part of the feed-forward layer's, and attention scores."""
+        return prefill * 24 * decoder.width + decoder.heads * prefill * tokens
+
+    def check(self, sampling: Sampling) -> None:  # noqa: B027 - most engines can honour all
         """Raises NotSupportedByEngine when a setting cannot be honoured."""
 
-    def decode(self, drafts: Iterable[Draft], batch_size: int) -> Iterator[Step]:
-        """Writes every draft to its end; one Step per token, drafts interleaved.
+    @abstractmethod
+    def decode(self, answers: Iterable[Answer], batch_size: int) -> Iterator[Step]:
+        """Writes every answer to its end; one Step per token, answers interleaved.
 
-        Drafts are drawn as places get free, at most `batch_size` at a time.
+        Answers are drawn as places get free, at most `batch_size` at a time.
         Raises UsedAfterFork, EngineError.
         """
 
+    @abstractmethod
+    def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """The prediction [V] after each of `ids`, token by token as decoding computes it. The
+        array may be reused. Raises as `decode`."""
+
+    @abstractmethod
     def close(self) -> None:
         """Frees the model; the engine cannot be used afterwards."""
 

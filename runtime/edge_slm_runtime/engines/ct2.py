@@ -16,51 +16,56 @@ seeded once per thread), so sampling with a seed is refused. What falls back:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, ClassVar
 
-from edge_slm_runtime.bundle import ModelFacts
-from edge_slm_runtime.draft import END_ID, Draft, Step
-from edge_slm_runtime.engines.base import Native, first_line
+import numpy as np
+
+from edge_slm_runtime.answer import END_ID, Answer, Step
+from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.engines.base import Engine, EngineOptions, Native, first_line
 from edge_slm_runtime.errors import EngineError, ManifestInvalid, NotSupportedByEngine
-from edge_slm_runtime.sampling import Sampling
+from edge_slm_runtime.sampling import Logits, Sampling
 
 _COMPUTE_TYPE = {"int8": "int8", "fp32": "float32"}
 _POLL = 0.05  # seconds between looks for a native error while no token comes
 
 
-class CTranslate2Engine:
+class CTranslate2Engine(Engine):
     """Honours constraints and settings, but not the seed."""
 
     name = "ctranslate2"
+    install = "pip install 'edge-slm[ctranslate2]'"
+    main_file = "model.bin"
+    seeds = batches = prefix_cache = False
+    process_mb = 70.0
+    resident: ClassVar = {"fp32": 1.0, "int8": 1.0}
 
-    def __init__(self, folder: Path, facts: ModelFacts, precision: str, threads: int) -> None:
-        """Raises EngineError when ctranslate2 refuses the model, ManifestInvalid when
-        its vocabulary is not that of `facts`."""
+    def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
         import ctranslate2
 
         try:
             generator = ctranslate2.Generator(
                 str(folder),
                 device="cpu",
-                compute_type=_COMPUTE_TYPE[precision],
+                compute_type=_COMPUTE_TYPE[options.precision],
                 inter_threads=1,
-                intra_threads=threads,
+                intra_threads=options.threads,
             )
             self._tokens: list[str] = json.loads((folder / "vocabulary.json").read_text("utf-8"))
         except Exception as error:  # ctranslate2 raises bare RuntimeError
             raise EngineError(
                 f"ctranslate2 cannot load {folder.name}: {first_line(error)}"
             ) from None
-        if not isinstance(self._tokens, list) or len(self._tokens) != facts.vocab_size:
+        if not isinstance(self._tokens, list) or len(self._tokens) != decoder.vocab_size:
             raise ManifestInvalid(f"{folder.name}/vocabulary.json has not the model's tokens")
         if len(set(map(str, self._tokens))) != len(self._tokens):
             # It looks tokens up by name and would silently take another id.
             raise EngineError(f"{folder.name}/vocabulary.json names a token twice")
-        self.threads = threads
+        self.threads = options.threads
         self._native = Native(generator)
 
     def check(self, sampling: Sampling) -> None:
@@ -71,21 +76,28 @@ class CTranslate2Engine:
                 "leave the seed out, use temperature 0, or load engine onnxruntime",
             )
 
-    def decode(self, drafts: Iterable[Draft], batch_size: int) -> Iterator[Step]:
-        for draft in drafts:
-            while not draft.finish:
-                yield from self._run(draft)
+    def decode(self, answers: Iterable[Answer], batch_size: int) -> Iterator[Step]:
+        for answer in answers:
+            while not answer.finish:
+                yield from self._run(answer)
+
+    def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
+        try:
+            every = self._native.get().forward_batch([list(ids)])
+        except RuntimeError as error:
+            raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+        yield from np.asarray(every, np.float32)[0]
 
     def close(self) -> None:
         self._native.close()
 
-    def _run(self, draft: Draft) -> Iterator[Step]:
-        """One native run: until the draft is finished or wants to end too early."""
+    def _run(self, answer: Answer) -> Iterator[Step]:
+        """One native run: until the answer is finished or wants to end too early."""
         steps: SimpleQueue[Step | None] = SimpleQueue()
-        fed = [*draft.plan.prompt, *draft.ids]
+        fed = [*answer.plan.prompt, *answer.ids]
         # Only tokens inside its own result get its repetition penalty; so the
         # prompt is put there when it matters (then it is read token by token).
-        replayed = len(fed) - 1 if draft.plan.sampling.repetition_penalty != 1 else 0
+        replayed = len(fed) - 1 if answer.plan.sampling.repetition_penalty != 1 else 0
         abandoned = False
 
         def on_token(result: Any) -> bool:
@@ -93,10 +105,10 @@ class CTranslate2Engine:
                 return True
             if result.step < replayed:
                 return False
-            if result.token_id == END_ID and not draft.may_end():
+            if result.token_id == END_ID and not answer.may_end():
                 steps.put(None)
                 return True
-            step = draft.accept(result.token_id)
+            step = answer.accept(result.token_id)
             steps.put(step)
             return step.done
 
@@ -106,11 +118,11 @@ class CTranslate2Engine:
                 [[self._tokens[i] for i in fed]],
                 asynchronous=True,
                 callback=on_token,
-                max_length=replayed + draft.plan.budget - len(draft.ids),
-                min_length=replayed + 1 if not draft.may_end() else 0,
+                max_length=replayed + answer.plan.budget - len(answer.ids),
+                min_length=replayed + 1 if not answer.may_end() else 0,
                 include_prompt_in_result=replayed > 0,
-                suppress_sequences=[[self._tokens[i]] for i in draft.banned(len(self._tokens))],
-                **_sampling_options(draft.plan.sampling, len(self._tokens)),
+                suppress_sequences=[[self._tokens[i]] for i in answer.banned(len(self._tokens))],
+                **_sampling_options(answer.plan.sampling, len(self._tokens)),
             )
         except Exception as error:
             raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error

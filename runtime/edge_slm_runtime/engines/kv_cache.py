@@ -55,7 +55,7 @@ class KVCache:
         self.prompts[row] = source.prompts[source_row][:positions]
 
 
-class Shelf:
+class PrefixCache:
     """Caches of single answers between their uses. May be used from several threads.
 
     When what was written in them takes more than `limit` bytes, those that were not used
@@ -79,7 +79,7 @@ class Shelf:
         pages = -(-positions * size * self._dtype.itemsize // mmap.PAGESIZE)
         return int(layers * rows * heads * pages * mmap.PAGESIZE)
 
-    def lend(self, prompt: Sequence[int]) -> KVCache:
+    def checkout(self, prompt: Sequence[int]) -> KVCache:
         """A cache for an answer to `prompt`; `begin` tells what it knows of it.
 
         Raises EngineError when there is no memory for another one.
@@ -98,7 +98,7 @@ class Shelf:
             fresh.copy(0, best, 0, known)
             return fresh
 
-    def take_back(self, cache: KVCache, positions: int) -> None:
+    def checkin(self, cache: KVCache, positions: int) -> None:
         """Keeps a cache in which an answer has come to `positions`."""
         with self._lock:
             cache.written = max(cache.written, positions)

@@ -1,22 +1,22 @@
 """ONNX Runtime: a graph of its fused operators, bound to our KV cache.
 
 Each layer's slice of the cache is bound as both past and present, so GroupQueryAttention
-appends in place. fp32 and int8 give a row the same numbers in whatever company; 4-bit
-kernels round a lone row otherwise. Attention rounds a lone query otherwise than several,
-so nothing is guessed: guesses must not change an answer.
+appends in place. fp32 and int8 give a row the same numbers alone and in a batch; 4-bit
+kernels round a lone row differently. Attention rounds a lone query differently from
+several, so nothing is guessed: guesses must not change an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_slm_runtime.bundle import MAIN_FILE, ModelFacts
-from edge_slm_runtime.engines.base import Native, first_line
+from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.engines.base import EngineOptions, Native, first_line
 from edge_slm_runtime.engines.kv_cache import Array
 from edge_slm_runtime.engines.stepping import SteppingEngine
 from edge_slm_runtime.errors import EngineError, ManifestInvalid
@@ -25,40 +25,41 @@ from edge_slm_runtime.sampling import Logits
 
 class OnnxEngine(SteppingEngine):
     name = "onnxruntime"
+    install = "pip install edge-slm"
+    main_file = "model.onnx"
+    process_mb = 67.0
+    # A block's scale is in memory three times: in the file, packed, and times its weights' sum.
+    resident: ClassVar = {"fp32": 1.0, "int8": 1.12, "int4": 1.18}
 
-    def __init__(self, folder: Path, facts: ModelFacts, threads: int, kept_bytes: int) -> None:
-        """kept_bytes: see `SteppingEngine`.
-
-        Raises EngineError when onnxruntime refuses the graph, ManifestInvalid when it
-        is not the model of `facts`."""
+    def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
         import onnxruntime as ort
 
         if hasattr(ort, "disable_telemetry_events"):
             ort.disable_telemetry_events()  # the app may have imported it before us
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        file = folder / MAIN_FILE[self.name]
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = options.threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 3
+        file = folder / self.main_file
         try:
-            session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
             inputs = {item.name: item for item in session.get_inputs()}
             layers = sum(name.endswith(".key") for name in inputs)
-            _, heads, _, head_size = inputs["past_key_values.0.key"].shape
+            _, heads, _, head_width = inputs["past_key_values.0.key"].shape
             outputs = {item.name: item for item in session.get_outputs()}
             vocab_size = int(outputs["logits"].shape[-1])
         except Exception as error:  # onnxruntime has one exception class per status code
             raise EngineError(
                 f"onnxruntime cannot load {folder.name}: {first_line(error)}"
             ) from None
-        found = (layers, int(heads), int(heads) * int(head_size), vocab_size)
-        told = (facts.layers, facts.heads, facts.width, facts.vocab_size)
-        if found != told:
+        found = (layers, int(heads), int(head_width), vocab_size)
+        expected = (decoder.layers, decoder.kv_heads, decoder.head_width, decoder.vocab_size)
+        if found != expected:
             raise ManifestInvalid(
-                f"{folder.name} has layers, heads, width, vocabulary {found}, "
-                f"the manifest says {told}"
+                f"{folder.name} has layers, key-value heads, their width, vocabulary {found}, "
+                f"the manifest says {expected}"
             )
-        super().__init__(Native(session), facts, threads, kept_bytes)
+        super().__init__(Native(session), decoder, options)
 
     def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
         """The graph has logits behind the last new token alone."""
@@ -74,14 +75,14 @@ class _Pass:
         self._positions = np.zeros((rows, width), np.int64)
         self._seqlens_k = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
-        self.logits = np.zeros((rows, 1, engine.vocab_size), np.float32)
+        self.logits = np.zeros((rows, 1, engine.decoder.vocab_size), np.float32)
         self._cache = cache  # kept alive: the binding holds bare addresses
         self._bind("input", "input_ids", self._ids)
         self._bind("input", "position_ids", self._positions)
         self._bind("input", "seqlens_k", self._seqlens_k)
         self._bind("input", "total_sequence_length", self._total)
         self._bind("output", "logits", self.logits)
-        for i in range(engine.layers):
+        for i in range(engine.decoder.layers):
             for part, half in zip(("key", "value"), cache[2 * i : 2 * i + 2], strict=True):
                 self._bind("input", f"past_key_values.{i}.{part}", half)
                 self._bind("output", f"present.{i}.{part}", half)

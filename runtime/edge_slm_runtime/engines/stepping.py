@@ -6,26 +6,23 @@ decode together, and none sees another. Of a prompt that begins like an earlier 
 rest is computed (`kv_cache`).
 
 Speculative decoding works on one answer at a time: guessed tokens (`ngrams`) are computed
-together with the last one, and kept as long as they are what `Draft.choose` chooses from the
+together with the last one, and kept as long as they are what `Answer.choose` chooses from the
 logits before them. Every token is chosen from its own logits, in order and with its own
 random number, so no guess changes an answer, be it greedy or sampled.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-
-from edge_slm_runtime.bundle import ModelFacts
-from edge_slm_runtime.draft import Draft, Step
-from edge_slm_runtime.engines.base import Native
-from edge_slm_runtime.engines.kv_cache import ALIGN, Array, KVCache, Shelf
-from edge_slm_runtime.memory import PREFILL
+from edge_slm_runtime.answer import Answer, Step
+from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.engines.base import Engine, EngineOptions, Native
+from edge_slm_runtime.engines.kv_cache import ALIGN, Array, KVCache, PrefixCache
 from edge_slm_runtime.ngrams import ORDER, NGrams
 from edge_slm_runtime.sampling import Logits, Sampling
 
@@ -46,63 +43,53 @@ class Pass(Protocol):
         Raises UsedAfterFork, EngineError."""
 
 
-class SteppingEngine(ABC):
+class SteppingEngine(Engine):
     """Honours everything: seeds, constraints, batching."""
 
-    name: str
-    cache_dtype: Any = np.float32
-    prefill_tokens = PREFILL  # of a prompt, computed at once
-
-    def __init__(
-        self,
-        native: Native,
-        facts: ModelFacts,
-        threads: int,
-        kept_bytes: int,
-        speculates: bool = False,
-    ) -> None:
-        """native: what is closed at the end. kept_bytes: of KV caches, for prompts that begin
-        alike; 0 keeps none. speculates: guess tokens; only for kernels that give a token the
-        same numbers however many are computed with it."""
-        self.native, self.threads, self.speculates = native, threads, speculates
-        self.layers, self.vocab_size = facts.layers, facts.vocab_size
-        size = facts.width // facts.heads
-        self.row_shape = (facts.heads, facts.positions, size)
-        self._shelf = Shelf((2 * self.layers, 1, *self.row_shape), kept_bytes, self.cache_dtype)
-        self._ngrams = NGrams() if speculates else None
+    def __init__(self, native: Native, decoder: Decoder, options: EngineOptions) -> None:
+        """native: what is closed at the end. Tokens are guessed only by classes whose kernels
+        give a token the same numbers however many are computed with it (`guesses`)."""
+        self.native, self.decoder, self.threads = native, decoder, options.threads
+        self.prefill_tokens = options.prefill_tokens
+        self.speculates = options.speculate and self.guesses
+        shape = decoder.cache_shape(1)
+        self._prefixes = PrefixCache(shape, options.cache_bytes, self.cache_dtype)
+        self._ngrams = NGrams() if self.speculates else None
 
     @abstractmethod
     def new_pass(self, cache: Array, width: int, kept: int) -> Pass:
-        """For the rows of `cache` [2 · layers, rows, heads, positions, head size], `width` new
-        tokens in each, and the logits behind the last `kept`."""
+        """For the rows of `cache` (`Decoder.cache_shape`), `width` new tokens in
+        each, and the logits after the last `kept`."""
 
     def check(self, sampling: Sampling) -> None:
         self.native.get()
 
-    def decode(self, drafts: Iterable[Draft], batch_size: int) -> Iterator[Step]:
+    def decode(self, answers: Iterable[Answer], batch_size: int) -> Iterator[Step]:
         if batch_size > 1 and not self.speculates:
-            yield from self._decode(iter(drafts), self.new_cache(batch_size))
+            yield from self._decode(iter(answers), self.new_cache(batch_size))
             return
-        for draft in drafts:
-            self.native.get()  # a forked child must not wait for the shelf
-            cache = self._shelf.lend(draft.plan.prompt)
+        for answer in answers:
+            self.native.get()  # a forked child must not wait for the prefix_cache
+            cache = self._prefixes.checkout(answer.plan.prompt)
             try:
-                yield from self._decode(iter([draft]), cache)
+                yield from self._decode(iter([answer]), cache)
             finally:
                 if not self.native.forked and not self.native.closed:
-                    self._shelf.take_back(cache, len(draft.plan.prompt) + len(draft.ids))
+                    self._prefixes.checkin(cache, len(answer.plan.prompt) + len(answer.ids))
 
-    def _decode(self, waiting: Iterator[Draft], cache: KVCache) -> Iterator[Step]:
-        """As many drafts at a time as `cache` has rows."""
-        rows: list[Draft] = []  # draft i lives in row i of the cache
+    def _decode(self, waiting: Iterator[Answer], cache: KVCache) -> Iterator[Step]:
+        """As many answers at a time as `cache` has rows."""
+        rows: list[Answer] = []  # answer i lives in row i of the cache
         # Of as many rows, by their new tokens, each with its logits row by row: a step leaves
         # the processor's caches cold, so every object that is not made in it counts.
         count, passes = 0, dict[int, tuple[Pass, list[list[Logits]]]]()
         while True:
             while fresh := list(islice(waiting, len(cache.prompts) - len(rows))):
-                for draft, scores in zip(fresh, self.prefill(cache, len(rows), fresh), strict=True):
-                    rows.append(draft)
-                    step = self._step(draft, scores)
+                for answer, scores in zip(
+                    fresh, self.prefill(cache, len(rows), fresh), strict=True
+                ):
+                    rows.append(answer)
+                    step = self._step(answer, scores)
                     left = perf_counter()
                     yield step
                     _away(rows, left)
@@ -119,62 +106,60 @@ class SteppingEngine(ABC):
                 passes[width] = one, [list(behind) for behind in one.logits]
             one, logits = passes[width]
             one.run(
-                [[draft.ids[-1], *guess] for draft in rows],
-                [len(draft.plan.prompt) + len(draft.ids) - 1 for draft in rows],
+                [[answer.ids[-1], *guess] for answer in rows],
+                [len(answer.plan.prompt) + len(answer.ids) - 1 for answer in rows],
             )
             finished = False
-            for draft, behind in zip(rows, logits, strict=True):
+            for answer, behind in zip(rows, logits, strict=True):
                 for scores, expected in zip(behind, (*guess, None), strict=True):
-                    step = self._step(draft, scores)
+                    step = self._step(answer, scores)
                     left = perf_counter()
                     yield step
                     _away(rows, left)
-                    if step.done or draft.ids[-1] != expected:
+                    if step.done or answer.ids[-1] != expected:
                         finished |= step.done
                         break
-                    draft.guessed += 1
+                    answer.guessed += 1
             if finished:
                 _close_gaps(rows, cache)
 
-    def _step(self, draft: Draft, scores: Logits) -> Step:
-        token = draft.choose(scores)
+    def _step(self, answer: Answer, scores: Logits) -> Step:
+        token = answer.choose(scores)
         if self._ngrams:
-            self._ngrams.learn(_end(draft), token)
-        return draft.accept(token)
+            self._ngrams.learn(_end(answer), token)
+        return answer.accept(token)
 
-    def _guess(self, draft: Draft) -> list[int]:
+    def _guess(self, answer: Answer) -> list[int]:
         assert self._ngrams
-        left = draft.plan.budget - len(draft.ids) - 1  # the last token needs no guess
-        return self._ngrams.guess(_end(draft), min(GUESSES, left))
+        left = answer.plan.budget - len(answer.ids) - 1  # the last token needs no guess
+        return self._ngrams.guess(_end(answer), min(GUESSES, left))
 
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
-        """The prediction [V] behind each of `ids`, token by token as decoding goes: what
-        fidelity is measured on. The array is reused. Raises as `decode`."""
         step = self.new_pass(self.new_cache(1).array, 1, 1)
         for position, token in enumerate(ids):
             yield step.run([[token]], [position])[0, 0]
 
     def close(self) -> None:
         self.native.close()
-        self._shelf.clear()
+        self._prefixes.clear()
 
-    def prefill(self, cache: KVCache, first: int, drafts: Sequence[Draft]) -> Iterator[Logits]:
+    def prefill(self, cache: KVCache, first: int, answers: Sequence[Answer]) -> Iterator[Logits]:
         """Computes the prompts into the rows `first` and on of `cache`; the logits [V] behind
         each, to be used before the next one is asked for."""
-        for row, draft in enumerate(drafts, first):
-            yield self._prefill(cache, row, draft)
+        for row, answer in enumerate(answers, first):
+            yield self._prefill(cache, row, answer)
             if self._ngrams:
-                self._ngrams.learn_all(draft.plan.prompt)
+                self._ngrams.learn_all(answer.plan.prompt)
 
-    def _prefill(self, cache: KVCache, row: int, draft: Draft) -> Logits:
+    def _prefill(self, cache: KVCache, row: int, answer: Answer) -> Logits:
         """Computes the prompt in about equal parts; returns the logits [V] behind it."""
-        prompt = draft.plan.prompt
-        draft.cached = known = cache.begin(row, prompt)
+        prompt = answer.plan.prompt
+        answer.cached = known = cache.begin(row, prompt)
         rest = len(prompt) - known
         parts = -(-rest // self.prefill_tokens)
         starts = [known + rest * i // parts // ALIGN * ALIGN for i in range(parts)]
         # Attention takes queries by twice the size of a head: no lone one shall be left over.
-        if (len(prompt) - starts[-1]) % (2 * self.row_shape[2]) == 1:
+        if (len(prompt) - starts[-1]) % (2 * self.decoder.head_width) == 1:
             starts.append(len(prompt) - ALIGN - 1)
         for start, end in pairwise([*starts, len(prompt)]):
             part = self.new_pass(cache.array[:, row : row + 1], end - start, 1)
@@ -183,23 +168,23 @@ class SteppingEngine(ABC):
         return logits
 
     def new_cache(self, rows: int) -> KVCache:
-        return KVCache((2 * self.layers, rows, *self.row_shape), self.cache_dtype)
+        return KVCache(self.decoder.cache_shape(rows), self.cache_dtype)
 
 
-def _end(draft: Draft) -> tuple[int, ...]:
+def _end(answer: Answer) -> tuple[int, ...]:
     """The last tokens so far: what n-grams look at."""
-    return (*draft.plan.prompt[-ORDER:], *draft.ids[-ORDER:])[-ORDER:]
+    return (*answer.plan.prompt[-ORDER:], *answer.ids[-ORDER:])[-ORDER:]
 
 
-def _away(rows: Sequence[Draft], left: float) -> None:
+def _away(rows: Sequence[Answer], left: float) -> None:
     """What the reader did with a step since `left` is not the rows' time."""
     away = perf_counter() - left
-    for draft in rows:
-        draft.away += away
+    for answer in rows:
+        answer.away += away
 
 
-def _close_gaps(rows: list[Draft], cache: KVCache) -> None:
-    """Moves the last drafts into the rows of finished ones: active rows stay in front."""
+def _close_gaps(rows: list[Answer], cache: KVCache) -> None:
+    """Moves the last answers into the rows of finished ones: active rows stay in front."""
     for row in reversed(range(len(rows))):
         if rows[row].finish:
             last = rows.pop()

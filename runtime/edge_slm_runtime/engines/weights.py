@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_slm_runtime.bundle import ModelFacts
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import EngineError, ManifestInvalid, shown
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.panels import ALIGNMENT, LANES, SHAPE, STRIP, UNIT
 
 _HEADER_LIMIT = 16 << 20  # bytes
@@ -24,7 +24,7 @@ Tensor = NDArray[Any]
 class Weights:
     """A file of Hugging Face's safetensors format, mapped into memory, and the table of it."""
 
-    def __init__(self, path: Path, facts: ModelFacts) -> None:
+    def __init__(self, path: Path, facts: Decoder) -> None:
         """Raises EngineError, ManifestInvalid."""
         try:
             self._header, self._data = _read(path)

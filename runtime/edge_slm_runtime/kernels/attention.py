@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.native import (
     exp,
     floats,
@@ -52,7 +52,7 @@ def make_attend(usual: int) -> Callable[..., None]:
         keys = job[t.CACHE] + 2 * layer * half
         keys += (part[t.ROW] * width + head * size) * positions * _HALF
         values = keys + half
-        qkv = table[t.WIDE] + (part[t.FIRST] * stride + head * size) * _FLOAT
+        qkv = table[t.PRODUCT] + (part[t.FIRST] * stride + head * size) * _FLOAT
         for i in range(new):
             place = (start + i) * size * _HALF
             halve(qkv + (i * stride + width) * _FLOAT, size, keys + place)

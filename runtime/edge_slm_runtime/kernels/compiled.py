@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_runtime.kernels.image import flat_image
+from edge_slm_runtime.kernels.elf import flat_image
 
 _NAME = "entry"
 _DIGEST = 32  # bytes
@@ -33,7 +33,7 @@ _alive: list[Any] = []  # what holds the code in memory
 
 @cache
 def kernels() -> Entry:
-    """entry(address of a table, thread) of `gpt2.make_entry`; it lets go of the GIL.
+    """entry(address of a table, thread) of `forward.make_entry`; it lets go of the GIL.
 
     Raises ImportError without numba when there is no code yet.
     """
@@ -93,7 +93,7 @@ def _compile() -> bytes:
     getLogger("edge_slm").warning(
         "compiling the kernels for this processor, once: about 20 seconds"
     )
-    from edge_slm_runtime.kernels.gpt2 import make_entry
+    from edge_slm_runtime.kernels.forward import make_entry
 
     entry = make_entry(has_vnni())
 

@@ -75,7 +75,7 @@ def add_to(
 
 @jit
 def activate(values: int, n: int, stride: int, bias: int, first: int, last: int, kind: int) -> None:
-    """The activation of x + bias, of these panels; kind: an index of `tables.ACTIVATIONS`."""
+    """The activation of x + bias, of these panels; kind: an index of `layout.ACTIVATIONS`."""
     count = (last - first) * LANES
     b = floats(bias + first * LANES * _FLOAT, count)
     for row in range(n):

@@ -53,7 +53,7 @@ floats, ints, words = _view(types.float32), _view(types.int32), _view(types.int6
 signed, unsigned, halves = _view(types.int8), _view(types.uint8), _view(types.uint16)
 
 
-def simple(result: Any, parameters: Sequence[Any], emit: Callable[..., Any]) -> Any:
+def typed_intrinsic(result: Any, parameters: Sequence[Any], emit: Callable[..., Any]) -> Any:
     """A function of fixed types, none to three; emit(builder, *values) gives its LLVM code."""
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
@@ -80,7 +80,7 @@ def _word(b: Any, address: Any) -> Any:
     return b.inttoptr(address, I64.as_pointer())
 
 
-def _relax(b: Any, spins: Any) -> Any:
+def _spin_pause(b: Any, spins: Any) -> Any:
     """Tells the processor that this is a waiting loop; returns one spin more."""
     machine = b.module.triple.split("-")[0]
     if machine == "x86_64":
@@ -101,7 +101,7 @@ def fetch(b: Any, address: Any) -> Any:
     return address
 
 
-def _blank(kind: Any) -> Callable[..., Any]:
+def _store_zero(kind: Any) -> Callable[..., Any]:
     """An atomic store of 0, since of others the compiler makes a call of memset."""
 
     def emit(b: Any, address: Any) -> Any:
@@ -116,27 +116,33 @@ def _call(b: Any, address: Any) -> Any:
     return b.call(b.inttoptr(address, ir.FunctionType(I32, []).as_pointer()), [])
 
 
-to_float = simple(types.float32, [types.uint16], lambda b, x: b.fpext(b.bitcast(x, HALF), FLOAT))
-to_half = simple(types.uint16, [types.float32], lambda b, x: b.bitcast(b.fptrunc(x, HALF), I16))
-float_of_bits = simple(types.float32, [types.int32], lambda b, x: b.bitcast(x, FLOAT))
-atomic_load = simple(
+to_float = typed_intrinsic(
+    types.float32, [types.uint16], lambda b, x: b.fpext(b.bitcast(x, HALF), FLOAT)
+)
+to_half = typed_intrinsic(
+    types.uint16, [types.float32], lambda b, x: b.bitcast(b.fptrunc(x, HALF), I16)
+)
+float_of_bits = typed_intrinsic(types.float32, [types.int32], lambda b, x: b.bitcast(x, FLOAT))
+atomic_load = typed_intrinsic(
     types.int64, [types.int64], lambda b, p: b.load_atomic(_word(b, p), "seq_cst", 8)
 )
-atomic_add = simple(
+atomic_add = typed_intrinsic(
     types.int64,
     [types.int64, types.int64],
     lambda b, p, x: b.atomic_rmw("add", _word(b, p), x, "seq_cst"),
 )
-atomic_swap = simple(
+atomic_swap = typed_intrinsic(
     types.int64,
     [types.int64, types.int64],
     lambda b, p, x: b.atomic_rmw("xchg", _word(b, p), x, "seq_cst"),
 )
-blank = simple(types.int64, [types.int64], _blank(ir.IntType(8)))  # a byte becomes 0
-blank_word = simple(types.int64, [types.int64], _blank(I64))
-prefetch = simple(types.int64, [types.int64], fetch)
-relax = simple(types.int64, [types.int64], _relax)
-call = simple(types.int32, [types.int64], _call)  # of a C function without parameters
+store_zero = typed_intrinsic(
+    types.int64, [types.int64], _store_zero(ir.IntType(8))
+)  # a byte becomes 0
+store_zero_word = typed_intrinsic(types.int64, [types.int64], _store_zero(I64))
+prefetch = typed_intrinsic(types.int64, [types.int64], fetch)
+spin_pause = typed_intrinsic(types.int64, [types.int64], _spin_pause)
+call = typed_intrinsic(types.int32, [types.int64], _call)  # of a C function without parameters
 
 
 _LOG2_E, _HALF = np.float32(1.44269504), np.float32(0.5)

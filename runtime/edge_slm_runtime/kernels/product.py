@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.native import (
-    blank,
     float_of_bits,
     floats,
     halves,
     ints,
     jit,
     signed,
+    store_zero,
     to_float,
     unsigned,
 )
@@ -60,7 +60,7 @@ def quantise(
             q[i] = level
             total += level
         for i in range(end, start + size):
-            blank(levels + i)
+            store_zero(levels + i)
         a[block], c[block] = largest / _TOP, total
 
 

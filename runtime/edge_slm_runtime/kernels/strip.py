@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from edge_slm_runtime.kernels.native import simple
+from edge_slm_runtime.kernels.native import typed_intrinsic
 from edge_slm_runtime.panels import STRIP
 
 _I8, _I32, _F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
@@ -38,6 +38,6 @@ def _call(b: Any, name: str, result: Any, argument: Any) -> Any:
 
 
 # (address) → the largest magnitude of 32 floats there, as the bits of a float
-peak = simple(types.int32, [types.int64], _peak)
+peak = typed_intrinsic(types.int32, [types.int64], _peak)
 # (address, out, factor) → the sum of 32 floats times a factor, rounded; they go to `out`
-rounded = simple(types.int32, [types.int64, types.int64, types.float32], _rounded)
+rounded = typed_intrinsic(types.int32, [types.int64, types.int64, types.float32], _rounded)

@@ -7,23 +7,25 @@ values are kept in half precision, activations are rounded to 8 bits block by bl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from struct import Struct
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_slm_runtime.bundle import MAIN_FILE, ModelFacts
-from edge_slm_runtime.draft import Draft
-from edge_slm_runtime.engines.base import Native
-from edge_slm_runtime.engines.crew import Crew
+from edge_slm_runtime.answer import Answer
+from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.engines.base import EngineOptions, Native
 from edge_slm_runtime.engines.kv_cache import Array, KVCache, shared
 from edge_slm_runtime.engines.stepping import SteppingEngine
+from edge_slm_runtime.engines.thread_team import ThreadTeam
 from edge_slm_runtime.engines.weights import Weights
 from edge_slm_runtime.errors import EngineError
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
+from edge_slm_runtime.kernels.compiled import has_vnni, kernels
 from edge_slm_runtime.panels import UNIT
 from edge_slm_runtime.sampling import Logits
 
@@ -31,24 +33,35 @@ _THREADS_MAX = 63
 Tensor = NDArray[Any]
 
 
-class JitEngine(SteppingEngine):
+class NumbaEngine(SteppingEngine):
     name = "numba"
+    install = "pip install 'edge-slm[numba]'"
+    main_file = "model.safetensors"
+    guesses = True
     cache_dtype = np.float16
+    process_mb = 48.0
+    resident: ClassVar = {"int8": 1.0, "int4": 1.0}
+    loads_table_twice = False  # the file is mapped
 
-    def __init__(
-        self, folder: Path, facts: ModelFacts, threads: int, kept_bytes: int, speculate: bool
-    ) -> None:
-        """kept_bytes, speculate: see `SteppingEngine`.
-
-        Raises ImportError without llvmlite and numba, EngineError when the weights cannot be
-        read, ManifestInvalid when they are not the model of `facts`."""
-        threads = min(threads, _THREADS_MAX)
-        self._weights = Weights(folder / MAIN_FILE[self.name], facts)
-        self.crew = Crew(threads, self._weights.table)
-        self.facts = facts
+    def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
+        options = replace(options, threads=min(options.threads, _THREADS_MAX))
+        self._weights = Weights(folder / self.main_file, decoder)
+        self.team = ThreadTeam(options.threads, self._weights.table)
         self._buffers: list[Tensor] = []
         self._rows = 0
-        super().__init__(Native(self.crew), facts, threads, kept_bytes, speculate)
+        super().__init__(Native(self.team), decoder, options)
+
+    @classmethod
+    def fast_here(cls) -> bool:
+        return has_vnni()
+
+    @classmethod
+    def preload(cls, decoder: Decoder) -> None:
+        kernels()
+
+    @classmethod
+    def work_floats(cls, decoder: Decoder, rows: int, prefill: int, tokens: int) -> int:
+        return prefill * 7 * decoder.width  # activations as floats and as bytes
 
     def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
         return self._pass(cache, [width] * cache.shape[1], kept)
@@ -58,57 +71,57 @@ class JitEngine(SteppingEngine):
         self._make_room(sum(widths))
         return _Pass(self, cache, widths, kept)
 
-    def prefill(self, cache: KVCache, first: int, drafts: Sequence[Draft]) -> Iterator[Logits]:
+    def prefill(self, cache: KVCache, first: int, answers: Sequence[Answer]) -> Iterator[Logits]:
         """Several prompts at once, as long as they are short: weights are read once for all."""
-        group: list[Draft] = []
-        for draft in drafts:
-            if group and not self._fits(group, draft):
+        group: list[Answer] = []
+        for answer in answers:
+            if group and not self._fits(group, answer):
                 yield from self._together(cache, first, group)
                 first, group = first + len(group), []
-            group.append(draft)
+            group.append(answer)
         yield from self._together(cache, first, group)
 
-    def _fits(self, group: Sequence[Draft], draft: Draft) -> bool:
+    def _fits(self, group: Sequence[Answer], answer: Answer) -> bool:
         """Not when most of its prompt could be copied from one of the group's, computed."""
-        prompt = draft.plan.prompt
+        prompt = answer.plan.prompt
         tokens = sum(len(one.plan.prompt) for one in group) + len(prompt)
         known = max(shared(one.plan.prompt, prompt) for one in group)
         return tokens <= self.prefill_tokens and 2 * known < len(prompt)
 
-    def _together(self, cache: KVCache, first: int, group: Sequence[Draft]) -> Iterator[Logits]:
+    def _together(self, cache: KVCache, first: int, group: Sequence[Answer]) -> Iterator[Logits]:
         if len(group) == 1:
             yield from super().prefill(cache, first, group)
             return
-        prompts = [draft.plan.prompt for draft in group]
+        prompts = [answer.plan.prompt for answer in group]
         rows = range(first, first + len(group))
         starts = [cache.begin(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
         rest = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
         one = self._pass(cache.array[:, first : rows.stop], [len(ids) for ids in rest], 1)
         logits = one.run(rest, starts)
-        for row, draft, start in zip(rows, group, starts, strict=True):
-            cache.prompts[row], draft.cached = draft.plan.prompt, start
+        for row, answer, start in zip(rows, group, starts, strict=True):
+            cache.prompts[row], answer.cached = answer.plan.prompt, start
             yield logits[row - first, 0]
 
     def close(self) -> None:
         if not self.native.forked:
-            self.crew.stop()
+            self.team.stop()
         super().close()
 
     def _make_room(self, rows: int) -> None:
         """Buffers for the activations of so many new tokens."""
         if rows <= self._rows:
             return
-        w, table = self._weights, self.crew.table
+        w, table = self._weights, self.team.table
         sizes = {
-            t.X: (np.float32, rows * w.width),
-            t.WIDE: (np.float32, rows * w.widest),
+            t.RESIDUAL: (np.float32, rows * w.width),
+            t.PRODUCT: (np.float32, rows * w.widest),
             t.ATTENDED: (np.float32, rows * w.width),
             t.LEVELS: (np.int8, 2 * rows * w.inputs),
-            t.STEPS: (np.float32, 2 * rows * w.blocks),
+            t.SCALES: (np.float32, 2 * rows * w.blocks),
             t.SUMS: (np.int32, 2 * rows * w.blocks),
-            t.SCORES: (np.float32, self.threads * self.facts.positions),
+            t.SCORES: (np.float32, self.threads * self.decoder.positions),
         }
-        with self.crew.idle():
+        with self.team.idle():
             if rows <= self._rows:
                 return
             fresh = {place: np.zeros(count, kind) for place, (kind, count) in sizes.items()}
@@ -119,11 +132,11 @@ class JitEngine(SteppingEngine):
 
 
 class _Pass:
-    def __init__(self, engine: JitEngine, cache: Array, widths: Sequence[int], kept: int) -> None:
+    def __init__(self, engine: NumbaEngine, cache: Array, widths: Sequence[int], kept: int) -> None:
         """widths: new tokens of each row of `cache`."""
-        facts, answers = engine.facts, len(widths)
+        decoder, answers = engine.decoder, len(widths)
         ends = list(accumulate(widths))
-        padded = -(-facts.vocab_size // UNIT) * UNIT
+        padded = -(-decoder.vocab_size // UNIT) * UNIT
         self._native, self._widths = engine.native, widths
         self._cache = cache  # kept alive: the job holds bare addresses
         # What is new in every run is written at once: tokens, their positions, tokens before.
@@ -137,8 +150,8 @@ class _Pass:
         self._parts[:, t.NEW], self._parts[:, t.KEPT] = widths, kept
         self._parts[:, t.FIRST_KEPT] = range(0, answers * kept, kept)
         every = np.zeros((answers, kept, padded), np.float32)
-        self.logits = every[..., : facts.vocab_size]
-        self._limits = facts.vocab_size, cache.shape[3]
+        self.logits = every[..., : decoder.vocab_size]
+        self._limits = decoder.vocab_size, cache.shape[3]
         given = self._given.ctypes.data
         self._job = np.zeros(t.PASS, np.int64)
         for place, value in (
@@ -158,7 +171,7 @@ class _Pass:
         self._address = self._job.ctypes.data
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
-        crew: Crew = self._native.get()
+        team: ThreadTeam = self._native.get()
         tokens: list[int] = []
         places: list[int] = []
         for row, start, width in zip(ids, starts, self._widths, strict=True):
@@ -171,5 +184,5 @@ class _Pass:
         if not 0 <= min(places) <= max(places) < positions:
             raise EngineError("more tokens than the model has positions")
         self._write(self._room, 0, *tokens, *places, *starts)
-        crew.run(self._address)
+        team.run(self._address)
         return self.logits

@@ -38,14 +38,14 @@ class Plan:
 
 
 class Step(NamedTuple):
-    """What one token did to a draft: the text that became sure, and whether it was the last."""
+    """What one token did to a answer: the text that became sure, and whether it was the last."""
 
-    draft: Draft
+    answer: Answer
     text: str
     done: bool
 
 
-class Draft:
+class Answer:
     """Turns the tokens of one answer into text, one `accept` per token.
 
     An engine that steps itself asks `choose`; one that runs its own loop asks

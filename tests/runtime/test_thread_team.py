@@ -15,9 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_slm_runtime import read_manifest
-from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.engines.base import EngineOptions
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import EngineError
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 
 from .test_process import python
 
@@ -28,12 +29,12 @@ CUTS = ([60], [1] * 60, [7, 20, 1, 32], [59, 1])
 Logits = NDArray[np.float32]
 
 
-def opened(bundle: Path, precision: str = "int8", threads: int = 1) -> JitEngine:
+def opened(bundle: Path, precision: str = "int8", threads: int = 1) -> NumbaEngine:
     facts = read_manifest(bundle).model
-    return JitEngine(bundle / f"numba-{precision}", facts, threads, 0, speculate=False)
+    return NumbaEngine(bundle / f"numba-{precision}", facts, EngineOptions(threads=threads))
 
 
-def logits(engine: JitEngine, cuts: Sequence[int], ids: Sequence[int] = IDS) -> Logits:
+def logits(engine: NumbaEngine, cuts: Sequence[int], ids: Sequence[int] = IDS) -> Logits:
     """Behind every token, computed in pieces of these lengths [S,V]."""
     cache, start, found = engine.new_cache(1).array, 0, []
     for width in cuts:
@@ -50,7 +51,7 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def engine(tiny_bundle: Path) -> Iterator[JitEngine]:
+def engine(tiny_bundle: Path) -> Iterator[NumbaEngine]:
     found = opened(tiny_bundle, threads=3)
     yield found
     found.close()
@@ -102,9 +103,9 @@ def test_the_same_bits_beside_prompts_of_other_lengths(tiny_bundle: Path, precis
     engine.close()
 
 
-def test_sleeping_threads_are_woken(engine: JitEngine) -> None:
+def test_sleeping_threads_are_woken(engine: NumbaEngine) -> None:
     expected = logits(engine, CUTS[0])
-    control = engine.crew._control
+    control = engine.team._control
     flags = [t.SLEEPERS + t.LINE * thread for thread in (1, 2)]
     for _ in range(3):
         end = monotonic() + 30
@@ -117,7 +118,7 @@ def test_sleeping_threads_are_woken(engine: JitEngine) -> None:
         np.testing.assert_array_equal(logits(engine, [2], IDS[:2]), expected[:2])
 
 
-def test_several_callers_at_once(engine: JitEngine, tiny_bundle: Path) -> None:
+def test_several_callers_at_once(engine: NumbaEngine, tiny_bundle: Path) -> None:
     """With passes of all sizes, so that the buffers grow meanwhile."""
     prompts = [IDS[i:] for i in range(40)]
     alone = opened(tiny_bundle)
@@ -130,9 +131,9 @@ def test_several_callers_at_once(engine: JitEngine, tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(50, 90), (90, 50)])
-def test_buffers_never_shrink(engine: JitEngine, sizes: tuple[int, int]) -> None:
+def test_buffers_never_shrink(engine: NumbaEngine, sizes: tuple[int, int]) -> None:
     """Two callers that both find them too small, while a third computes."""
-    with engine.crew.idle():
+    with engine.team.idle():
         callers = [threading.Thread(target=engine._make_room, args=(size,)) for size in sizes]
         for caller in callers:
             caller.start()
@@ -162,22 +163,22 @@ def test_threads_end_with_the_engine(tiny_bundle: Path) -> None:
         assert not any(thread.is_alive() for thread in started)
 
 
-def test_a_closed_engine_refuses(engine: JitEngine) -> None:
+def test_a_closed_engine_refuses(engine: NumbaEngine) -> None:
     cache = engine.new_cache(1).array
     step: Any = engine.new_pass(cache, 1, 1)
     step.run([[70]], [0])
-    crew = engine.crew
+    team = engine.team
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         step.run([[70]], [1])
     with pytest.raises(EngineError, match="closed"):
         engine.new_pass(cache, 1, 1)
     with pytest.raises(EngineError, match="closed"):  # a caller who asked just before the end
-        crew.run(step._address)
+        team.run(step._address)
 
 
 @pytest.mark.parametrize("ids", [[-1, 70], [70, 417], [447, 70], [2**40, 1], [-(2**63), 1]])
-def test_ids_that_the_model_does_not_have(engine: JitEngine, ids: list[int]) -> None:
+def test_ids_that_the_model_does_not_have(engine: NumbaEngine, ids: list[int]) -> None:
     step = engine.new_pass(engine.new_cache(1).array, 2, 1)
     with pytest.raises(EngineError, match="vocabulary"):
         step.run([ids], [0])
@@ -185,14 +186,16 @@ def test_ids_that_the_model_does_not_have(engine: JitEngine, ids: list[int]) -> 
 
 
 @pytest.mark.parametrize("starts", [(0, 127), (-1, 0), (128, 0), (0, 2**40), (-(2**62), 0)])
-def test_positions_that_the_model_does_not_have(engine: JitEngine, starts: tuple[int, int]) -> None:
+def test_positions_that_the_model_does_not_have(
+    engine: NumbaEngine, starts: tuple[int, int]
+) -> None:
     step = engine.new_pass(engine.new_cache(2).array, 2, 1)
     with pytest.raises(EngineError, match="positions"):
         step.run([[70, 71]] * 2, starts)
     step.run([[70, 71]] * 2, [126, 0])
 
 
-def test_memory_of_an_answer_is_its_own(engine: JitEngine) -> None:
+def test_memory_of_an_answer_is_its_own(engine: NumbaEngine) -> None:
     """Nothing is written but the new positions of the rows asked for."""
     cache = engine.new_cache(4).array
     cache[:] = np.float16(3)
@@ -210,10 +213,11 @@ import random, signal, sys, time
 from pathlib import Path
 import numpy as np
 from edge_slm_runtime import EdgeSlmError, read_manifest
-from edge_slm_runtime.engines import crew
-from edge_slm_runtime.engines.jit import JitEngine
+from edge_slm_runtime.engines import thread_team
+from edge_slm_runtime.engines.base import EngineOptions
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
 bundle = Path(sys.argv[1])
-engine = JitEngine(bundle / "numba-int8", read_manifest(bundle).model, 3, 0, False)
+engine = NumbaEngine(bundle / "numba-int8", read_manifest(bundle).model, EngineOptions(threads=3))
 step = engine.new_pass(engine.new_cache(1).array, 2, 1)
 def run():
     return step.run([[70, 71]], [0]).copy()
@@ -254,21 +258,21 @@ def test_a_thread_that_cannot_be_started(tiny_bundle: Path) -> None:
     out = python(
         OPENED
         + """
-real, left = crew.Thread.start, 1
+real, left = thread_team.Thread.start, 1
 def start(thread):
     global left
     if left == 0:
         raise RuntimeError("can't start new thread")
     left -= 1
     real(thread)
-crew.Thread.start = start
+thread_team.Thread.start = start
 for _ in range(2):
     try:
         run()
     except EdgeSlmError as error:
         print(error.code)
-crew.Thread.start = real
-alone = JitEngine(bundle / "numba-int8", engine.facts, 1, 0, False)
+thread_team.Thread.start = real
+alone = NumbaEngine(bundle / "numba-int8", engine.decoder, EngineOptions(threads=1))
 other = alone.new_pass(alone.new_cache(1).array, 2, 1)
 print((run() == other.run([[70, 71]], [0])).all())
 """,

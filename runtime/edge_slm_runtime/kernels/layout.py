@@ -8,7 +8,9 @@ Kept apart from the kernels so that a process that only runs them does not impor
 # [n, widest], what a product gives; ATTENDED float32 [n, D]; LEVELS int8, STEPS float32 and
 # SUMS int32, activations as `tile` takes them, of two matrices; SCORES float32 [threads,
 # positions]; CLAIMS: see below.
-CONTROL, MODEL, JOB, X, WIDE, ATTENDED, LEVELS, STEPS, SUMS, SCORES, CLAIMS, TABLE = range(12)
+CONTROL, MODEL, JOB, RESIDUAL, PRODUCT, ATTENDED, LEVELS, SCALES, SUMS, SCORES, CLAIMS, TABLE = (
+    range(12)
+)
 
 # Shared by the threads, each in a cache line of its own: the number of the job, whether one is
 # coming, the barriers

@@ -1,4 +1,4 @@
-"""Threads that compute one pass after another together (`kernels.gpt2`)."""
+"""Threads that compute one pass after another together (`kernels.forward`)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.errors import EngineError
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.compiled import Entry, kernels
 
 
-class Crew:
+class ThreadTeam:
     """`threads` of them, the caller being the first. The others wait in a loop for some
     milliseconds, as threads of compute libraries do, and then sleep."""
 
     def __init__(self, threads: int, model: NDArray[np.int64]) -> None:
-        """model: its table (`kernels.tables`)."""
+        """model: its table (`kernels.layout`)."""
         self._entry = kernels()
         self._control = np.zeros(t.SLEEPERS + t.LINE * (threads + 1), np.int64)
         self._control[t.THREADS] = threads
@@ -40,7 +40,7 @@ class Crew:
         for lock in self._wake:
             lock.acquire()
         self._at_work: dict[int, int] = {}  # which thread has which number
-        # The threads hold what they look at, not the crew, so that it can end.
+        # The threads hold what they look at, not the team, so that it can end.
         self._held = (self._control, self.table, model, claims)
         self._end = finalize(self, _stop, self._control, self._wake)
 

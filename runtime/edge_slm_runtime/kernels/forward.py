@@ -11,19 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from edge_slm_runtime.kernels import tables as t
+from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.attention import make_attend
 from edge_slm_runtime.kernels.layers import activate, add_bias, add_to, normalise
 from edge_slm_runtime.kernels.native import (
     atomic_add,
     atomic_load,
     atomic_swap,
-    blank_word,
     call,
     floats,
     jit,
     prefetch,
-    relax,
+    spin_pause,
+    store_zero_word,
     words,
 )
 from edge_slm_runtime.kernels.product import make_product, quantise, unpack
@@ -47,12 +47,12 @@ def make_forward(vnni: bool) -> Callable[..., None]:
         control = words(table[t.CONTROL], t.SLEEPERS)
         threads, reached = control[t.THREADS], control[t.BASE]
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
-        levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
+        levels, steps, sums = table[t.LEVELS], table[t.SCALES], table[t.SUMS]
 
         n = job[t.TOKENS]
         first, last = share(n, thread, threads)  # as `attention` will share them
         for row in range(first, last):
-            embed(table, job, row, model[t.WIDTH], table[t.X])
+            embed(table, job, row, model[t.WIDTH], table[t.RESIDUAL])
         for index in range(model[t.LAYERS]):
             # Behind the last layer's attention only some positions are asked for.
             kept_only = index == model[t.LAYERS] - 1
@@ -83,7 +83,7 @@ def _make_project(product: Callable[..., None]) -> Callable[..., None]:
         """x + bias + a product, of the pieces that this thread gets."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
         width = words(table[t.MODEL], t.FIRST_LAYER)[t.WIDTH]
-        x, wide = table[t.X], table[t.WIDE]
+        x, wide = table[t.RESIDUAL], table[t.PRODUCT]
         stride, units = matrix[t.PANELS] * LANES, matrix[t.PANELS] // PAIR
         number, first, last = claimed(claims, 0, 0, units, threads)
         while first < units:
@@ -107,8 +107,8 @@ def _make_attention(
         """x + attention(norm(x)), from n positions or those whose logits are wanted."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
-        width, heads, wide = model[t.WIDTH], model[t.HEADS], table[t.WIDE]
-        levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
+        width, heads, wide = model[t.WIDTH], model[t.HEADS], table[t.PRODUCT]
+        levels, steps, sums = table[t.LEVELS], table[t.SCALES], table[t.SUMS]
         address = table[t.MODEL] + _WORD * (t.FIRST_LAYER + t.LAYER * index)
         layer = words(address, t.LAYER)
         c_attn = words(address + _WORD * t.C_ATTN, t.MATRIX)
@@ -138,12 +138,12 @@ def _make_attention(
         if kept_only:
             n = job[t.LAST]
             if thread == 0:
-                close_up(table[t.X], words(job[t.WANTED], n), width)
+                compact_rows(table[t.RESIDUAL], words(job[t.WANTED], n), width)
         reached = wait(table[t.CONTROL], reached, threads)
 
         first, last = share(n, thread, threads)
         for row in range(first, last):
-            whole(table[t.ATTENDED], row, width, c_proj, levels, steps, sums)
+            quantise_row(table[t.ATTENDED], row, width, c_proj, levels, steps, sums)
         reached = wait(table[t.CONTROL], reached, threads)
         project(table, claims + _WORD * t.OUT, n, c_proj, levels, steps, sums)
         return wait(table[t.CONTROL], reached, threads)
@@ -159,8 +159,8 @@ def _make_feed_forward(
         """x + mlp(norm(x)). A thread rounds what it computed itself for the second matrix, to a
         place behind what it was computed from, which others may still read."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
-        wide, kind = table[t.WIDE], words(table[t.MODEL], t.FIRST_LAYER)[t.ACTIVATION]
-        levels, steps, sums = table[t.LEVELS], table[t.STEPS], table[t.SUMS]
+        wide, kind = table[t.PRODUCT], words(table[t.MODEL], t.FIRST_LAYER)[t.ACTIVATION]
+        levels, steps, sums = table[t.LEVELS], table[t.SCALES], table[t.SUMS]
         address = table[t.MODEL] + _WORD * (t.FIRST_LAYER + t.LAYER * index)
         layer = words(address, t.LAYER)
         c_fc = words(address + _WORD * t.C_FC, t.MATRIX)
@@ -192,7 +192,7 @@ def _make_feed_forward(
 
 
 def make_entry(vnni: bool) -> Callable[[int, int], int]:
-    """entry(address of a table, thread): what threads call. See `engines.crew`."""
+    """entry(address of a table, thread): what threads call. See `engines.thread_team`."""
     forward = make_forward(vnni)
 
     @jit
@@ -218,7 +218,7 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
             control[t.BASE] = atomic_load(table[t.CONTROL] + _WORD * t.BARRIER)
             layers = words(table[t.MODEL], t.FIRST_LAYER)[t.LAYERS]
             for i in range(t.CLAIM * (layers + 1)):
-                blank_word(table[t.CLAIMS] + _WORD * i)
+                store_zero_word(table[t.CLAIMS] + _WORD * i)
             atomic_add(epoch, 1)
             forward(table, 0)
             atomic_swap(coming, 0)
@@ -232,9 +232,9 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
             if now != done[0]:
                 done[0] = now
                 forward(table, thread)
-                look_ahead(table, epoch, now)
+                prefetch_first_layer(table, epoch, now)
                 spins = 0
-            spins = relax(spins)
+            spins = spin_pause(spins)
             if spins > _SPINS_BEFORE_SLEEP:
                 atomic_swap(sleeper, 1)
                 # A caller either finds this thread asleep, and wakes it, or is seen here.
@@ -248,7 +248,7 @@ def make_entry(vnni: bool) -> Callable[[int, int], int]:
 
 
 @jit
-def look_ahead(table: Any, epoch: int, now: int) -> None:
+def prefetch_first_layer(table: Any, epoch: int, now: int) -> None:
     """Brings the first layer's matrices nearer, until there is a new job: while the caller
     chooses a token the memory would have nothing to do."""
     address = table[t.MODEL] + _WORD * t.FIRST_LAYER
@@ -292,7 +292,7 @@ def wait(control: int, reached: int, threads: int) -> int:
     atomic_add(barrier, 1)
     spins = 0
     while atomic_load(barrier) < reached:
-        spins = relax(spins)
+        spins = spin_pause(spins)
         if spins % _SPINS_BEFORE_YIELD == 0:
             call(words(control, t.SLEEPERS)[t.YIELD])
     return reached
@@ -319,12 +319,12 @@ def norm(table: Any, thread: int, n: int, weight: int, bias: int, matrix: Any) -
     epsilon = floats(table[t.MODEL] + _WORD * t.EPSILON, 1)[0]
     first, last = share(n, thread, words(table[t.CONTROL], t.SLEEPERS)[t.THREADS])
     for row in range(first, last):
-        normalise(table[t.X], row, width, weight, bias, epsilon, target)
-        whole(target, row, width, matrix, table[t.LEVELS], table[t.STEPS], table[t.SUMS])
+        normalise(table[t.RESIDUAL], row, width, weight, bias, epsilon, target)
+        quantise_row(target, row, width, matrix, table[t.LEVELS], table[t.SCALES], table[t.SUMS])
 
 
 @jit
-def whole(
+def quantise_row(
     source: int, row: int, width: int, matrix: Any, levels: int, steps: int, sums: int
 ) -> None:
     """All blocks of a row in 8 bits."""
@@ -332,7 +332,7 @@ def whole(
 
 
 @jit
-def close_up(x: int, wanted: Any, width: int) -> None:
+def compact_rows(x: int, wanted: Any, width: int) -> None:
     """Moves the rows whose logits are wanted to the front."""
     for row in range(len(wanted)):
         old = floats(x + wanted[row] * width * _FLOAT, width)
