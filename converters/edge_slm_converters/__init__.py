@@ -1,6 +1,6 @@
 """Turns a trained GPT-2 checkpoint into a bundle that a device can run."""
 
-from edge_slm_bench.examples import Example
+from edge_slm_bench.metrics.examples import Example
 from edge_slm_converters.checkpoint import read_checkpoint
 from edge_slm_converters.convert import DEFAULT_VARIANTS, VARIANTS, convert
 from edge_slm_converters.synthetic import random_checkpoint

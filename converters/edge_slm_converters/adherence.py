@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 import edge_slm_runtime
-from edge_slm_bench.quality import LEAST, within_tolerance
+from edge_slm_bench.metrics.quality import LEAST, within_tolerance
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command, count_words

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from edge_slm_bench.examples import Scored
+from edge_slm_bench.metrics.examples import Scored
 from edge_slm_converters.arrays import Float32
 from edge_slm_runtime.decoder import Decoder
 

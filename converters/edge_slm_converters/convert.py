@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edge_slm_bench.examples import Example, Scored, to_scored
+from edge_slm_bench.metrics.examples import Example, Scored, to_scored
 from edge_slm_converters import adherence, gate
 from edge_slm_converters.adherence import Judge
+from edge_slm_converters.bit_allocation import int4
 from edge_slm_converters.bundle_writer import BundleWriter
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
 from edge_slm_converters.ct2 import write_ctranslate2
@@ -25,7 +26,6 @@ from edge_slm_converters.goldens import (
     sampled_answers,
 )
 from edge_slm_converters.graph import write_graph
-from edge_slm_converters.mixed import int4
 from edge_slm_converters.panels import write_panels
 from edge_slm_converters.quantise import Precision
 from edge_slm_runtime.bundle import Manifest, Variant

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from edge_slm_bench.examples import Scored
-from edge_slm_bench.fidelity import Fidelity, FidelityMeter
+from edge_slm_bench.metrics.examples import Scored
+from edge_slm_bench.metrics.fidelity import Fidelity, FidelityMeter
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.graph import write_all_logits
 from edge_slm_runtime.bundle import Variant

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 import edge_slm_runtime
-from edge_slm_bench.examples import Scored
+from edge_slm_bench.metrics.examples import Scored
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.bundle import Golden, Variant
 from edge_slm_runtime.command import Command

@@ -19,7 +19,7 @@ _MATRIX_PARTS = (".levels", ".scale", ".zero")
 
 
 def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
-    """Writes `folder/model.safetensors`: the matrices of `precision`, int8 or what `mixed`
+    """Writes `folder/model.safetensors`: the matrices of `precision`, int8 or what `bit_allocation`
     made, the rest in float32. Returns the bytes of weights that one decoding step reads.
 
     Raises CheckpointError for fp32, DependencyMissing.

@@ -139,7 +139,7 @@ class Quantised:
         return block_bytes(width, vocab_size, 8, BYTE_BLOCK)
 
 
-# Those that need nothing but the weights; int4 is made by `mixed`.
+# Those that need nothing but the weights; int4 is made by `bit_allocation`.
 PRECISIONS: dict[str, Precision] = {p.name: p for p in (Fp32(), Quantised("int8"))}
 
 

@@ -15,7 +15,7 @@ from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import DataError, DependencyMissing
 
 if TYPE_CHECKING:
-    from edge_slm_bench.examples import Example
+    from edge_slm_bench.metrics.examples import Example
     from edge_slm_converters.adherence import Judge
     from edge_slm_runtime.bundle import Manifest, Variant
 
@@ -127,7 +127,7 @@ def held_out(
     """`count` pairs that training by `recipe` (a checkpoint's recipe.json) held out, under
     the task and length that they have. Raises KeyError when it does not say which."""
     from edge_slm.distill.samples import held_out_samples
-    from edge_slm_bench.examples import Example
+    from edge_slm_bench.metrics.examples import Example
 
     percent = recipe["recipe"]["data"]["holdout_percent"]
     return [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import edge_slm_runtime
-from edge_slm_bench.fidelity import fidelity
+from edge_slm_bench.metrics.fidelity import fidelity
 from edge_slm_converters import (
     DEFAULT_VARIANTS,
     VARIANTS,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_slm_bench.fidelity import Fidelity, fidelity
+from edge_slm_bench.metrics.fidelity import Fidelity, fidelity
 from edge_slm_converters import gate
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import nearest

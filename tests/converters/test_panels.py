@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_slm_bench.fidelity import Fidelity, fidelity
+from edge_slm_bench.metrics.fidelity import Fidelity, fidelity
 from edge_slm_converters import gate
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import Blocks, bytewise, nearest

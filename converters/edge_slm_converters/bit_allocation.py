@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_bench.examples import Scored
-from edge_slm_bench.fidelity import log_softmax
+from edge_slm_bench.metrics.examples import Scored
+from edge_slm_bench.metrics.fidelity import log_softmax
 from edge_slm_converters import gguf
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import Blocks, block_bytes, bytewise, nearest
 from edge_slm_converters.calibration import ForwardPass, output
 from edge_slm_converters.checkpoint import Checkpoint
-from edge_slm_converters.gptq import corrected, gptq
+from edge_slm_converters.gptq import error_feedback_target, gptq
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
 from edge_slm_runtime.decoder import Decoder
 
@@ -98,7 +98,7 @@ def quantised(
     def quantise(name: str, x: Float32, residual: Float32 | None) -> Float32:
         weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
         goal, form, moment = wanted.pop(name), forms[name], x.T @ x / np.float32(len(x))
-        weight = corrected(weight, x, goal - output(x, weight, bias, residual), moment)
+        weight = error_feedback_target(weight, x, goal - output(x, weight, bias, residual), moment)
         if form.bits == 8:
             blocks[name] = bytewise(weight, form.block)
         else:

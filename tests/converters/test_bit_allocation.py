@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edge_slm_runtime
-from edge_slm_bench.examples import Scored
+from edge_slm_bench.metrics.examples import Scored
 from edge_slm_converters import gguf, goldens
 from edge_slm_converters.arrays import Float32
+from edge_slm_converters.bit_allocation import FORMS, Form, choose, costs, int4, quantised
 from edge_slm_converters.blocks import Blocks, bytewise
 from edge_slm_converters.calibration import ForwardPass
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
 from edge_slm_converters.goldens import SAMPLES, sample_count, sampled_answers
-from edge_slm_converters.gptq import corrected
-from edge_slm_converters.mixed import FORMS, Form, choose, costs, int4, quantised
+from edge_slm_converters.gptq import error_feedback_target
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised, step_bytes
 from edge_slm_runtime.decoder import Decoder, gpt2
 
@@ -192,14 +192,14 @@ def test_a_corrected_matrix_is_never_worse(seed: int, inputs: int, outputs: int)
     x = exact + rng.normal(0, 0.3, exact.shape).astype(np.float32)
     weight = rng.normal(size=(inputs, outputs)).astype(np.float32)
     missing = exact @ weight - x @ weight
-    found = corrected(weight, x, missing, x.T @ x / np.float32(len(x)))
+    found = error_feedback_target(weight, x, missing, x.T @ x / np.float32(len(x)))
 
     def lost(matrix: Float32) -> float:
         left = exact @ weight - x @ matrix
         return float(np.square(left - left.mean(0)).mean())
 
     assert lost(found) <= lost(weight) * (1 + 1e-5) + 1e-9
-    nothing = corrected(weight, x, np.ones_like(missing), x.T @ x / np.float32(len(x)))
+    nothing = error_feedback_target(weight, x, np.ones_like(missing), x.T @ x / np.float32(len(x)))
     np.testing.assert_allclose(nothing, weight, rtol=0, atol=1e-5)  # a mean is the bias's
 
 
