@@ -11,7 +11,7 @@ stays in 4 bits by GPTQ, and every bias takes up the mean of what is still missi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,9 @@ from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
 from edge_slm_runtime.decoder import Decoder
 
 Costs = Mapping[str, Sequence[float]]  # matrix → mean KL in nats, in each of FORMS
+Step = Callable[[str, float], None]  # a line, and the share of the work that follows it
 PROBE_TEXTS = 12  # on how many texts the costs are measured
+PROBING = 0.3  # the share of the time that this takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +56,23 @@ PROBED = Form(4, 64)  # the form in which KL is measured; the others' follows fr
 
 
 def int4(
-    checkpoint: Checkpoint, texts: Sequence[Scored]
+    checkpoint: Checkpoint, texts: Sequence[Scored], step: Step = lambda line, share: None
 ) -> tuple[Checkpoint, Quantised, dict[str, Any]]:
     """The int4 model of a checkpoint, calibrated on `texts`: the checkpoint with its biases
-    fitted, how to store its matrices, and what was chosen, as JSON."""
+    fitted, how to store its matrices, and what was chosen, as JSON.
+
+    step: called before each step with a line and its share of the whole work.
+    """
     decoder = checkpoint.decoder
-    measured = costs(checkpoint, texts[:PROBE_TEXTS])
+    measured = costs(
+        checkpoint, texts[:PROBE_TEXTS], lambda line, share: step(line, share * PROBING)
+    )
     head = Quantised("int4").head_bytes(decoder.width, decoder.vocab_size)
     limit = gguf.step_bytes(decoder, "Q4_0") - head
     forms = choose(measured, decoder, limit)
-    fitted, blocks = quantised(checkpoint, texts, forms)
+    fitted, blocks = quantised(
+        checkpoint, texts, forms, lambda line, share: step(line, share * (1 - PROBING))
+    )
     record = {
         "method": "gptq, corrected inputs and biases",
         "texts": len(texts),
@@ -82,7 +91,10 @@ def int4(
 
 
 def quantised(
-    checkpoint: Checkpoint, texts: Sequence[Scored], forms: Mapping[str, Form]
+    checkpoint: Checkpoint,
+    texts: Sequence[Scored],
+    forms: Mapping[str, Form],
+    step: Step = lambda line, share: None,
 ) -> tuple[Checkpoint, dict[str, Blocks]]:
     """The checkpoint with its biases fitted, and its matrices in the given forms."""
     decoder, blocks, tensors = checkpoint.decoder, {}, dict(checkpoint.tensors)
@@ -111,12 +123,15 @@ def quantised(
 
     x, y = original.embedded(), model.embedded()
     for i in range(decoder.layers):
+        step(f"quantising layer {i + 1} of {decoder.layers}", 1 / decoder.layers)
         x = original.layer(i, x, remember)
         y = model.layer(i, y, quantise)
     return replace(checkpoint, tensors=tensors), blocks
 
 
-def costs(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Costs:
+def costs(
+    checkpoint: Checkpoint, texts: Sequence[Scored], step: Step = lambda line, share: None
+) -> Costs:
     """The KL that each matrix costs, rounded to nearest, in each of FORMS.
 
     Measured in one form, and in the others proportional to the squared error of the
@@ -144,7 +159,8 @@ def costs(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Costs:
         return float((np.exp(expected) * (expected - found)).sum(-1).mean())
 
     found = {}
-    for name in decoder.matrices():
+    for name in (matrices := decoder.matrices()):
+        step(f"measuring what 4 bits cost in {name}", 1 / len(matrices))
         weight = tensors[f"{name}.weight"]
         rounded = [form.rounded(weight) for form in FORMS]
         errors = [float((np.square(r - weight) * mean_square[name]).sum()) for r in rounded]

@@ -1,4 +1,4 @@
-"""Puts a bundle together in a folder: files, then a manifest that lists them.
+"""Completes a bundle's folder: the tokenizer, and a manifest that lists every file.
 
 `edge_slm_runtime.bundle` owns the format; this only fills it.
 """
@@ -12,46 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm_converters.checkpoint import Checkpoint
-from edge_slm_runtime.bundle import (
-    MANIFEST,
-    TOKENIZER,
-    Golden,
-    Manifest,
-    Variant,
-    file_entry,
-)
+from edge_slm_runtime.bundle import MANIFEST, TOKENIZER, Golden, Manifest, Variant, file_entry
 
 
-class BundleWriter:
-    """Writes into `folder`, which only its caller makes visible."""
-
-    def __init__(self, folder: Path, checkpoint: Checkpoint, name: str) -> None:
-        self.folder, self.name = folder, name
-        self._schema = checkpoint.schema
-        self.decoder, self.parameters = checkpoint.decoder, checkpoint.parameters
-        shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
-
-    def write_manifest(
-        self,
-        variants: Sequence[Variant],
-        goldens: Sequence[Golden] = (),
-        provenance: Mapping[str, Any] | None = None,
-    ) -> Manifest:
-        """Lists every file that is there now and writes manifest.json."""
-        manifest = Manifest(
-            name=self.name,
-            model=self.decoder,
-            parameters=self.parameters,
-            command=self._schema,
-            variants=tuple(variants),
-            files={
-                path.relative_to(self.folder).as_posix(): file_entry(path)
-                for path in sorted(self.folder.rglob("*"))
-                if path.is_file() and path.name != MANIFEST
-            },
-            goldens=tuple(goldens),
-            provenance=provenance or {},
-        )
-        text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        return manifest
+def write_manifest(
+    folder: Path,
+    name: str,
+    source: Checkpoint,
+    variants: Sequence[Variant],
+    goldens: Sequence[Golden],
+    provenance: Mapping[str, Any],
+) -> Manifest:
+    """Adds the tokenizer to the `variants` that are in `folder`, and writes manifest.json."""
+    shutil.copyfile(source.path / TOKENIZER, folder / TOKENIZER)
+    manifest = Manifest(
+        name=name,
+        model=source.decoder,
+        parameters=source.parameters,
+        command=source.schema,
+        variants=tuple(variants),
+        files={
+            path.relative_to(folder).as_posix(): file_entry(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+        goldens=tuple(goldens),
+        provenance=provenance,
+    )
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest

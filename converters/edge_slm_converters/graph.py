@@ -40,8 +40,8 @@ HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head
 def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
     """Writes `folder/model.onnx` and its `model.data`.
 
-    precision: one of `PRECISIONS`, or what `bit_allocation` made. Returns the bytes of weights that
-    one decoding step reads. Raises CheckpointError for a shape that the operators cannot
+    precision: one of `PRECISIONS`, or of `bit_allocation`. Returns the bytes of weights that one
+    decoding step reads. Raises CheckpointError for a shape that the operators cannot
     run, DependencyMissing.
     """
     decoder = checkpoint.decoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     embedding = () if decoder.tied else ("wte.levels", "wte.scale")
     read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)
     header, data = _split(save(tensors, settings))
+    header = _in_order(header)
     header += b" " * (-(8 + len(header)) % ALIGNMENT)  # so that data can be mapped into memory
     with (folder / NumbaEngine.main_file).open("wb") as file:
         file.writelines((len(header).to_bytes(8, "little"), header, data))
@@ -54,6 +56,13 @@ def _split(content: bytes) -> tuple[bytes, memoryview]:
     """Header and data of a safetensors file."""
     end = 8 + int.from_bytes(content[:8], "little")
     return content[8:end], memoryview(content)[end:]
+
+
+def _in_order(header: bytes) -> bytes:
+    """With its metadata sorted: safetensors writes them in an order of chance."""
+    entries = json.loads(header)
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    return json.dumps(entries, separators=(",", ":")).encode()
 
 
 def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str, Array]]:

@@ -123,10 +123,11 @@ def _evaluated(
     """The bundles of the runs and the evaluation of the first; what is there is kept."""
     from edge_slm.distill.evaluate import write_html
     from edge_slm.distill.files import write_json
+    from edge_slm_converters import read_checkpoint
 
     for run in runs:
         if not (run / "bundle").exists():
-            checkpoint = run / "checkpoint"
+            checkpoint = read_checkpoint(run / "checkpoint")
             examples = held_out_examples(checkpoint, data)
             convert_with_bar(checkpoint, run / "bundle", None, name=run.name, evaluation=examples)
     out, *others = runs

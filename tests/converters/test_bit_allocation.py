@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 import edge_slm_runtime
 from edge_slm_bench.metrics.examples import Scored
-from edge_slm_converters import gguf, goldens
+from edge_slm_converters import calibration_texts, gguf
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.bit_allocation import FORMS, Form, choose, costs, int4, quantised
 from edge_slm_converters.blocks import Blocks, bytewise
 from edge_slm_converters.calibration import ForwardPass
+from edge_slm_converters.calibration_texts import SAMPLES, sample_count, sampled_answers
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
-from edge_slm_converters.goldens import SAMPLES, sample_count, sampled_answers
 from edge_slm_converters.gptq import error_feedback_target
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised, step_bytes
+from edge_slm_converters.variants import open_variant
 from edge_slm_runtime.decoder import Decoder, gpt2
 
 from .conftest import IDS, Original
@@ -206,16 +207,18 @@ def test_a_corrected_matrix_is_never_worse(seed: int, inputs: int, outputs: int)
 def test_texts_of_calibration_are_various(
     tiny_checkpoint: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(goldens, "SAMPLES", (48, 48))
-    monkeypatch.setattr(goldens, "SAMPLE_ROUND", 16)
+    monkeypatch.setattr(calibration_texts, "SAMPLES", (48, 48))
+    monkeypatch.setattr(calibration_texts, "SAMPLE_ROUND", 16)
     source = read_checkpoint(tiny_checkpoint)
     variant = edge_slm_runtime.read_manifest(tiny_bundle).variants[0]
     assert variant.name == "onnx-fp32"
-    texts = sampled_answers(tiny_bundle, variant, source)
-    assert sample_count(source.decoder) // 2 < len(texts) <= sample_count(source.decoder)
+    with open_variant(tiny_bundle, source, variant) as slm:
+        texts, again = (sampled_answers(slm, source) for _ in range(2))
+    count = sample_count(source.decoder, source.parameters)
+    assert count // 2 < len(texts) <= count
     assert len({text.ids[: text.prompt] for text in texts}) > len(texts) / 2
     assert all(0 < text.prompt < len(text.ids) <= source.decoder.positions for text in texts)
-    assert texts == sampled_answers(tiny_bundle, variant, source)
+    assert texts == again
 
 
 def test_texts_are_as_many_as_are_worth_their_time() -> None:

@@ -80,7 +80,7 @@ def numba_logits(source: Checkpoint, precision: str | Precision, folder: Path) -
 def onnx_logits(source: Checkpoint, precision: str | Precision, folder: Path) -> Float32:
     folder.mkdir(exist_ok=True)
     write_graph(source, precision, folder)
-    return gate.onnx_logits(folder, source.decoder)(IDS)
+    return gate.onnx_logits(folder, source.decoder, "")(IDS)
 
 
 def against(expected: Float32, logits: Float32) -> Fidelity:
