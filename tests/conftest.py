@@ -71,11 +71,11 @@ def tiny_checkpoint(tiny_text_side: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint converted to every variant."""
-    from edge_slm_converters import VARIANTS, convert, goldens
+    from edge_slm_converters import VARIANTS, calibration_texts, convert
 
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     # Random weights have no fidelity budget to keep.
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(goldens, "SAMPLES", (64, 64))  # to calibrate random weights
+        patched.setattr(calibration_texts, "SAMPLES", (64, 64))  # to calibrate random weights
         convert(tiny_checkpoint, path, tuple(VARIANTS), accept=True)
     return path

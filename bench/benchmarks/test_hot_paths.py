@@ -16,7 +16,7 @@ import pytest
 
 import edge_slm
 from edge_slm import SLM, Request
-from edge_slm_bench.examples import Example
+from edge_slm_bench.metrics.examples import Example
 from edge_slm_bench.paired import (
     CLOCK,
     Kernel,

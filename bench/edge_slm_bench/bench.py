@@ -9,8 +9,8 @@ from pathlib import Path
 
 from edge_slm_bench.energy import Unavailable, find_meter
 from edge_slm_bench.evaluation import assess
-from edge_slm_bench.examples import Example
 from edge_slm_bench.machine import machine
+from edge_slm_bench.metrics.examples import Example
 from edge_slm_bench.results import Endurance, Quality, Report
 from edge_slm_bench.sweep import Model, Settings, Sweep, endurance
 

@@ -3,7 +3,7 @@
 Fidelity compares teacher-forced predictions on the responses with those of a
 reference; adherence lets the model alone (no length promise) answer the same
 requests under their own words, and counts what came. Each variant in fresh processes,
-and our own in all ways of decoding, which must agree (`edge_slm_bench.ways`).
+and our own in all ways of decoding, which must agree (`edge_slm_bench.consistency`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_bench.examples import Example, to_scored
-from edge_slm_bench.fidelity import fidelity
+from edge_slm_bench.consistency import count_mismatches, plain_answers
+from edge_slm_bench.metrics.examples import Example, to_scored
+from edge_slm_bench.metrics.fidelity import fidelity
+from edge_slm_bench.metrics.quality import spearman, within_tolerance
 from edge_slm_bench.process import launch
-from edge_slm_bench.quality import spearman, within_tolerance
 from edge_slm_bench.results import Quality
 from edge_slm_bench.runners import Float32, Spec
 from edge_slm_bench.sweep import Model
-from edge_slm_bench.ways import differing, plain_answers
 from edge_slm_runtime.bundle import TOKENIZER
 from edge_slm_runtime.command import count_words
 from edge_slm_runtime.errors import EdgeSlmError
@@ -77,7 +77,7 @@ def assess(
                 if not spec.peer:
                     plain = plain_answers(spec, requests, threads)
                     figures |= _adherence(examples, [answer["text"] for answer in plain])
-                    ways = differing(model.manifest.prompt, spec, requests, plain, threads)
+                    ways = count_mismatches(model.manifest.prompt, spec, requests, plain, threads)
                     figures["differing"] = ways
             except (EdgeSlmError, ValueError) as error:
                 figures["reason"] = str(error)

@@ -231,7 +231,7 @@ class Quality:
     adherence: share of answers within the words' tolerance, mean absolute error in
     words, Spearman(asked, got), share of texts equal to the reference's; None for peers.
     words: (asked, got) of every answer, the model alone (no length promise). differing:
-    way of decoding → how many of these answers came out otherwise (`ways`).
+    way of decoding → how many of these answers came out otherwise (`consistency`).
     """
 
     model: str

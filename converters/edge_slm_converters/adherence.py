@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-import edge_slm_runtime
-from edge_slm_bench.quality import LEAST, within_tolerance
+from edge_slm_bench.metrics.quality import LEAST, within_tolerance
 from edge_slm_converters.checkpoint import Checkpoint
-from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command, count_words
+from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.records import Request
 
 Array = npt.NDArray[np.float64]
@@ -28,7 +26,7 @@ Array = npt.NDArray[np.float64]
 LEVELLED = 16  # requests that are asked at every level of relevance
 ROWS = 16  # answered together
 
-# How far a mean may fall behind fp32's: shares of answers, a cosine, words.
+# How much worse than fp32's a mean may be: shares of answers, a cosine, words.
 ALLOWED = {"within": 0.05, "task_accuracy": 0.05, "relevance": 0.02, "length_mae": 0.5}
 
 
@@ -80,29 +78,17 @@ def requests(
     for text, command in [*asked, *at_levels]:
         prompt = source.codec.prompt(text, schema.check(command).commanded)
         # A model that has learnt nothing never ends by itself.
-        tokens = min(source.config.positions - len(prompt), 2 * (command.words or 0) + 16)
+        tokens = min(source.decoder.positions - len(prompt), 2 * (command.words or 0) + 16)
         if tokens > 0:
             found.append(
-                Request(
-                    text,
-                    command.task,
-                    command.words,
-                    command.relevance,
-                    max_new_tokens=tokens,
-                    keep_length=False,
-                )
+                Request.of(text, **command.as_dict(), max_new_tokens=tokens, keep_length=False)
             )
     return found
 
 
-def answer(
-    bundle: Path, variant: Variant, asked: Sequence[Request], judge: Judge | None
-) -> Answers:
-    """Raises what `edge_slm_runtime.load` raises."""
-    with edge_slm_runtime.load(
-        bundle, engine=variant.engine, precision=variant.precision, verify=False
-    ) as slm:
-        texts = [out.text for out in slm.generate_batch(asked, ROWS)]
+def answer(slm: SLM, asked: Sequence[Request], judge: Judge | None) -> Answers:
+    """What a variant answers, and what it is worth."""
+    texts = [out.text for out in slm.generate_batch(asked, ROWS)]
     words = np.array([request.words for request in asked], float)
     written = np.array([count_words(text) for text in texts], float)
     values = {
@@ -117,9 +103,9 @@ def answer(
 
 
 def faults(reference: Answers, found: Answers) -> list[str]:
-    """The figures by which `found` is surely outside ALLOWED: beyond what two standard
-    errors of the paired difference explain, requests being the units."""
-    told = []
+    """The figures of `found` that are outside ALLOWED by more than two standard errors of
+    the paired difference, requests being the units."""
+    faults = []
     _, request = np.unique(reference.requests, return_inverse=True)
     for name, allowed in ALLOWED.items():
         if name not in found.values:
@@ -133,8 +119,8 @@ def faults(reference: Answers, found: Answers) -> list[str]:
         of_request = np.bincount(request[known], lost[known] - mean)
         error = math.sqrt(float(np.square(of_request).sum())) / int(known.sum())
         if mean - 2 * error > allowed:
-            told.append(
+            faults.append(
                 f"{name} {np.nanmean(after):.3f} against {np.nanmean(before):.3f} "
                 f"(at most {allowed} worse)"
             )
-    return told
+    return faults

@@ -5,7 +5,7 @@ A block of inputs of one output shares a scale and a zero point:
     weight ≈ scale · (level − zero)        level and zero in 0 … 15 or 0 … 255
 
 With 8 bits the zero point is 128 in every block, and is not stored. All matrices here are
-[K,N], inputs first, as GPT-2 keeps them.
+[K,N], inputs first.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from edge_slm_converters.checkpoint import Float32
-
-UInt8 = npt.NDArray[np.uint8]
+from edge_slm_converters.arrays import Float32, UInt8
 
 TOP_LEVEL = 15  # with 4 bits
 BYTE_ZERO = 128  # with 8 bits

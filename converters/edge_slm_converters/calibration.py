@@ -1,7 +1,7 @@
 """The model's own forward pass, in numpy: what its matrices see in use.
 
 Conversion does without torch, and the graph that ships hands out neither the inputs of a
-matrix nor a place to swap one, so GPT-2 is computed here once more, a layer at a time.
+matrix nor a place to swap one, so the model is computed here once more, a layer at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from edge_slm_bench.examples import Scored
-from edge_slm_converters.checkpoint import Float32, GPT2Config
+from edge_slm_bench.metrics.examples import Scored
+from edge_slm_converters.arrays import Float32
+from edge_slm_runtime.decoder import Decoder
 
 # (name of a matrix, its inputs [T,K], the residual [T,N] that its output is added to, if any)
 # → output [T,N], bias and residual included
@@ -20,15 +21,15 @@ Linear = Callable[[str, Float32, Float32 | None], Float32]
 
 
 class ForwardPass:
-    """GPT-2 over several texts at once; x is [T,width], the positions of all texts in a row.
+    """A decoder over several texts at once; x is [T,width], the positions of all texts in a row.
 
     rows: the positions that predict a response.
     """
 
     def __init__(
-        self, config: GPT2Config, tensors: Mapping[str, Float32], texts: Sequence[Scored]
+        self, decoder: Decoder, tensors: Mapping[str, Float32], texts: Sequence[Scored]
     ) -> None:
-        self.config, self._tensors = config, tensors
+        self.decoder, self._tensors = decoder, tensors
         self._ids = np.concatenate([text.ids for text in texts])
         self._ends = np.cumsum([len(text.ids) for text in texts])
         starts = self._ends - [len(text.ids) for text in texts]
@@ -42,34 +43,35 @@ class ForwardPass:
 
     def embedded(self) -> Float32:
         positions = np.concatenate([np.arange(end - start) for start, end in self._spans])
-        x: Float32 = self._tensors["wte.weight"][self._ids]
-        x += self._tensors["wpe.weight"][positions]
+        x: Float32 = self._tensors["embedding"][self._ids]
+        x += self._tensors["positions"][positions]
         return x
 
     def linear(self, name: str, x: Float32, residual: Float32 | None = None) -> Float32:
         return output(x, self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"], residual)
 
     def layer(self, i: int, x: Float32, linear: Linear | None = None) -> Float32:
-        """The residual behind layer i; `linear` computes its four matrices in turn."""
+        """The residual after layer i; `linear` computes its four matrices in turn."""
         linear = linear or self.linear
-        qkv = linear(f"h.{i}.attn.c_attn", self._norm(x, f"h.{i}.ln_1"), None)
-        x = linear(f"h.{i}.attn.c_proj", self._attention(i, qkv), x)
-        inner = linear(f"h.{i}.mlp.c_fc", self._norm(x, f"h.{i}.ln_2"), None)
-        return linear(f"h.{i}.mlp.c_proj", ACTIVATIONS[self.config.activation](inner), x)
+        here = f"layers.{i}."
+        qkv = linear(f"{here}qkv", self._norm(x, f"{here}attention_norm"), None)
+        x = linear(f"{here}out", self._attention(i, qkv), x)
+        inner = linear(f"{here}up", self._norm(x, f"{here}mlp_norm"), None)
+        return linear(f"{here}down", ACTIVATIONS[self.decoder.activation](inner), x)
 
     def logits(self, x: Float32, head: Float32) -> Float32:
         """[rows, V], with `head` [V,width]."""
-        logits: Float32 = self._norm(x[self.rows], "ln_f") @ head.T
+        logits: Float32 = self._norm(x[self.rows], "final_norm") @ head.T
         return logits
 
     def _attention(self, i: int, qkv: Float32) -> Float32:
         """Causal, within each text."""
-        config = self.config
-        mixed = np.empty((len(qkv), config.width), np.float32)
+        decoder = self.decoder
+        mixed = np.empty((len(qkv), decoder.width), np.float32)
         for start, end in self._spans:
-            parts = qkv[start:end].reshape(end - start, 3, config.heads, config.head_width)
+            parts = qkv[start:end].reshape(end - start, 3, decoder.heads, decoder.head_width)
             query, key, value = parts.transpose(1, 2, 0, 3)
-            score = query @ key.transpose(0, 2, 1) * np.float32(config.attention_scale[i])
+            score = query @ key.transpose(0, 2, 1) * np.float32(decoder.attention_scale[i])
             score[:, ~np.tri(end - start, dtype=bool)] = -np.inf
             share = np.exp(score - score.max(-1, keepdims=True))
             share /= share.sum(-1, keepdims=True)
@@ -79,7 +81,7 @@ class ForwardPass:
     def _norm(self, x: Float32, name: str) -> Float32:
         x = x - x.mean(-1, keepdims=True)
         variance = np.square(x).mean(-1, keepdims=True)
-        x /= np.sqrt(variance + np.float32(self.config.layer_norm_epsilon))
+        x /= np.sqrt(variance + np.float32(self.decoder.norm_epsilon))
         return x * self._tensors[f"{name}.weight"] + self._tensors[f"{name}.bias"]
 
 

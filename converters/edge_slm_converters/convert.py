@@ -3,57 +3,43 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edge_slm_bench.examples import Example, Scored, to_scored
+from edge_slm_bench.metrics.examples import Example, Scored, to_scored
 from edge_slm_converters import adherence, gate
-from edge_slm_converters.adherence import Judge
-from edge_slm_converters.bundle_writer import BundleWriter
+from edge_slm_converters.adherence import Answers, Judge
+from edge_slm_converters.bit_allocation import int4
+from edge_slm_converters.bundle_writer import write_manifest
+from edge_slm_converters.calibration_texts import sampled_answers
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
-from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.goldens import (
     EXAMPLES,
     commanded_requests,
+    golden_ids,
     goldens,
     own_answers,
-    sampled_answers,
 )
-from edge_slm_converters.graph import write_graph
-from edge_slm_converters.mixed import int4
-from edge_slm_converters.panels import write_panels
-from edge_slm_converters.quantise import Precision
+from edge_slm_converters.progress import Progress, Report
+from edge_slm_converters.quantise import PRECISIONS
+from edge_slm_converters.variants import (
+    DEFAULT_VARIANTS,
+    REFERENCE,
+    VARIANTS,
+    Model,
+    open_variant,
+    write_variant,
+)
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, count_words
-from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, GateRefused
 from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
 
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a variant's name stands for."""
-
-    engine: str
-    precision: str
-
-
-VARIANTS: Mapping[str, Target] = {
-    "onnx-fp32": Target("onnxruntime", "fp32"),
-    "onnx-int8": Target("onnxruntime", "int8"),
-    "onnx-int4": Target("onnxruntime", "int4"),
-    "numba-int8": Target("numba", "int8"),
-    "numba-int4": Target("numba", "int4"),
-    "ctranslate2-int8": Target("ctranslate2", "int8"),
-    "ctranslate2-float32": Target("ctranslate2", "fp32"),
-}
-DEFAULT_VARIANTS = tuple(name for name in VARIANTS if name != "ctranslate2-float32")
-REFERENCE = "onnx-fp32"  # what all others are measured against
 PACKAGES = (
     "edge-slm",
     "numpy",
@@ -64,10 +50,24 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+# Shares of the time that the steps take, in any unit. Measured with a model of 11M parameters.
+WRITE, SAMPLE, QUANTISE, MEASURE = 1.0, 8.0, 40.0, 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A written variant and what was measured of it.
+
+    answers: to commanded requests. golden_ids: of `goldens.golden_ids`.
+    """
+
+    variant: Variant
+    answers: Answers
+    golden_ids: Sequence[tuple[int, ...]]
 
 
 def convert(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     out: str | Path,
     variants: Sequence[str] | None = None,
     *,
@@ -75,9 +75,10 @@ def convert(
     evaluation: Sequence[Example] | None = None,
     judge: Judge | None = None,
     accept: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Report | None = None,
 ) -> Manifest:
-    """Converts the folder `checkpoint` to the bundle folder `out`.
+    """Converts `checkpoint`, a folder or what `read_checkpoint` returned, to the bundle folder
+    `out`.
 
     variants: names of VARIANTS, all of which must keep their budget; None is
     the default ones whose engine is installed, without those outside their budget
@@ -86,128 +87,138 @@ def convert(
     fidelity and adherence are measured against fp32; by default the fp32 model's own greedy
     answers to commanded requests. judge: of relevance and tasks; without one, adherence is
     that of lengths alone. accept: ship variants outside their budget too, and say so
-    in the manifest. progress: called with a line before each step.
+    in the manifest. progress: called before each step with a line that names it and the
+    share of the work that is done.
 
     Raises CheckpointError, GateRefused, TargetExists, DependencyMissing,
     EngineNotInstalled; then `out` does not exist.
     """
-    chosen = variants
-    if chosen is None:
-        chosen = [name for name in DEFAULT_VARIANTS if find_spec(VARIANTS[name].engine)]
-    if not chosen or not set(chosen) <= set(VARIANTS):
-        raise CheckpointError(
-            f"cannot convert to {', '.join(chosen) or 'nothing'}",
-            f"variants: {', '.join(VARIANTS)}",
-        )
-    out, say = Path(out), progress or (lambda line: None)
+    chosen = _chosen(variants)
+    out = Path(out)
     with write_folder_aside(out) as folder:
-        say("reading the checkpoint")
-        source = read_checkpoint(checkpoint)
-        recipe = _recipe(source)
-        writer = BundleWriter(folder, source, name or out.name)
         # The reference is always written, measured against, and dropped if not asked for.
-        written: list[Variant] = []
-        models: dict[str, tuple[Checkpoint, str | Precision]] = {
-            name: (source, name) for name in ("fp32", "int8")
-        }
-        forms: dict[str, Any] = {}
-        for variant in dict.fromkeys((REFERENCE, *chosen)):
-            say(f"writing {variant}")
-            wanted = VARIANTS[variant].precision
-            if wanted not in models:  # int4, which all engines share
-                writer.write_manifest(written)
-                texts = sampled_answers(folder, written[0], source)
-                model, precision, forms[wanted] = int4(source, texts)
-                models[wanted] = model, precision
-            written.append(_write(variant, *models[wanted], folder))
-        writer.write_manifest(written)
-
-        say("measuring fidelity")
-        if evaluation is None:
-            scored = own_answers(folder, written[0], source)
-        else:
-            scored = to_scored(evaluation, source.codec, source.config.positions)
-        written = _measured(written, source, writer.decoder, folder, scored)
-        say("measuring adherence")
-        written, disobedient = _answered(written, source, folder, evaluation, judge)
-        refused = gate.refusals(written, disobedient)
+        names = tuple(dict.fromkeys((REFERENCE, *chosen)))
+        steps = Progress(progress, _work(names))
+        steps.step("reading the checkpoint", WRITE)
+        source = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
+        recipe = _recipe(source)
+        written, quantisation = _write(names, source, folder, steps)
+        candidates = _measure(written, source, folder, evaluation, judge, steps)
+        refused = _refusals(candidates)
         if refused and not accept and variants is not None:
             raise GateRefused(
                 "; ".join(refused.values()), "accept it explicitly to ship it all the same"
             )
+        steps.step("writing the manifest", WRITE)
         left_out = set() if accept else set(refused)
-        for unwanted in left_out | {REFERENCE} - set(chosen):
+        shipped = [c for c in candidates if c.variant.name in set(chosen) - left_out]
+        for unwanted in set(names) - {c.variant.name for c in shipped}:
             shutil.rmtree(folder / unwanted)
-        written = [v for v in written if v.name in set(chosen) - left_out]
-
-        say("recording goldens")
-        manifest = writer.write_manifest(written)
-        written = [replace(v, peak_rss_mb=round(memory_estimate(manifest, v), 1)) for v in written]
-        found = goldens(folder, written, source)
-        provenance = _provenance(source, recipe, refused, accept) | {"quantisation": forms}
-        return writer.write_manifest(written, found, provenance)
-
-
-def _write(name: str, source: Checkpoint, precision: str | Precision, folder: Path) -> Variant:
-    """precision: a name, or the int4 model."""
-    target, place = VARIANTS[name], folder / name
-    place.mkdir()
-    if target.engine == "numba":
-        per_token = write_panels(source, precision, place)
-    elif isinstance(precision, str) and target.engine == "ctranslate2":
-        per_token = write_ctranslate2(source, precision, place)
-    else:
-        per_token = write_graph(source, precision, place)
-    size = sum(file.stat().st_size for file in place.iterdir())
-    return Variant(name, target.engine, target.precision, name, size, per_token)
+        return write_manifest(
+            folder,
+            name or out.name,
+            source,
+            [c.variant for c in shipped],
+            goldens(source, {c.variant.name: c.golden_ids for c in shipped}),
+            _provenance(source, recipe, refused, accept) | {"quantisation": quantisation},
+        )
 
 
-def _measured(
-    variants: Sequence[Variant],
-    source: Checkpoint,
-    facts: Decoder,
-    folder: Path,
-    scored: Sequence[Scored],
-) -> list[Variant]:
-    """The variants with their fidelity; the reference, the first, has none."""
-    reference = gate.onnx_logits(folder / REFERENCE, source.config)
-    measured = [variants[0]]
-    for variant in variants[1:]:
-        if variant.engine == "onnxruntime":
-            logits = gate.onnx_logits(folder / variant.path, source.config)
-        elif variant.engine == "numba":
-            logits = gate.numba_logits(folder / variant.path, facts)
-        else:
-            logits = gate.ctranslate2_logits(folder / variant.path, variant.precision)
-        figures = gate.measure(logits, reference, scored, len(source.tokens))
-        measured.append(replace(variant, fidelity=figures.as_dict()))
-    return measured
+def _chosen(variants: Sequence[str] | None) -> Sequence[str]:
+    """Raises CheckpointError for a name that no variant has."""
+    if variants is None:
+        variants = [name for name in DEFAULT_VARIANTS if find_spec(VARIANTS[name].engine)]
+    if not variants or not set(variants) <= set(VARIANTS):
+        raise CheckpointError(
+            f"cannot convert to {', '.join(variants) or 'nothing'}",
+            f"variants: {', '.join(VARIANTS)}",
+        )
+    return variants
 
 
-def _answered(
-    variants: Sequence[Variant],
+def _has_int4(names: Sequence[str]) -> bool:
+    return any(VARIANTS[name].precision == "int4" for name in names)
+
+
+def _work(names: Sequence[str]) -> float:
+    """Of all steps, in the unit of WRITE, SAMPLE, QUANTISE and MEASURE."""
+    quantise = SAMPLE + QUANTISE if _has_int4(names) else 0.0
+    return 2 * WRITE + quantise + len(names) * (WRITE + MEASURE)
+
+
+def _write(
+    names: Sequence[str], source: Checkpoint, folder: Path, steps: Progress
+) -> tuple[list[Variant], dict[str, Any]]:
+    """The variants, the reference first, and how int4 was quantised."""
+    models = {name: Model(source, precision) for name, precision in PRECISIONS.items()}
+    steps.step(f"writing {REFERENCE}", WRITE)
+    written = [write_variant(REFERENCE, models["fp32"], folder)]
+    quantisation = {}
+    if _has_int4(names):
+        with open_variant(folder, source, written[0]) as slm:
+            texts = sampled_answers(
+                slm, source, lambda line, share: steps.step(line, SAMPLE * share)
+            )
+        fitted, precision, quantisation["int4"] = int4(
+            source, texts, lambda line, share: steps.step(line, QUANTISE * share)
+        )
+        models["int4"] = Model(fitted, precision)
+    for name in names[1:]:
+        steps.step(f"writing {name}", WRITE)
+        written.append(write_variant(name, models[VARIANTS[name].precision], folder))
+    return written, quantisation
+
+
+def _measure(
+    written: Sequence[Variant],
     source: Checkpoint,
     folder: Path,
     evaluation: Sequence[Example] | None,
     judge: Judge | None,
-) -> tuple[list[Variant], dict[str, list[str]]]:
-    """The variants with their adherence, and what falls behind the first, by name."""
+    steps: Progress,
+) -> list[Candidate]:
+    """Fidelity and adherence of each variant. The first is the reference: it has no fidelity."""
+    requests = adherence.requests(source, _asked(source, evaluation), levelled=judge is not None)
+    scored: Sequence[Scored] = ()
+    if evaluation is not None:
+        scored = to_scored(evaluation, source.codec, source.decoder.positions)
+    reference = gate.logits_of(written[0], source.decoder, folder)
+    found = []
+    for variant in written:
+        steps.step(f"measuring {variant.name}", MEASURE)
+        with open_variant(folder, source, variant) as slm:
+            if variant is written[0]:
+                scored = scored if evaluation is not None else own_answers(slm, source)
+            answers = adherence.answer(slm, requests, judge)
+            ids = golden_ids(slm, source)
+            memory = memory_estimate(slm.manifest, variant)
+        fidelity = None
+        if variant is not written[0]:
+            logits = gate.logits_of(variant, source.decoder, folder)
+            fidelity = gate.measure(logits, reference, scored, len(source.tokens)).as_dict()
+        measured = replace(
+            variant,
+            fidelity=fidelity,
+            adherence=answers.figures(),
+            peak_rss_mb=round(memory, 1),
+        )
+        found.append(Candidate(measured, answers, ids))
+    return found
+
+
+def _asked(source: Checkpoint, evaluation: Sequence[Example] | None) -> list[tuple[str, Command]]:
+    """The requests on which adherence is measured."""
     if evaluation is None:
-        tokens = source.config.positions // 2
-        own = commanded_requests(source, EXAMPLES, tokens)
-        asked = [(one.request, one.command) for one in own]
-    else:
-        asked = [(e.request, Command(e.command.task, count_words(e.response))) for e in evaluation]
-    requests = adherence.requests(source, asked, levelled=judge is not None)
-    answers = [adherence.answer(folder, variant, requests, judge) for variant in variants]
-    faults = {
-        variant.name: adherence.faults(answers[0], found)
-        for variant, found in zip(variants, answers, strict=True)
-    }
-    return [
-        replace(variant, adherence=found.figures())
-        for variant, found in zip(variants, answers, strict=True)
-    ], faults
+        tokens = source.decoder.positions // 2
+        return [(a.request, a.command) for a in commanded_requests(source, EXAMPLES, tokens)]
+    return [(e.request, Command(e.command.task, count_words(e.response))) for e in evaluation]
+
+
+def _refusals(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Name → the figures of each variant that is outside its budget."""
+    reference = candidates[0].answers
+    disobedient = {c.variant.name: adherence.faults(reference, c.answers) for c in candidates}
+    return gate.refusals([c.variant for c in candidates], disobedient)
 
 
 def _recipe(source: Checkpoint) -> dict[str, Any] | None:

@@ -39,42 +39,42 @@ def write_ctranslate2(checkpoint: Checkpoint, precision: str, folder: Path) -> i
         raise EngineNotInstalled(
             "writing this variant needs ctranslate2", "pip install 'edge-slm[ctranslate2]'"
         ) from None
-    config = checkpoint.config
-    activation = getattr(common_spec.Activation, ACTIVATION[config.activation])
+    decoder = checkpoint.decoder
+    activation = getattr(common_spec.Activation, ACTIVATION[decoder.activation])
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
-        config.layers, config.heads, pre_norm=True, activation=activation
+        decoder.layers, decoder.heads, pre_norm=True, activation=activation
     )
     _fill(spec.decoder, checkpoint)
     spec.register_vocabulary(_vocabulary(checkpoint))
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = END
-    spec.config.add_attribute("layer_norm_epsilon", config.layer_norm_epsilon)
+    spec.config.add_attribute("layer_norm_epsilon", decoder.norm_epsilon)
     spec.validate()
     spec.optimize(quantization=QUANTISATION[precision])
     _check(spec, checkpoint, precision)
     spec.save(str(folder))
-    return step_bytes(config, precision)
+    return step_bytes(decoder, precision)
 
 
-def _fill(decoder: Any, checkpoint: Checkpoint) -> None:
+def _fill(spec: Any, checkpoint: Checkpoint) -> None:
     # The specification quantises in place: it gets copies, but one and the same
     # array for a tied embedding, which it then stores once.
-    config, tensors = checkpoint.config, checkpoint.tensors
-    decoder.scale_embeddings = False
-    decoder.embeddings.weight = tensors["wte.weight"].copy()
-    decoder.position_encodings.encodings = tensors["wpe.weight"].copy()
-    decoder.projection.weight = (
-        decoder.embeddings.weight if config.tied else tensors["lm_head.weight"].copy()
+    decoder, tensors = checkpoint.decoder, checkpoint.tensors
+    spec.scale_embeddings = False
+    spec.embeddings.weight = tensors["embedding"].copy()
+    spec.position_encodings.encodings = tensors["positions"].copy()
+    spec.projection.weight = (
+        spec.embeddings.weight if decoder.tied else tensors["head.weight"].copy()
     )
-    _norm(decoder.layer_norm, checkpoint, "ln_f")
-    for i, layer in enumerate(decoder.layer):
+    _norm(spec.layer_norm, checkpoint, "final_norm")
+    for i, layer in enumerate(spec.layer):
         attention, ffn = layer.self_attention, layer.ffn
-        _norm(attention.layer_norm, checkpoint, f"h.{i}.ln_1")
-        _linear(attention.linear[0], checkpoint, f"h.{i}.attn.c_attn")
-        _linear(attention.linear[1], checkpoint, f"h.{i}.attn.c_proj")
-        attention.queries_scale = np.float32(config.attention_scale[i])
-        _norm(ffn.layer_norm, checkpoint, f"h.{i}.ln_2")
-        _linear(ffn.linear_0, checkpoint, f"h.{i}.mlp.c_fc")
-        _linear(ffn.linear_1, checkpoint, f"h.{i}.mlp.c_proj")
+        _norm(attention.layer_norm, checkpoint, f"layers.{i}.attention_norm")
+        _linear(attention.linear[0], checkpoint, f"layers.{i}.qkv")
+        _linear(attention.linear[1], checkpoint, f"layers.{i}.out")
+        attention.queries_scale = np.float32(decoder.attention_scale[i])
+        _norm(ffn.layer_norm, checkpoint, f"layers.{i}.mlp_norm")
+        _linear(ffn.linear_0, checkpoint, f"layers.{i}.up")
+        _linear(ffn.linear_1, checkpoint, f"layers.{i}.down")
 
 
 def _norm(spec: Any, checkpoint: Checkpoint, name: str) -> None:
@@ -89,19 +89,19 @@ def _linear(spec: Any, checkpoint: Checkpoint, name: str) -> None:
 
 def _vocabulary(checkpoint: Checkpoint) -> list[str]:
     """The tokens, and for the padding of the vocabulary names that no token has."""
-    padding = range(len(checkpoint.tokens), checkpoint.config.vocab_size)
+    padding = range(len(checkpoint.tokens), checkpoint.decoder.vocab_size)
     return [*checkpoint.tokens, *(f"<|padding:{i}|>" for i in padding)]
 
 
 def _check(spec: Any, checkpoint: Checkpoint, precision: str) -> None:
     """Every matrix has the type asked for, and a tied embedding is one tensor."""
-    config = checkpoint.config
+    decoder = checkpoint.decoder
     dtype = "int8" if precision == "int8" else "float32"
     matrices = [
         name
         for name, value in spec.variables().items()
         if name.endswith("/weight") and not isinstance(value, str) and value.dtype == dtype
     ]
-    expected = 4 * config.layers + (1 if config.tied else 2)
+    expected = 4 * decoder.layers + (1 if decoder.tied else 2)
     if len(matrices) != expected:
         raise AssertionError(f"{len(matrices)} matrices are {dtype}, not {expected}")

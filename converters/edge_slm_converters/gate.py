@@ -13,9 +13,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from edge_slm_bench.examples import Scored
-from edge_slm_bench.fidelity import Fidelity, FidelityMeter
-from edge_slm_converters.checkpoint import Float32, GPT2Config
+from edge_slm_bench.metrics.examples import Scored
+from edge_slm_bench.metrics.fidelity import Fidelity, FidelityMeter
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.graph import write_all_logits
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.cores import default_threads
@@ -64,27 +64,32 @@ def refusals(
 ) -> dict[str, str]:
     """Name → the figures, of each measured variant that is outside its budget.
 
-    disobedient: name → what `adherence.faults` told of it.
+    disobedient: name → its `adherence.faults`.
     """
     refused = {}
     for variant in variants:
         budget, figures = BUDGETS[variant.precision], variant.fidelity
-        told = list(disobedient.get(variant.name, ()))
+        faults = list(disobedient.get(variant.name, ()))
         if figures is not None:
             top1, ratio = figures["top1"], figures["perplexity_ratio"]
             if not (top1 >= budget.top1 and ratio <= budget.perplexity_ratio):  # NaN is refused
-                told.insert(
+                faults.insert(
                     0,
                     f"top-1 agreement {top1:.4f} (at least {budget.top1}), "
                     f"perplexity ratio {ratio:.4f} (at most {budget.perplexity_ratio}) "
                     f"over {figures['positions']} positions",
                 )
-        if told:
-            refused[variant.name] = f"{variant.name}: {', '.join(told)}"
+        if faults:
+            refused[variant.name] = f"{variant.name}: {', '.join(faults)}"
     return refused
 
 
-def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
+def logits_of(variant: Variant, decoder: Decoder, folder: Path) -> LogitsOf:
+    """Of a variant that is below `folder`."""
+    return _LOGITS[variant.engine](folder / variant.path, decoder, variant.precision)
+
+
+def onnx_logits(folder: Path, decoder: Decoder, precision: str) -> LogitsOf:
     """Logits of every position from the very weights that ship."""
     import onnxruntime
 
@@ -101,7 +106,7 @@ def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
 
     def logits(ids: Sequence[int]) -> Float32:
         length = len(ids)
-        empty = np.zeros((1, config.heads, length, config.head_width), np.float32)
+        empty = np.zeros((1, decoder.kv_heads, length, decoder.head_width), np.float32)
         feed = {
             "input_ids": np.array([ids], np.int64),
             "position_ids": np.arange(length, dtype=np.int64)[None],
@@ -115,11 +120,11 @@ def onnx_logits(folder: Path, config: GPT2Config) -> LogitsOf:
     return logits
 
 
-def numba_logits(folder: Path, decoder: Decoder) -> LogitsOf:
+def numba_logits(folder: Path, decoder: Decoder, precision: str) -> LogitsOf:
     from edge_slm_runtime.engines.base import EngineOptions
     from edge_slm_runtime.engines.numba_engine import NumbaEngine
 
-    engine = NumbaEngine(folder, decoder, EngineOptions(threads=default_threads()))
+    engine = NumbaEngine(folder, decoder, EngineOptions(precision, default_threads()))
 
     def logits(ids: Sequence[int]) -> Float32:
         every = engine.new_pass(engine.new_cache(1).array, len(ids), len(ids))
@@ -129,7 +134,7 @@ def numba_logits(folder: Path, decoder: Decoder) -> LogitsOf:
     return logits
 
 
-def ctranslate2_logits(folder: Path, precision: str) -> LogitsOf:
+def ctranslate2_logits(folder: Path, decoder: Decoder, precision: str) -> LogitsOf:
     import ctranslate2
 
     compute_type = "int8_float32" if precision == "int8" else "float32"
@@ -140,3 +145,10 @@ def ctranslate2_logits(folder: Path, precision: str) -> LogitsOf:
         return result
 
     return logits
+
+
+_LOGITS: Mapping[str, Callable[[Path, Decoder, str], LogitsOf]] = {
+    "onnxruntime": onnx_logits,
+    "numba": numba_logits,
+    "ctranslate2": ctranslate2_logits,
+}

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config, read_json
+from edge_slm_converters.arrays import Float32
+from edge_slm_converters.checkpoint import Checkpoint, read_json
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.files import write_aside
 
@@ -33,12 +35,12 @@ BLOCKS: dict[str, tuple[int, int]] = {
 PRE_TOKENIZER = "gpt-2"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 LAYER_TENSORS = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
+    "attention_norm": "attn_norm",
+    "qkv": "attn_qkv",
+    "out": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "up": "ffn_up",
+    "down": "ffn_down",
 }
 
 
@@ -55,7 +57,7 @@ def write_gguf(checkpoint: Checkpoint, file: Path, quantisation: Quantisation) -
         raise DependencyMissing(
             "writing a GGUF file needs gguf", "pip install 'edge-slm[peers]'"
         ) from None
-    _check_computation(checkpoint.config)
+    _check_computation(checkpoint.decoder)
     stored = list(_stored(checkpoint, quantisation))
     merges = _merges(checkpoint)
     with write_aside(file, replace=False) as aside:
@@ -67,7 +69,7 @@ def write_gguf(checkpoint: Checkpoint, file: Path, quantisation: Quantisation) -
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return step_bytes(checkpoint.config, quantisation)
+    return step_bytes(checkpoint.decoder, quantisation)
 
 
 def head_type(quantisation: Quantisation) -> Quantisation:
@@ -75,15 +77,15 @@ def head_type(quantisation: Quantisation) -> Quantisation:
     return "Q8_0" if quantisation == "Q4_0" else quantisation
 
 
-def plain_attention(config: GPT2Config) -> bool:
+def plain_attention(decoder: Decoder) -> bool:
     """Whether every layer divides by √(head width), as GPT-2 itself does."""
-    return set(config.attention_scale) == {config.head_width**-0.5}
+    return set(decoder.attention_scale) == {decoder.head_width**-0.5}
 
 
-def step_bytes(config: GPT2Config, quantisation: Quantisation) -> int:
+def step_bytes(decoder: Decoder, quantisation: Quantisation) -> int:
     """Bytes of matrices that one decoding step reads, by formula."""
-    layers = sum(_bytes(k * n, quantisation) for k, n in config.matrices().values())
-    return layers + _bytes(config.width * config.vocab_size, head_type(quantisation))
+    layers = sum(_bytes(k * n, quantisation) for k, n in decoder.matrices().values())
+    return layers + _bytes(decoder.width * decoder.vocab_size, head_type(quantisation))
 
 
 def _bytes(values: int, kind: str) -> int:
@@ -91,12 +93,12 @@ def _bytes(values: int, kind: str) -> int:
     return values // size * length
 
 
-def _check_computation(config: GPT2Config) -> None:
-    if config.activation != "gelu_tanh":
+def _check_computation(decoder: Decoder) -> None:
+    if decoder.activation != "gelu_tanh":
         raise CheckpointError(
-            f"llama.cpp's GPT-2 has no {config.activation}", "it computes gelu_tanh alone"
+            f"llama.cpp's GPT-2 has no {decoder.activation}", "it computes gelu_tanh alone"
         )
-    if not plain_attention(config):
+    if not plain_attention(decoder):
         raise CheckpointError("llama.cpp's GPT-2 scales attention by head width alone")
 
 
@@ -107,24 +109,24 @@ def _stored(
 
     Raises CheckpointError, naming the tensor, for rows that are not whole blocks.
     """
-    config, tensors = checkpoint.config, checkpoint.tensors
+    decoder, tensors = checkpoint.decoder, checkpoint.tensors
     head = head_type(quantisation)
     named: list[tuple[str, str, Quantisation]] = [
-        ("wte.weight", "token_embd.weight", head if config.tied else quantisation),
-        ("wpe.weight", "position_embd.weight", "F32"),
-        ("ln_f.weight", "output_norm.weight", "F32"),
-        ("ln_f.bias", "output_norm.bias", "F32"),
+        ("embedding", "token_embd.weight", head if decoder.tied else quantisation),
+        ("positions", "position_embd.weight", "F32"),
+        ("final_norm.weight", "output_norm.weight", "F32"),
+        ("final_norm.bias", "output_norm.bias", "F32"),
     ]
-    if not config.tied:
-        named.append(("lm_head.weight", "output.weight", head))
-    for i in range(config.layers):
+    if not decoder.tied:
+        named.append(("head.weight", "output.weight", head))
+    for i in range(decoder.layers):
         for ours, theirs in LAYER_TENSORS.items():
             matrix: Quantisation = "F32" if "norm" in theirs else quantisation
-            named.append((f"h.{i}.{ours}.weight", f"blk.{i}.{theirs}.weight", matrix))
-            named.append((f"h.{i}.{ours}.bias", f"blk.{i}.{theirs}.bias", "F32"))
+            named.append((f"layers.{i}.{ours}.weight", f"blk.{i}.{theirs}.weight", matrix))
+            named.append((f"layers.{i}.{ours}.bias", f"blk.{i}.{theirs}.bias", "F32"))
     for ours, theirs, kind in named:
         tensor = tensors[ours]
-        if ".c_" in ours:  # GPT-2's Conv1D keeps [in, out]; a bias is the same either way
+        if ours.startswith("layers."):  # [in, out]; a vector is the same either way
             tensor = tensor.T
         if tensor.shape[-1] % BLOCKS[kind][0]:
             raise CheckpointError(
@@ -137,15 +139,15 @@ def _stored(
 def _add_shape(writer: GGUFWriter, checkpoint: Checkpoint, quantisation: Quantisation) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    config = checkpoint.config
+    decoder = checkpoint.decoder
     writer.add_name(checkpoint.path.resolve().name)
-    writer.add_context_length(config.positions)
-    writer.add_embedding_length(config.width)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.inner)
-    writer.add_head_count(config.heads)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(decoder.positions)
+    writer.add_embedding_length(decoder.width)
+    writer.add_block_count(decoder.layers)
+    writer.add_feed_forward_length(decoder.inner)
+    writer.add_head_count(decoder.heads)
+    writer.add_layer_norm_eps(decoder.norm_epsilon)
+    writer.add_vocab_size(decoder.vocab_size)
     kind = "ALL_F32" if quantisation == "F32" else f"MOSTLY_{quantisation}"
     writer.add_file_type(LlamaFileType[kind])
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -157,7 +159,7 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint, merges: list[str]
     from gguf import TokenType
 
     codec, size = checkpoint.codec, len(checkpoint.tokens)
-    padding = range(size, checkpoint.config.vocab_size)
+    padding = range(size, checkpoint.decoder.vocab_size)
     kinds = ["CONTROL" if i in codec.controls else "NORMAL" for i in range(size)]
     kinds += ["UNUSED"] * len(padding)
     end = codec.ends[0]

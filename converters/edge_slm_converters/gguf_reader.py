@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_slm_converters.checkpoint import Float32
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.gguf_tensors import GPT2_PARTS, LLAMA_PARTS, Parts, joined, stored_names
 from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.engines.base import first_line

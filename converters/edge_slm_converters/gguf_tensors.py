@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from edge_slm_converters.checkpoint import Float32
+from edge_slm_converters.arrays import Float32
 from edge_slm_runtime.decoder import Decoder
 
 # Canonical name of a layer's matrix → its parts in the file: rows, one below the other.

@@ -1,26 +1,22 @@
-"""Answers of a bundle's variants, through the runtime that ships.
+"""Greedy answers of a model's variants, through the runtime that ships.
 
-They serve three times: greedy ones of the fp32 model are what fidelity is measured on when
-the caller has no evaluation texts; sampled ones are what quantisation is calibrated on;
-and token ids go into the manifest so that a device can check that it computes what was
+Those of the fp32 model are what fidelity is measured on when the caller has no evaluation
+texts; token ids go into the manifest so that a device can check that it computes what was
 converted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
-from random import Random
 
-import edge_slm_runtime
-from edge_slm_bench.examples import Scored
-from edge_slm_converters.checkpoint import Checkpoint, GPT2Config
-from edge_slm_runtime.bundle import Golden, Variant
+from edge_slm_bench.metrics.examples import Scored
+from edge_slm_converters.checkpoint import Checkpoint
+from edge_slm_runtime.bundle import Golden
 from edge_slm_runtime.command import Command
-from edge_slm_runtime.errors import CheckpointError, RequestError
-from edge_slm_runtime.records import Request
+from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.generate import SLM
 
 REQUESTS = (
     "a cosy cabin in the snow",
@@ -35,29 +31,24 @@ REQUESTS = (
 WORDS = (12, 24, 40)
 EXAMPLES, EXAMPLE_TOKENS = 24, 48
 GOLDENS, GOLDEN_TOKENS = 4, 24
-# Of the texts that quantisation is calibrated on. Their variety matters most: with 512 answers
-# to REQUESTS alone, KL on held-out texts was a fifth higher than with 672 various ones.
-SAMPLES = (128, 1024)  # at least, at most
-SAMPLE_WORK = 11_600_000_000  # texts × parameters: what calibration takes grows with them
-SAMPLE_TOKENS, SAMPLE_ROWS, SAMPLE_ROUND = 96, 32, 128
-SAMPLE_WORDS = (4, 12, 24, 40, 72)
-EXCERPT_WORDS = (4, 8, 16, 30)
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
+    """A request under its command, and the prompt that the model is given for it."""
+
     request: str
     command: Command
     prompt: tuple[int, ...]
 
 
 def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Asked]:
-    """Requests of our own, over the schema's tasks and several lengths.
+    """Built-in requests, over the schema's tasks and several lengths.
 
     Raises CheckpointError when the model's context has no room for one of them
     and an answer of `tokens`.
     """
-    schema, positions = source.schema, source.config.positions
+    schema, positions = source.schema, source.decoder.positions
     tasks, words, requests = cycle(schema.tasks), cycle(WORDS), cycle(REQUESTS)
     top = len(schema.axis("relevance").values) - 1
     asked = []
@@ -74,11 +65,11 @@ def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Aske
     return asked
 
 
-def own_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[Scored]:
-    """What `variant` itself answers to `commanded_requests`, to be scored."""
-    tokens = min(EXAMPLE_TOKENS, source.config.positions // 2)
+def own_answers(slm: SLM, source: Checkpoint) -> list[Scored]:
+    """The model's own answers to `commanded_requests`, to be scored."""
+    tokens = min(EXAMPLE_TOKENS, source.decoder.positions // 2)
     asked = commanded_requests(source, EXAMPLES, tokens)
-    answers = _answers(bundle, variant, asked, tokens)
+    answers = _greedy(slm, asked, tokens)
     return [
         Scored((*one.prompt, *ids), len(one.prompt))
         for one, ids in zip(asked, answers, strict=True)
@@ -86,94 +77,24 @@ def own_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[Scor
     ]
 
 
-def sampled_answers(bundle: Path, variant: Variant, source: Checkpoint) -> list[Scored]:
-    """Texts as various as the model gives, none of them from outside: answers drawn at
-    temperature 1 to REQUESTS, then to pieces of answers, then to pieces of those.
+def golden_ids(slm: SLM, source: Checkpoint) -> list[tuple[int, ...]]:
+    """A variant's token ids for the requests of `goldens`."""
+    tokens = min(GOLDEN_TOKENS, source.decoder.positions // 2)
+    return _greedy(slm, commanded_requests(source, GOLDENS, tokens), tokens)
 
-    Tasks, lengths and levels of the command vary, and everything random has a fixed seed.
-    Fewer texts of a larger model, whose every position costs more: see `sample_count`.
+
+def goldens(source: Checkpoint, ids: Mapping[str, Sequence[tuple[int, ...]]]) -> list[Golden]:
+    """Requests with what each variant answers, greedily and without length promise.
+
+    ids: of every variant, `golden_ids`.
     """
-    tokens = min(SAMPLE_TOKENS, source.config.positions // 2)
-    rng, count = Random(0), sample_count(source.config)
-    heard, found = list(REQUESTS), list[Scored]()
-    with edge_slm_runtime.load(
-        bundle, engine=variant.engine, precision=variant.precision, verify=False
-    ) as slm:
-        for start in range(0, count, SAMPLE_ROUND):
-            numbers = range(start, min(start + SAMPLE_ROUND, count))
-            asked = [_drawn(source, heard, i, tokens, rng) for i in numbers]
-            requests = [
-                Request(
-                    one.request,
-                    one.command.task,
-                    one.command.words,
-                    one.command.relevance,
-                    temperature=1.0,
-                    no_repeat_ngram_size=0,
-                    seed=seed,
-                    max_new_tokens=tokens,
-                    keep_length=False,
-                )
-                for seed, one in zip(numbers, asked, strict=True)
-            ]
-            answers = list(slm.generate_batch(requests, SAMPLE_ROWS))
-            found += [
-                Scored((*one.prompt, *answer.token_ids), len(one.prompt))
-                for one, answer in zip(asked, answers, strict=True)
-                if answer.token_ids
-            ]
-            heard = [answer.text for answer in answers if answer.text.strip()] or heard
-    return found
-
-
-def sample_count(config: GPT2Config) -> int:
-    """How many texts a model is calibrated on; a narrow one has fewer moments to learn."""
-    return max(SAMPLES[0], min(SAMPLES[1], 3 * config.width, SAMPLE_WORK // config.parameters))
-
-
-def _drawn(
-    source: Checkpoint, heard: Sequence[str], number: int, tokens: int, rng: Random
-) -> Asked:
-    """A request for some successive words of a text in `heard`, its prompt short enough for
-    an answer of `tokens`; else one of REQUESTS."""
-    schema, words = source.schema, rng.choice(heard).split()
-    length = rng.choice(EXCERPT_WORDS)
-    first = rng.randrange(max(1, len(words) - length + 1))
-    level = rng.choice((None, None, len(schema.axis("relevance").values) - 1))
-    command = Command(schema.tasks[number % len(schema.tasks)], rng.choice(SAMPLE_WORDS), level)
-    command = schema.check(command).commanded
-    for request in (" ".join(words[first : first + length]), REQUESTS[number % len(REQUESTS)]):
-        try:
-            prompt = tuple(source.codec.prompt(request, command))
-        except RequestError:  # an untrained model writes anything
-            continue
-        if len(prompt) + tokens <= source.config.positions:
-            return Asked(request, command, prompt)
-    raise CheckpointError(
-        f"a context of {source.config.positions} tokens is too short to calibrate the model in",
-        f"a prompt and an answer of {tokens} must fit",
-    )
-
-
-def goldens(bundle: Path, variants: Sequence[Variant], source: Checkpoint) -> list[Golden]:
-    """Requests with the ids that each variant gives, greedily and without length promise."""
-    tokens = min(GOLDEN_TOKENS, source.config.positions // 2)
+    tokens = min(GOLDEN_TOKENS, source.decoder.positions // 2)
     asked = commanded_requests(source, GOLDENS, tokens)
-    found = [Golden(one.request, one.command, tokens, {}) for one in asked]
-    for variant in variants:
-        answers = _answers(bundle, variant, asked, tokens)
-        found = [
-            replace(golden, ids={**golden.ids, variant.name: ids})
-            for golden, ids in zip(found, answers, strict=True)
-        ]
-    return found
+    return [
+        Golden(one.request, one.command, tokens, {name: found[i] for name, found in ids.items()})
+        for i, one in enumerate(asked)
+    ]
 
 
-def _answers(
-    bundle: Path, variant: Variant, asked: Sequence[Asked], tokens: int
-) -> list[tuple[int, ...]]:
-    """Token ids of greedy answers."""
-    with edge_slm_runtime.load(
-        bundle, engine=variant.engine, precision=variant.precision, verify=False
-    ) as slm:
-        return [slm.greedy_ids(one.request, one.command, tokens) for one in asked]
+def _greedy(slm: SLM, asked: Sequence[Asked], tokens: int) -> list[tuple[int, ...]]:
+    return [slm.greedy_ids(one.request, one.command, tokens) for one in asked]

@@ -11,12 +11,12 @@ so row k is rounded not at Wₖ but at Wₖ + Σ_{i<k} Uᵢₖ Eᵢ: the errors 
 where the inputs are alike. This form needs no inverse; that it gives GPTQ's numbers is
 theorem 6 of Chee et al. (arXiv 2307.13304).
 
-The inputs come out of layers that are quantised already, so with W itself the outputs would
-not be those of the float32 model. What is rounded is therefore the matrix that makes the
-most of the inputs as they are (`corrected`), the idea of Li et al. (arXiv 2504.02692) as a
-ridge regression, and over the residual stream too: an output that is added to it also takes
-back what the layers before have lost. Measured: KL 10% lower, where the inputs are those of
-various texts.
+The inputs come out of layers that are already quantised, so with W itself the outputs would
+not be those of the float32 model. The matrix that is rounded is therefore the one that
+gives the float32 outputs best from these inputs (`error_feedback_target`), the idea of Li et
+al. (arXiv 2504.02692) as a ridge regression, and over the residual stream too: an output
+that is added to the stream also corrects errors of earlier layers. Measured: KL 10% lower
+with inputs of various texts.
 """
 
 from __future__ import annotations
@@ -25,35 +25,38 @@ from dataclasses import replace
 
 import numpy as np
 
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import Blocks, best_scale, to_steps
-from edge_slm_converters.checkpoint import Float32
 
 # Added to the diagonal of M, as a share of its mean: what was seen of the inputs is a
 # sample. Measured with 4,000 and 8,000 positions: KL 11% and 2% lower than with the 0.01 of the
 # paper.
 DAMPING = 0.1
-# `corrected` goes this share of the way to the ridge regression, its ridge in the same unit.
-# Measured: 3% lower KL than all the way; more fits what was seen of the inputs, not the inputs.
+# `error_feedback_target` goes this share of the way to the ridge regression, whose ridge is in
+# the same unit. Measured: 3% lower KL than all the way, which overfits the sample.
 CORRECTION, RIDGE = 0.5, 0.3
 
 
 def gptq(weight: Float32, moment: Float32, size: int) -> Blocks:
     """`weight` [K,N] in blocks of `size`, for inputs with the second moment `moment` [K,K]."""
     damped = _damped(moment, DAMPING)
-    return polished(carried(weight, damped, size), weight, damped)
+    return refine(gptq_pass(weight, damped, size), weight, damped)
 
 
-def corrected(weight: Float32, x: Float32, missing: Float32, moment: Float32) -> Float32:
-    """`weight` [K,N] and what its inputs x [T,K] tell of `missing` [T,N]: what the outputs
-    lack, its mean left out, since the bias adds that. moment: XᵀX / T."""
+def error_feedback_target(
+    weight: Float32, x: Float32, missing: Float32, moment: Float32
+) -> Float32:
+    """`weight` [K,N] plus the part of `missing` [T,N], the error of the outputs, that its
+    inputs x [T,K] explain linearly. The mean of the error is left to the bias.
+    moment: XᵀX / T."""
     explained = x.T @ (missing - missing.mean(0)) / np.float32(len(x))
     change = np.linalg.solve(_damped(moment, RIDGE), explained)
     found: Float32 = weight + np.float32(CORRECTION) * change
     return found
 
 
-def carried(weight: Float32, moment: Float32, size: int) -> Blocks:
-    """One pass over the rows of `weight`, errors carried over."""
+def gptq_pass(weight: Float32, moment: Float32, size: int) -> Blocks:
+    """One pass over the rows of `weight`, each error carried over to the rows after it."""
     carry, importance = _factor(moment)
     steps, errors, scales = np.empty_like(weight), np.empty_like(weight), []
     for start in range(0, len(weight), size):
@@ -68,7 +71,7 @@ def carried(weight: Float32, moment: Float32, size: int) -> Blocks:
     return Blocks(4, size, steps, *map(np.stack, zip(*scales, strict=True)))
 
 
-def polished(blocks: Blocks, weight: Float32, moment: Float32) -> Blocks:
+def refine(blocks: Blocks, weight: Float32, moment: Float32) -> Blocks:
     """The same zero points; all scales of an output refitted together, then each level
     chosen once more, with all others as they are. Neither can add to the loss."""
     size, zero = blocks.size, blocks.zero

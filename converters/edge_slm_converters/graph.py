@@ -1,9 +1,9 @@
-"""GPT-2 as an ONNX graph of onnxruntime's fused operators.
+"""A decoder as an ONNX graph of onnxruntime's fused operators.
 
-The graph reads like the model (Radford et al. 2019): embed, then per layer
-attention and feed-forward, each added to the residual and normalised, then the
-LM head on the last position. Every sum of residual, output and bias is one
-`SkipLayerNormalization`, which also hands on the new residual.
+The graph reads like the model: embed, then per layer attention and feed-forward,
+each added to the residual and normalised, then the LM head on the last position.
+Every sum of residual, output and bias is one `SkipLayerNormalization`, which also
+hands on the new residual.
 
 inputs   input_ids int64 [B,S], position_ids int64 [B,S], seqlens_k int32 [B]
          (tokens of the row so far, minus one), total_sequence_length int32 [],
@@ -29,7 +29,9 @@ from edge_slm_converters.onnx_writer import (
     import_onnx,
 )
 from edge_slm_converters.quantise import PRECISIONS, Precision, step_bytes, stored_bytes
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.panels import stored_name
 
 LAST_POSITION = ("last.attention", "last.residual")  # the nodes that keep only one position
 HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head
@@ -38,23 +40,23 @@ HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head
 def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
     """Writes `folder/model.onnx` and its `model.data`.
 
-    precision: one of `PRECISIONS`, or what `mixed` made. Returns the bytes of weights that
-    one decoding step reads. Raises CheckpointError for a shape that the operators cannot
+    precision: one of `PRECISIONS`, or of `bit_allocation`. Returns the bytes of weights that one
+    decoding step reads. Raises CheckpointError for a shape that the operators cannot
     run, DependencyMissing.
     """
-    config = checkpoint.config
+    decoder = checkpoint.decoder
     if isinstance(precision, str):
         precision = PRECISIONS[precision]
-    if config.head_width % HEAD_WIDTH_STEP:
+    if decoder.head_width % HEAD_WIDTH_STEP:
         raise CheckpointError(
-            f"heads {config.head_width} wide cannot be converted to ONNX",
-            f"n_embd / n_head must be a multiple of {HEAD_WIDTH_STEP}",
+            f"heads {decoder.head_width} wide cannot be converted to ONNX",
+            f"a head's width must be a multiple of {HEAD_WIDTH_STEP}",
         )
     graph = GraphWriter(folder)
-    GPT2Graph(checkpoint, precision, graph).build()
-    graph.save("gpt2")
-    _check(checkpoint, precision, graph)
-    return step_bytes(config, precision)
+    DecoderGraph(checkpoint, precision, graph).build()
+    graph.save(decoder.architecture)
+    _check(decoder, precision, graph)
+    return step_bytes(decoder, precision)
 
 
 def write_all_logits(folder: Path) -> Path:
@@ -71,48 +73,49 @@ def write_all_logits(folder: Path) -> Path:
     return path
 
 
-class GPT2Graph:
+class DecoderGraph:
     """Adds a checkpoint's nodes and weights to a graph writer."""
 
     def __init__(self, checkpoint: Checkpoint, precision: Precision, graph: GraphWriter) -> None:
-        self.config, self.tensors = checkpoint.config, checkpoint.tensors
+        self.decoder, self.tensors = checkpoint.decoder, checkpoint.tensors
         self.head = checkpoint.head
         self.precision, self.graph = precision, graph
 
     def build(self) -> None:
-        config, graph = self.config, self.graph
+        decoder, graph = self.decoder, self.graph
         ids = graph.input("input_ids", np.int64, ["B", "S"])
         positions = graph.input("position_ids", np.int64, ["B", "S"])
         graph.input("seqlens_k", np.int32, ["B"])
         graph.input("total_sequence_length", np.int32, [])
-        graph.output("logits", np.float32, ["B", 1, config.vocab_size])
+        graph.output("logits", np.float32, ["B", 1, decoder.vocab_size])
 
-        token = self.precision.embed(graph, ids, "wte", self.tensors["wte.weight"])
-        position = graph.node("Gather", [self.weight("wpe.weight"), positions], "wpe")
-        x, residual = self.add_and_norm(token, position, "h.0.ln_1")
-        for i in range(config.layers):
+        token = self.precision.embed(graph, ids, "embedding", self.tensors["embedding"])
+        position = graph.node("Gather", [self.weight("positions", "wpe.weight"), positions], "wpe")
+        x, residual = self.add_and_norm(token, position, "layers.0.attention_norm")
+        for i in range(decoder.layers):
             x = self.attention(i, x)
-            if i == config.layers - 1:  # only the last position is asked for from here on
+            if i == decoder.layers - 1:  # only the last position is asked for from here on
                 last = graph.indices(-1)
                 x = graph.node("Gather", [x, last], LAST_POSITION[0], axis=1)
                 residual = graph.node("Gather", [residual, last], LAST_POSITION[1], axis=1)
-            x = self.linear(x, f"h.{i}.attn.c_proj")
+            x = self.linear(x, f"layers.{i}.out")
             x, residual = self.add_and_norm(
-                x, residual, f"h.{i}.ln_2", bias=f"h.{i}.attn.c_proj.bias"
+                x, residual, f"layers.{i}.mlp_norm", bias=f"layers.{i}.out.bias"
             )
             x = self.feed_forward(i, x)
-            norm = f"h.{i + 1}.ln_1" if i + 1 < config.layers else "ln_f"
-            x, residual = self.add_and_norm(x, residual, norm, bias=f"h.{i}.mlp.c_proj.bias")
-        logits = self.precision.head(graph, x, "lm_head", self.head)
+            last_layer = i + 1 == decoder.layers
+            norm = "final_norm" if last_layer else f"layers.{i + 1}.attention_norm"
+            x, residual = self.add_and_norm(x, residual, norm, bias=f"layers.{i}.down.bias")
+        logits = self.precision.head(graph, x, "head", self.head)
         graph.node("Identity", [logits], "logits")
 
     def attention(self, i: int, x: str) -> str:
-        """Causal self-attention over the cache; c_attn's output is q, k, v side by side."""
-        config, graph = self.config, self.graph
-        qkv = self.linear(x, f"h.{i}.attn.c_attn")
-        bias = self.weight(f"h.{i}.attn.c_attn.bias")
+        """Causal self-attention over the cache; of q, k, v side by side."""
+        decoder, graph = self.decoder, self.graph
+        qkv = self.linear(x, f"layers.{i}.qkv")
+        bias = self.weight(f"layers.{i}.qkv.bias")
         qkv = graph.node("Add", [qkv, bias], f"h.{i}.attn.qkv")
-        shape: list[int | str] = ["B", config.heads, "T", config.head_width]
+        shape: list[int | str] = ["B", decoder.kv_heads, "T", decoder.head_width]
         parts = ("key", "value")
         past = [graph.input(f"past_key_values.{i}.{p}", np.float32, shape) for p in parts]
         present = [graph.output(f"present.{i}.{p}", np.float32, shape) for p in parts]
@@ -121,19 +124,19 @@ class GPT2Graph:
             [qkv, "", "", *past, "seqlens_k", "total_sequence_length"],
             [f"h.{i}.attn", *present],
             FUSED,
-            num_heads=config.heads,
-            kv_num_heads=config.heads,
-            scale=config.attention_scale[i],
+            num_heads=decoder.heads,
+            kv_num_heads=decoder.kv_heads,
+            scale=decoder.attention_scale[i],
         )
 
     def feed_forward(self, i: int, x: str) -> str:
-        x = self.linear(x, f"h.{i}.mlp.c_fc")
-        x = self.activation(x, self.weight(f"h.{i}.mlp.c_fc.bias"), f"h.{i}.mlp.act")
-        return self.linear(x, f"h.{i}.mlp.c_proj")
+        x = self.linear(x, f"layers.{i}.up")
+        x = self.activation(x, self.weight(f"layers.{i}.up.bias"), f"h.{i}.mlp.act")
+        return self.linear(x, f"layers.{i}.down")
 
     def activation(self, x: str, bias: str, name: str) -> str:
-        """The config's activation of x + bias."""
-        graph, kind = self.graph, self.config.activation
+        """The decoder's activation of x + bias."""
+        graph, kind = self.graph, self.decoder.activation
         fused = {"gelu_tanh": "FastGelu", "gelu": "BiasGelu"}
         if kind in fused:
             return graph.node(fused[kind], [x, bias], name, FUSED)
@@ -150,28 +153,28 @@ class GPT2Graph:
         inputs = [x, residual, self.weight(f"{norm}.weight"), self.weight(f"{norm}.bias")]
         if bias:
             inputs.append(self.weight(bias))
-        total = f"{norm}.residual"
+        name = stored_name(norm)
+        total = f"{name}.residual"
         out = self.graph.node(
             "SkipLayerNormalization",
             inputs,
-            [norm] if norm == "ln_f" else [norm, "", "", total],
+            [name] if norm == "final_norm" else [name, "", "", total],
             FUSED,
-            epsilon=self.config.layer_norm_epsilon,
+            epsilon=self.decoder.norm_epsilon,
         )
         return out, total
 
     def linear(self, x: str, name: str) -> str:
         return self.precision.linear(self.graph, x, name, self.tensors[f"{name}.weight"])
 
-    def weight(self, name: str) -> str:
-        return self.graph.constant(name, self.tensors[name])
+    def weight(self, name: str, stored: str | None = None) -> str:
+        return self.graph.constant(stored or stored_name(name), self.tensors[name])
 
 
-def _check(checkpoint: Checkpoint, precision: Precision, graph: GraphWriter) -> None:
+def _check(decoder: Decoder, precision: Precision, graph: GraphWriter) -> None:
     """Every matrix was written in its precision, and none was stored twice."""
-    config = checkpoint.config
-    found, expected = graph.operators[precision.operator], 4 * config.layers + 1
+    found, expected = graph.operators[precision.operator], 4 * decoder.layers + 1
     if found != expected:
         raise AssertionError(f"{found} matrices are {precision.name}, not {expected}")
-    if graph.weight_bytes > (most := stored_bytes(config, precision)):
+    if graph.weight_bytes > (most := stored_bytes(decoder, precision)):
         raise AssertionError(f"{DATA_FILE} has {graph.weight_bytes} bytes of weights, not {most}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_converters.checkpoint import Array
+from edge_slm_converters.arrays import Array
 from edge_slm_runtime.errors import DependencyMissing
 
 # Old enough for onnxruntime 1.23.2, which is what JetPack 6 has.
@@ -96,11 +96,6 @@ class GraphWriter:
             tensor.external_data.add(key=field, value=str(value))
         self._constants[name] = tensor
         return name
-
-    def scalar(self, value: float, dtype: Any = np.float32) -> str:
-        """A constant that is made once and shared."""
-        name = f"{np.dtype(dtype).name}({value:g})"
-        return name if name in self._constants else self.constant(name, np.array(value, dtype))
 
     def indices(self, *values: int) -> str:
         """A shared int64 vector: axes, positions, shapes."""

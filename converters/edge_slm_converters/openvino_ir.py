@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from edge_slm_bench.runners.openvino import MODEL, import_openvino
-from edge_slm_converters.checkpoint import Checkpoint, Float32
+from edge_slm_converters.arrays import Float32
+from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.quantise import step_bytes
 from edge_slm_runtime.errors import DependencyMissing
 
@@ -44,7 +45,7 @@ def write_openvino(checkpoint: Checkpoint, precision: str, folder: Path) -> int:
         nncf.set_log_level(logging.ERROR)
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
-    return step_bytes(checkpoint.config, precision)
+    return step_bytes(checkpoint.decoder, precision)
 
 
 class _Graph:
@@ -53,7 +54,7 @@ class _Graph:
     def __init__(self, checkpoint: Checkpoint) -> None:
         openvino = import_openvino()
         self._model, self._ops = openvino.Model, openvino.opset13
-        self._config, self._tensors = checkpoint.config, checkpoint.tensors
+        self._decoder, self._tensors = checkpoint.decoder, checkpoint.tensors
         self._constants: dict[str, Any] = {}
         self._ids = self._parameter("input_ids", 2, np.int64)
         self._positions = self._parameter("position_ids", 2, np.int64)
@@ -62,28 +63,28 @@ class _Graph:
         self._assigned: list[Any] = []
 
     def model(self) -> Any:
-        ops, config = self._ops, self._config
+        ops, decoder = self._ops, self._decoder
         x = ops.add(
-            ops.gather(self._weight("wte.weight"), self._ids, self._ints(0)),
-            ops.gather(self._weight("wpe.weight"), self._positions, self._ints(0)),
+            ops.gather(self._weight("embedding"), self._ids, self._ints(0)),
+            ops.gather(self._weight("positions"), self._positions, self._ints(0)),
         )
         mask, empty = self._mask(), self._empty_cache()
-        for i in range(config.layers):
-            h = f"h.{i}"
-            normed = self._norm(x, f"{h}.ln_1")
+        for i in range(decoder.layers):
+            here = f"layers.{i}"
+            normed = self._norm(x, f"{here}.attention_norm")
             x = ops.add(x, self._attention(normed, i, mask, empty))
-            inner = self._linear(self._norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")
-            x = ops.add(x, self._linear(self._activation(inner), f"{h}.mlp.c_proj"))
-        x = ops.gather(self._norm(x, "ln_f"), self._keep, self._ints(1))
-        head = self._weight("wte.weight" if config.tied else "lm_head.weight")
+            inner = self._linear(self._norm(x, f"{here}.mlp_norm"), f"{here}.up")
+            x = ops.add(x, self._linear(self._activation(inner), f"{here}.down"))
+        x = ops.gather(self._norm(x, "final_norm"), self._keep, self._ints(1))
+        head = self._weight("embedding" if decoder.tied else "head.weight")
         logits = ops.result(ops.matmul(x, head, False, True))
         logits.output(0).set_names({"logits"})
         inputs = [self._ids, self._positions, self._keep, self._beams]
-        return self._model([logits], self._assigned, inputs, "gpt2")
+        return self._model([logits], self._assigned, inputs, decoder.architecture)
 
     def _attention(self, x: Any, layer: int, mask: Any, empty: Any) -> Any:
-        ops, config = self._ops, self._config
-        joined = self._linear(x, f"h.{layer}.attn.c_attn")
+        ops, decoder = self._ops, self._decoder
+        joined = self._linear(x, f"layers.{layer}.qkv")
         query, key, value = (
             self._by_head(part) for part in ops.split(joined, self._ints(-1), 3).outputs()
         )
@@ -92,21 +93,21 @@ class _Graph:
             self._cached(key, f"key.{layer}", empty),
             self._cached(value, f"value.{layer}", empty),
             mask,
-            ops.constant(config.attention_scale[layer], np.float32),
+            ops.constant(decoder.attention_scale[layer], np.float32),
             causal=False,
         )
         rows = ops.transpose(mixed, self._ints(0, 2, 1, 3))
-        rows = ops.reshape(rows, self._ints(0, 0, config.width), True)
-        return self._linear(rows, f"h.{layer}.attn.c_proj")
+        rows = ops.reshape(rows, self._ints(0, 0, decoder.attention_width), True)
+        return self._linear(rows, f"layers.{layer}.out")
 
     def _by_head(self, x: Any) -> Any:
         """[B,S,width] → [B,heads,S,head width]."""
-        shape = self._ints(0, 0, self._config.heads, self._config.head_width)
+        shape = self._ints(0, 0, self._decoder.heads, self._decoder.head_width)
         return self._ops.transpose(self._ops.reshape(x, shape, True), self._ints(0, 2, 1, 3))
 
     def _cached(self, new: Any, name: str, empty: Any) -> Any:
         """The cache with `new` at its end, which is also what the next step finds."""
-        shape = [-1, self._config.heads, -1, self._config.head_width]
+        shape = [-1, self._decoder.heads, -1, self._decoder.head_width]
         past = self._ops.read_value(empty, name, np.float32, shape)
         past = self._ops.gather(past, self._beams, self._ints(0))
         whole = self._ops.concat([past, new], 2)
@@ -117,7 +118,7 @@ class _Graph:
         """[B,heads,0,head width], the cache before the first step."""
         ops = self._ops
         rows = ops.gather(ops.shape_of(self._ids), self._ints([0]), self._ints(0))
-        shape = ops.concat([rows, self._ints(self._config.heads, 0, self._config.head_width)], 0)
+        shape = ops.concat([rows, self._ints(self._decoder.heads, 0, self._decoder.head_width)], 0)
         return ops.broadcast(ops.constant(0, np.float32), shape)
 
     def _mask(self) -> Any:
@@ -129,7 +130,7 @@ class _Graph:
         return ops.select(hidden, ops.constant(-np.inf, np.float32), ops.constant(0, np.float32))
 
     def _activation(self, x: Any) -> Any:
-        match self._config.activation:
+        match self._decoder.activation:
             case "gelu_tanh":
                 return self._ops.gelu(x, "tanh")
             case "gelu":
@@ -140,7 +141,7 @@ class _Graph:
                 return getattr(self._ops, name)(x)
 
     def _norm(self, x: Any, name: str) -> Any:
-        ops, epsilon = self._ops, self._config.layer_norm_epsilon
+        ops, epsilon = self._ops, self._decoder.norm_epsilon
         normed = ops.mvn(x, self._ints([-1]), True, epsilon, "inside_sqrt")
         return ops.add(
             ops.multiply(normed, self._weight(f"{name}.weight")), self._weight(f"{name}.bias")

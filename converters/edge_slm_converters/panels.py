@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from edge_slm_converters.arrays import Array, Float32
 from edge_slm_converters.blocks import Blocks
-from edge_slm_converters.checkpoint import Array, Checkpoint, Float32, GPT2Config
+from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
-from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
-from edge_slm_runtime.panels import ALIGNMENT, UNIT, file_metadata, pack_levels, pack_outputs
+from edge_slm_runtime.panels import (
+    ALIGNMENT,
+    UNIT,
+    file_metadata,
+    pack_levels,
+    pack_outputs,
+    stored_name,
+)
 
 _MATRIX_PARTS = (".levels", ".scale", ".zero")
 
 
 def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
-    """Writes `folder/model.safetensors`: the matrices of `precision`, int8 or what `mixed`
+    """Writes `folder/model.safetensors`: the matrices of `precision`, int8 or what `bit_allocation`
     made, the rest in float32. Returns the bytes of weights that one decoding step reads.
 
     Raises CheckpointError for fp32, DependencyMissing.
@@ -34,28 +42,17 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
         precision = PRECISIONS[precision]
     if not isinstance(precision, Quantised):
         raise CheckpointError(f"the numba engine has no {precision.name}", "choose int8 or int4")
-    config = checkpoint.config
-    settings = file_metadata(_decoder(config))
+    decoder = checkpoint.decoder
+    settings = file_metadata(decoder)
     tensors = dict(_tensors(checkpoint, precision))
-    embedding = () if config.tied else ("wte.levels", "wte.scale")
+    embedding = () if decoder.tied else ("wte.levels", "wte.scale")
     read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)
     header, data = _split(save(tensors, settings))
+    header = _in_order(header)
     header += b" " * (-(8 + len(header)) % ALIGNMENT)  # so that data can be mapped into memory
     with (folder / NumbaEngine.main_file).open("wb") as file:
         file.writelines((len(header).to_bytes(8, "little"), header, data))
     return sum(tensors[name].nbytes for name in read)
-
-
-def _decoder(config: GPT2Config) -> Decoder:
-    return gpt2(
-        layers=config.layers,
-        heads=config.heads,
-        width=config.width,
-        vocab_size=config.vocab_size,
-        positions=config.positions,
-        norm_epsilon=config.layer_norm_epsilon,
-        activation=config.activation,
-    )
 
 
 def _split(content: bytes) -> tuple[bytes, memoryview]:
@@ -64,25 +61,31 @@ def _split(content: bytes) -> tuple[bytes, memoryview]:
     return content[8:end], memoryview(content)[end:]
 
 
+def _in_order(header: bytes) -> bytes:
+    """With its metadata sorted: safetensors writes them in an order of chance."""
+    entries = json.loads(header)
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    return json.dumps(entries, separators=(",", ":")).encode()
+
+
 def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str, Array]]:
-    config, given = checkpoint.config, checkpoint.tensors
-    yield from _matrix("wte", precision.of("wte", given["wte.weight"].T))
-    if not config.tied:
-        yield from _matrix("lm_head", precision.of("lm_head", checkpoint.head.T))
-    yield "wpe", _filled(given["wpe.weight"].ravel())
-    for name in ("ln_f.weight", "ln_f.bias"):
-        yield name, _filled(given[name])
-    for i in range(config.layers):
-        for norm in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
-            yield f"h.{i}.{norm}", _filled(given[f"h.{i}.{norm}"])
-    for name in config.matrices():
+    decoder, given = checkpoint.decoder, checkpoint.tensors
+    yield from _matrix("wte", precision.of("embedding", given["embedding"].T))
+    if not decoder.tied:
+        yield from _matrix("lm_head", precision.of("head", checkpoint.head.T))
+    yield "wpe", _filled(given["positions"].ravel())
+    for name, tensor in given.items():
+        if "norm." in name:
+            yield stored_name(name), _filled(tensor)
+    for name in decoder.matrices():
+        weight, bias, stored = given[f"{name}.weight"], given[f"{name}.bias"], stored_name(name)
         # The queries' factor, put where it costs nothing.
-        factor = np.ones(given[f"{name}.bias"].shape, np.float32)
-        if name.endswith("attn.c_attn"):
+        factor = np.ones(len(bias), np.float32)
+        if name.endswith(".qkv"):
             layer = int(name.split(".")[1])
-            factor[: config.width] = config.attention_scale[layer]
-        yield from _matrix(name, precision.of(name, given[f"{name}.weight"]), factor)
-        yield f"{name}.bias", _filled(given[f"{name}.bias"] * factor)
+            factor[: decoder.attention_width] = decoder.attention_scale[layer]
+        yield from _matrix(stored, precision.of(name, weight), factor)
+        yield f"{stored}.bias", _filled(bias * factor)
 
 
 def _matrix(

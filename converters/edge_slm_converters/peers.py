@@ -143,7 +143,7 @@ def make(name: str, checkpoint: Path, folder: Path) -> Spec:
         precision=peer.precision,
         path=str(target),
         disk_bytes=sum(file.stat().st_size for file in files),
-        step_bytes=per_token or step_bytes(source.config, peer.precision),
+        step_bytes=per_token or step_bytes(source.decoder, peer.precision),
         peer=True,
     )
 
@@ -153,7 +153,7 @@ def _write_optimum(source: Checkpoint, precision: str, folder: Path) -> None:
 
     Raises CheckpointError for an attention scale that the export leaves out.
     """
-    if not plain_attention(source.config):
+    if not plain_attention(source.decoder):
         raise CheckpointError("optimum's export scales attention by head width alone")
     exported = folder / "optimum-fp32"
     if not exported.exists():

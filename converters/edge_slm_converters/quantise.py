@@ -17,12 +17,15 @@ The embedding is always written from the same bytes as a tied LM head, so that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import Blocks, block_bytes, bytewise
-from edge_slm_converters.checkpoint import Float32, GPT2Config
 from edge_slm_converters.onnx_writer import FUSED, GraphWriter
+from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.panels import stored_name
 
 # Of 8-bit matrices. As fast as 128 and as many bytes as llama.cpp's Q8_0, and the largest for
 # which the operator's kernels add in the same order however many rows there are: a token
@@ -31,7 +34,7 @@ BYTE_BLOCK = 64
 
 
 class Precision(Protocol):
-    """Adds one weight matrix to a graph. Shapes: x [B,S,K] → [B,S,N]."""
+    """Adds one weight matrix to a graph. Shapes: x [B,S,K] → [B,S,N]. Names are canonical."""
 
     name: str
     operator: str  # what multiplies: four of them a layer, and the head
@@ -56,13 +59,16 @@ class Fp32:
     name, operator = "fp32", "FusedMatMul"
 
     def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
+        name = stored_name(name)
         return graph.node("FusedMatMul", [x, graph.constant(f"{name}.weight", weight)], name, FUSED)
 
     def head(self, graph: GraphWriter, x: str, name: str, table: Float32) -> str:
+        name = stored_name(name)
         weight = graph.constant(f"{name}.weight", table)
         return graph.node("FusedMatMul", [x, weight], name, FUSED, transB=1)
 
     def embed(self, graph: GraphWriter, ids: str, name: str, table: Float32) -> str:
+        name = stored_name(name)
         return graph.node("Gather", [graph.constant(f"{name}.weight", table), ids], name)
 
     def linear_bytes(self, name: str, inputs: int, outputs: int) -> int:
@@ -87,7 +93,7 @@ class Quantised:
         return self.blocks.get(name) or bytewise(weight, BYTE_BLOCK)
 
     def linear(self, graph: GraphWriter, x: str, name: str, weight: Float32) -> str:
-        blocks = self.of(name, weight)
+        blocks, name = self.of(name, weight), stored_name(name)
         parts = [graph.constant(f"{name}.{k}", part) for k, part in blocks.packed().items()]
         inputs, outputs = weight.shape
         return graph.node(
@@ -106,7 +112,7 @@ class Quantised:
         return self.linear(graph, x, name, table.T)
 
     def embed(self, graph: GraphWriter, ids: str, name: str, table: Float32) -> str:
-        parts = bytewise(table.T, BYTE_BLOCK).packed()
+        parts, name = bytewise(table.T, BYTE_BLOCK).packed(), stored_name(name)
         levels = parts["weight"].reshape(len(table), -1)
         weight = graph.constant(f"{name}.weight", levels)
         scale = graph.constant(f"{name}.scale", parts["scale"])
@@ -133,22 +139,23 @@ class Quantised:
         return block_bytes(width, vocab_size, 8, BYTE_BLOCK)
 
 
-# Those that need nothing but the weights; int4 is made by `mixed`.
+# Those that need nothing but the weights; int4 is made by `bit_allocation`.
 PRECISIONS: dict[str, Precision] = {p.name: p for p in (Fp32(), Quantised("int8"))}
 
 
-def step_bytes(config: GPT2Config, precision: str | Precision) -> int:
+def step_bytes(decoder: Decoder, precision: str | Precision) -> int:
     """Bytes of matrices that one decoding step reads, by formula."""
     p = PRECISIONS[precision] if isinstance(precision, str) else precision
-    layers = sum(p.linear_bytes(name, k, n) for name, (k, n) in config.matrices().items())
-    return layers + p.head_bytes(config.width, config.vocab_size)
+    layers = sum(p.linear_bytes(name, k, n) for name, (k, n) in decoder.matrices().items())
+    return layers + p.head_bytes(decoder.width, decoder.vocab_size)
 
 
-def stored_bytes(config: GPT2Config, precision: Precision) -> int:
+def stored_bytes(decoder: Decoder, precision: Precision) -> int:
     """Bytes of all weights of a model, by formula: what a second copy of a tied
     embedding, or a matrix that was left in float32, would exceed."""
-    in_layers = sum(k * n for k, n in config.matrices().values())
-    in_tables = (1 if config.tied else 2) * config.width * config.vocab_size
-    float32 = 4 * (config.parameters - in_layers - in_tables)
-    embedding = precision.head_bytes(config.width, config.vocab_size)
-    return step_bytes(config, precision) + float32 + (0 if config.tied else embedding)
+    values = sum(math.prod(shape) for shape in decoder.shapes().values())
+    in_layers = sum(k * n for k, n in decoder.matrices().values())
+    in_tables = (1 if decoder.tied else 2) * decoder.width * decoder.vocab_size
+    float32 = 4 * (values - in_layers - in_tables)
+    embedding = precision.head_bytes(decoder.width, decoder.vocab_size)
+    return step_bytes(decoder, precision) + float32 + (0 if decoder.tied else embedding)

@@ -1,4 +1,4 @@
-"""Random-initialised GPT-2 checkpoints of any shape, written without torch.
+"""Random-initialised checkpoints of any shape and architecture, written without torch.
 
 For measuring: speed and memory depend on the shape of a model, not on what it
 has learnt. `python -m edge_slm_converters.synthetic OUT --like models/reference`
@@ -15,7 +15,10 @@ from typing import Any
 import click
 import numpy as np
 
-from edge_slm_converters.checkpoint import parse_config
+from edge_slm_converters.architectures import architecture_of
+from edge_slm_converters.architectures.base import as_stored
+from edge_slm_converters.arrays import Float32
+from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing, EdgeSlmError
 from edge_slm_runtime.files import write_folder_aside
 
@@ -35,7 +38,7 @@ def random_checkpoint(
     """Writes a checkpoint folder with the tokenizer and command schema of `like`.
 
     Weights are normal with standard deviation `std` (GPT-2's own 0.02 by default),
-    stored as float16; layer norms are 1 and 0. A `vocab_size` above the
+    stored as float16; norms are 1 and biases 0. A `vocab_size` above the
     tokenizer's is padding. Raises TargetExists,
     CheckpointError, DependencyMissing.
     """
@@ -48,34 +51,32 @@ def random_checkpoint(
     copied = [Path(like) / name for name in ("tokenizer.json", "command.json")]
     if missing := [str(file) for file in copied if not file.is_file()]:
         raise CheckpointError(f"{missing[0]} is missing", "give a checkpoint folder as `like`")
-    config = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": width,
-        "vocab_size": vocab_size,
-        "n_positions": positions,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
+    decoder = gpt2(
+        layers=layers, width=width, heads=heads, vocab_size=vocab_size, positions=positions
+    )
+    architecture = architecture_of({"model_type": decoder.architecture})
+    config = architecture.config(decoder)
+    stored = as_stored(architecture.layout(decoder, config), _random_tensors(decoder, seed, std))
+    tensors = {
+        f"{architecture.PREFIX}{name}": tensor.astype(np.float16) for name, tensor in stored.items()
     }
-    generator = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in parse_config(config).shapes().items():
-        if ".ln_" in f".{name}" or name.endswith(".bias"):
-            value = np.full(shape, float(name.endswith("weight")))
-        else:
-            value = generator.standard_normal(shape, np.float32) * std
-        tensors[f"transformer.{name}"] = value.astype(np.float16)
     with write_folder_aside(Path(path)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         for file in copied:
             shutil.copyfile(file, folder / file.name)
     return Path(path)
+
+
+def _random_tensors(decoder: Decoder, seed: int, std: float) -> dict[str, Float32]:
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in decoder.shapes().items():
+        if "norm." in name or name.endswith(".bias"):
+            tensors[name] = np.full(shape, float(name.endswith("weight")), np.float32)
+        else:
+            tensors[name] = generator.standard_normal(shape, np.float32) * np.float32(std)
+    return tensors
 
 
 @click.command()

@@ -23,7 +23,7 @@ from edge_slm.cli.options import Numbers, counts, folder
 from edge_slm_runtime.errors import BenchRegression, CheckpointError
 
 if TYPE_CHECKING:
-    from edge_slm_bench.examples import Example
+    from edge_slm_bench.metrics.examples import Example
     from edge_slm_bench.results import Report
     from edge_slm_bench.sweep import Model, Settings
 

@@ -15,8 +15,9 @@ from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import DataError, DependencyMissing
 
 if TYPE_CHECKING:
-    from edge_slm_bench.examples import Example
+    from edge_slm_bench.metrics.examples import Example
     from edge_slm_converters.adherence import Judge
+    from edge_slm_converters.checkpoint import Checkpoint
     from edge_slm_runtime.bundle import Manifest, Variant
 
 
@@ -55,11 +56,14 @@ def convert(
     outside their budget are left out with a warning; one asked for by name is refused
     (exit 7) unless --accept. OUT appears whole or not at all.
     """
+    from edge_slm_converters import read_checkpoint
+
     names = variants.split(",") if variants else None
-    evaluation = held_out_examples(checkpoint, data) if data else None
-    judge = judge_of(checkpoint, data) if data else None
+    source = read_checkpoint(checkpoint)
+    evaluation = held_out_examples(source, data) if data else None
+    judge = judge_of(source, data) if data else None
     manifest = convert_with_bar(
-        checkpoint, out, names, name=name, evaluation=evaluation, judge=judge, accept=accept
+        source, out, names, name=name, evaluation=evaluation, judge=judge, accept=accept
     )
     for figures in manifest.provenance["gate"]["left_out"]:
         warn(f"left out, outside its budget: {figures}")
@@ -72,7 +76,7 @@ def convert(
 
 
 def convert_with_bar(
-    checkpoint: Path,
+    checkpoint: Path | Checkpoint,
     out: Path,
     variants: Sequence[str] | None,
     *,
@@ -82,17 +86,13 @@ def convert_with_bar(
     accept: bool = False,
 ) -> Manifest:
     """`edge_slm_converters.convert` with a progress bar on stderr."""
-    from edge_slm_converters.convert import DEFAULT_VARIANTS, REFERENCE
     from edge_slm_converters.convert import convert as run
 
-    chosen = variants or DEFAULT_VARIANTS
     with progress_bar() as progress:
-        # Around the variants: reading, measuring, recording goldens.
-        task = progress.add_task("converting", total=len({REFERENCE, *chosen}) + 4)
+        task = progress.add_task("converting", total=100)
 
-        def step(line: str) -> None:
-            progress.update(task, description=line)
-            progress.advance(task)
+        def step(line: str, done: float) -> None:
+            progress.update(task, description=line, completed=round(100 * done))
 
         return run(
             checkpoint,
@@ -106,18 +106,16 @@ def convert_with_bar(
         )
 
 
-def held_out_examples(checkpoint: Path, data: Sequence[Path]) -> list[Example]:
+def held_out_examples(checkpoint: Checkpoint, data: Sequence[Path]) -> list[Example]:
     """About 30 held-out pairs per task. Raises DataError when the checkpoint's recipe does
     not say what was held out."""
-    from edge_slm_converters.checkpoint import read_schema
-
-    tasks = read_schema(checkpoint).tasks
+    tasks = checkpoint.schema.tasks
     try:
-        recipe = json.loads((checkpoint / "recipe.json").read_text("utf-8"))
+        recipe = json.loads((checkpoint.path / "recipe.json").read_text("utf-8"))
         return held_out(data, tasks, recipe, 30 * len(tasks))
     except (OSError, ValueError, KeyError):
         raise DataError(
-            f"{checkpoint} has no recipe.json that says what was held out", "leave --data out"
+            f"{checkpoint.path} has no recipe.json that says what was held out", "leave --data out"
         ) from None
 
 
@@ -127,7 +125,7 @@ def held_out(
     """`count` pairs that training by `recipe` (recipe.json of a checkpoint) held out, each
     with its task and length as the command. Raises KeyError when the recipe lacks them."""
     from edge_slm.distill.samples import held_out_samples
-    from edge_slm_bench.examples import Example
+    from edge_slm_bench.metrics.examples import Example
 
     percent = recipe["recipe"]["data"]["holdout_percent"]
     return [
@@ -136,18 +134,17 @@ def held_out(
     ]
 
 
-def judge_of(checkpoint: Path, data: Sequence[Path]) -> Judge | None:
+def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> Judge | None:
     """A judge of relevance and tasks, from the training side of `data`; None, with a
     warning, when its packages are not installed."""
     from edge_slm.distill.evaluate.scorers import TextJudge
     from edge_slm.distill.samples import divide, read_samples
-    from edge_slm_converters.checkpoint import read_schema
 
-    recipe = json.loads((checkpoint / "recipe.json").read_text("utf-8"))
+    recipe = json.loads((checkpoint.path / "recipe.json").read_text("utf-8"))
     pairs = [sample for sample in read_samples(data) if sample.request]
     train, _ = divide(pairs, recipe["recipe"]["data"]["holdout_percent"])
     try:
-        return TextJudge(train, read_schema(checkpoint).tasks)
+        return TextJudge(train, checkpoint.schema.tasks)
     except DependencyMissing as error:
         warn(f"adherence is measured of lengths alone: {error}")
         return None

@@ -64,7 +64,7 @@ def _bundle(checkpoint: Path | None, scratch: Path) -> Path:
         note(f"no checkpoint at {REFERENCE}: using the bundle that comes with the package")
         return edge_slm.shipped_bundle()
     try:
-        from edge_slm_converters.convert import VARIANTS
+        from edge_slm_converters.variants import VARIANTS
 
         runnable = [name for name, target in VARIANTS.items() if find_spec(target.engine)]
         out = scratch / "demo"

@@ -122,11 +122,12 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Converts the runs and evaluates the first; results that exist are not computed again."""
     from edge_slm.distill.evaluate import write_html
+    from edge_slm_converters import read_checkpoint
     from edge_slm_runtime.files import write_json
 
     for run in runs:
         if not (run / "bundle").exists():
-            checkpoint = run / "checkpoint"
+            checkpoint = read_checkpoint(run / "checkpoint")
             examples = held_out_examples(checkpoint, data)
             convert_with_bar(checkpoint, run / "bundle", None, name=run.name, evaluation=examples)
     out, *others = runs

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_slm_bench.fidelity import CHUNK, FidelityMeter, fidelity, log_softmax
+from edge_slm_bench.metrics.fidelity import CHUNK, FidelityMeter, fidelity, log_softmax
 
 
 def test_by_hand() -> None:

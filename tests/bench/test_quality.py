@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_slm_bench.quality import (
+from edge_slm_bench.metrics.quality import (
     LEAST,
     adherence,
     bootstrap,

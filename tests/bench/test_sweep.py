@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edge_slm_bench.bench import run_bench
 from edge_slm_bench.evaluation import assess
-from edge_slm_bench.examples import Example
+from edge_slm_bench.metrics.examples import Example
 from edge_slm_bench.prompts import prompts_of, request_of
 from edge_slm_bench.results import Cell, CellResult, Report, Sample, Timing, with_sample
 from edge_slm_bench.runners import Prompt, Run, Spec, open_runner

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_slm_converters.checkpoint import Float32
+from edge_slm_converters.arrays import Float32
 
 IDS = np.random.default_rng(3).integers(0, 300, 60).tolist()
 

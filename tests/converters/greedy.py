@@ -16,7 +16,7 @@ def greedy_ids(
     """The argmax over the whole vocabulary, end-of-text and padding included."""
     folder.mkdir()
     write_graph(checkpoint, "fp32", folder)
-    logits = onnx_logits(folder, checkpoint.config)
+    logits = onnx_logits(folder, checkpoint.decoder, "fp32")
     ids = list(prompt)
     for _ in range(new_tokens):
         ids.append(int(logits(ids)[-1].argmax()))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import edge_slm_runtime
-from edge_slm_bench.fidelity import fidelity
+from edge_slm_bench.metrics.fidelity import fidelity
 from edge_slm_converters import (
     DEFAULT_VARIANTS,
     VARIANTS,
@@ -20,10 +20,10 @@ from edge_slm_converters import (
     gate,
     random_checkpoint,
 )
-from edge_slm_converters.files import written_aside
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError, GateRefused, TargetExists
+from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -69,11 +69,15 @@ def test_greedy_output_of_a_fixed_model(tiny_text_side: Path, tmp_path: Path) ->
 
 
 def test_default_variants(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    manifest = convert(tiny_checkpoint, tmp_path / "b", accept=True, progress=lines.append)
+    steps: dict[str, float] = {}
+    manifest = convert(tiny_checkpoint, tmp_path / "b", accept=True, progress=steps.__setitem__)
     assert tuple(v.name for v in manifest.variants) == DEFAULT_VARIANTS
+    lines, shares = list(steps), list(steps.values())
     assert lines[0] == "reading the checkpoint"
-    assert "writing onnx-int8" in lines
+    assert {"writing onnx-int8", "quantising layer 2 of 2", "measuring numba-int4"} < set(lines)
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert 0.9 < shares[-1] < 1  # the last step is still to come
 
 
 def test_reference_is_dropped_when_not_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -127,7 +131,7 @@ def test_broken_recipe_is_found_before_any_work(tiny_checkpoint: Path, tmp_path:
     (copy / "recipe.json").write_text("{oops")
     lines: list[str] = []
     with pytest.raises(CheckpointError, match=r"recipe\.json"):
-        convert(copy, tmp_path / "b", progress=lines.append)
+        convert(copy, tmp_path / "b", progress=lambda line, _: lines.append(line))
     assert lines == ["reading the checkpoint"]
 
 
@@ -167,8 +171,8 @@ def test_existing_target_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_failure_in_the_middle_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    def interrupt(line: str) -> None:
-        if line == "recording goldens":
+    def interrupt(line: str, done: float) -> None:
+        if line == "writing the manifest":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -180,7 +184,7 @@ def test_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "b"
 
     def write() -> None:
-        with written_aside(target) as folder:
+        with write_folder_aside(target) as folder:
             (folder / "file").write_text("ours")
             target.mkdir()
 

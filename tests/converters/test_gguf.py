@@ -40,8 +40,8 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
         name: draw.normal(0, 0.1, value.shape).astype(np.float32) if "bias" in name else value
         for name, value in checkpoint.tensors.items()
     }
-    tensors["lm_head.weight"] = draw.normal(0, 0.2, tensors["wte.weight"].shape).astype(np.float32)
-    return replace(checkpoint, config=replace(checkpoint.config, tied=False), tensors=tensors)
+    tensors["head.weight"] = draw.normal(0, 0.2, tensors["embedding"].shape).astype(np.float32)
+    return replace(checkpoint, decoder=replace(checkpoint.decoder, tied=False), tensors=tensors)
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,7 +104,7 @@ def test_tensors_hold_the_weights_in_the_types_of_llama_quantize(
     back = gguf.quants.dequantize(
         tensors["blk.1.ffn_up.weight"].data, tensors["blk.1.ffn_up.weight"].tensor_type
     ).reshape(256, 64)
-    error = np.abs(back - source.tensors["h.1.mlp.c_fc.weight"].T).max()
+    error = np.abs(back - source.tensors["layers.1.up.weight"].T).max()
     assert error <= {"F32": 0, "F16": 1e-3, "Q8_0": 5e-3, "Q4_0": 0.08}[quantisation]
     read_by_a_step = [
         t.n_bytes
@@ -112,18 +112,18 @@ def test_tensors_hold_the_weights_in_the_types_of_llama_quantize(
         if t.data.ndim == 2 and name != "position_embd.weight"
         if tied or name != "token_embd.weight"
     ]
-    assert per_step == sum(read_by_a_step) == step_bytes(source.config, quantisation)
+    assert per_step == sum(read_by_a_step) == step_bytes(source.decoder, quantisation)
 
 
 def test_rows_that_are_not_whole_blocks_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    config = replace(checkpoint.config, inner=250)
+    decoder = replace(checkpoint.decoder, inner=250)
     tensors = dict(checkpoint.tensors)
     for i in range(2):
-        tensors[f"h.{i}.mlp.c_fc.weight"] = tensors[f"h.{i}.mlp.c_fc.weight"][:, :250]
-        tensors[f"h.{i}.mlp.c_fc.bias"] = tensors[f"h.{i}.mlp.c_fc.bias"][:250]
-        tensors[f"h.{i}.mlp.c_proj.weight"] = tensors[f"h.{i}.mlp.c_proj.weight"][:250]
-    odd = replace(checkpoint, config=config, tensors=tensors)
-    with pytest.raises(CheckpointError, match=r"h\.0\.mlp\.c_proj\.weight.*250.*blocks of 32"):
+        tensors[f"layers.{i}.up.weight"] = tensors[f"layers.{i}.up.weight"][:, :250]
+        tensors[f"layers.{i}.up.bias"] = tensors[f"layers.{i}.up.bias"][:250]
+        tensors[f"layers.{i}.down.weight"] = tensors[f"layers.{i}.down.weight"][:250]
+    odd = replace(checkpoint, decoder=decoder, tensors=tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.down\.weight.*250.*blocks of 32"):
         write_gguf(odd, tmp_path / "m.gguf", "Q4_0")
     assert not list(tmp_path.iterdir())
     write_gguf(odd, tmp_path / "m.gguf", "F16")
@@ -131,7 +131,7 @@ def test_rows_that_are_not_whole_blocks_are_refused(checkpoint: Checkpoint, tmp_
 
 def test_what_llama_cpp_cannot_compute_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for change in ({"activation": "relu"}, {"attention_scale": (0.25, 0.125)}):
-        other = replace(checkpoint, config=replace(checkpoint.config, **change))
+        other = replace(checkpoint, decoder=replace(checkpoint.decoder, **change))
         with pytest.raises(CheckpointError, match=r"llama\.cpp"):
             write_gguf(other, tmp_path / "m.gguf", "F32")
 

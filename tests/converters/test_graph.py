@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_slm_bench.fidelity import Fidelity, fidelity
+from edge_slm_bench.metrics.fidelity import Fidelity, fidelity
 from edge_slm_converters import gate
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import nearest
-from edge_slm_converters.checkpoint import Checkpoint, Float32, read_checkpoint
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
 from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.graph import write_graph
 from edge_slm_converters.onnx_writer import DATA_FILE, MODEL_FILE
@@ -57,7 +58,7 @@ def precision_of(source: Checkpoint, name: str) -> Precision:
     """int4 is plainly rounded here, in blocks of 32, but for the first matrix of all."""
     if name in PRECISIONS:
         return PRECISIONS[name]
-    in_blocks = list(source.config.matrices())[1:]
+    in_blocks = list(source.decoder.matrices())[1:]
     blocks = {name: nearest(source.tensors[f"{name}.weight"], 32) for name in in_blocks}
     return Quantised("int4", blocks)
 
@@ -65,7 +66,7 @@ def precision_of(source: Checkpoint, name: str) -> Precision:
 def onnx_logits(path: Path, precision: str, folder: Path) -> Float32:
     source = read_checkpoint(path)
     write_graph(source, precision_of(source, precision), folder)
-    return gate.onnx_logits(folder, source.config)(IDS)
+    return gate.onnx_logits(folder, source.decoder, precision)(IDS)
 
 
 def against(original: Original, logits: Float32) -> Fidelity:
@@ -79,8 +80,9 @@ def test_fp32_is_transformers(original: Maker, tmp_path: Path, shape: str) -> No
     (tmp_path / "ct2").mkdir()
     logits = onnx_logits(model.path, "fp32", tmp_path / "onnx")
     assert np.abs(logits - model.logits).max() < 1e-4
-    write_ctranslate2(read_checkpoint(model.path), "fp32", tmp_path / "ct2")
-    logits = gate.ctranslate2_logits(tmp_path / "ct2", "fp32")(IDS)
+    source = read_checkpoint(model.path)
+    write_ctranslate2(source, "fp32", tmp_path / "ct2")
+    logits = gate.ctranslate2_logits(tmp_path / "ct2", source.decoder, "fp32")(IDS)
     assert np.abs(logits - model.logits).max() < 1e-4
 
 
@@ -102,8 +104,10 @@ def test_quantised_stays_near(original: Maker, tmp_path: Path, shape: str, preci
 @pytest.mark.parametrize("shape", ["plain", "untied", "ugly width"])
 def test_ctranslate2_int8_stays_near(original: Maker, tmp_path: Path, shape: str) -> None:
     model = original(**SHAPES[shape])
-    write_ctranslate2(read_checkpoint(model.path), "int8", tmp_path)
-    figures = against(model, gate.ctranslate2_logits(tmp_path, "int8")(IDS))
+    source = read_checkpoint(model.path)
+    write_ctranslate2(source, "int8", tmp_path)
+    logits = gate.ctranslate2_logits(tmp_path, source.decoder, "int8")(IDS)
+    figures = against(model, logits)
     assert figures.top1 >= 0.85  # measured 0.92 … 0.95
     assert figures.kl_mean <= 0.004  # measured 0.0016
 
@@ -123,11 +127,11 @@ def test_weights_are_stored_once(
     source = read_checkpoint(original(tie_word_embeddings=tied).path)
     chosen = precision_of(source, precision)
     per_token = write_graph(source, chosen, tmp_path)
-    assert per_token == step_bytes(source.config, chosen)
+    assert per_token == step_bytes(source.decoder, chosen)
     data = (tmp_path / DATA_FILE).stat().st_size
-    tensors = 2 * len(source.config.shapes())  # a weight may have scales beside it
+    tensors = 2 * len(source.decoder.shapes())  # a weight may have scales beside it
     alignment = 4096 * tensors
-    assert data <= stored_bytes(source.config, chosen) + alignment
+    assert data <= stored_bytes(source.decoder, chosen) + alignment
 
 
 def test_a_tied_embedding_costs_nothing_on_disk(original: Maker, tmp_path: Path) -> None:
@@ -147,19 +151,19 @@ def test_a_tied_embedding_costs_nothing_on_disk(original: Maker, tmp_path: Path)
 
 def test_step_bytes_by_hand(original: Maker) -> None:
     source = read_checkpoint(original(n_embd=64, n_inner=72, vocab_size=417).path)
-    config = source.config
+    decoder = source.decoder
     d, inner, vocabulary = 64, 72, 417
     from_width = 2 * (3 * d + d + inner)  # outputs of the matrices with 64 inputs
     from_inner = 2 * d
     layers = 2 * (3 * d * d + d * d + 2 * d * inner)
-    assert step_bytes(config, "fp32") == 4 * (layers + d * vocabulary)
+    assert step_bytes(decoder, "fp32") == 4 * (layers + d * vocabulary)
     head = vocabulary * (64 + 4)  # one block of 64 an output
     int8 = from_width * (64 + 4) + from_inner * 2 * (64 + 4)  # 72 inputs fill two blocks
-    assert step_bytes(config, "int8") == int8 + head
+    assert step_bytes(decoder, "int8") == int8 + head
     first = 3 * d * (64 + 4)  # stays in 8 bits
     in_two, in_three = 2 * (16 + 4) + 1, 3 * (16 + 4) + 2  # blocks of 32; two zeros a byte
     int4 = (from_width - 3 * d) * in_two + from_inner * in_three
-    assert step_bytes(config, precision_of(source, "int4")) == first + int4 + head
+    assert step_bytes(decoder, precision_of(source, "int4")) == first + int4 + head
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
@@ -168,16 +172,16 @@ def test_a_prompt_may_be_cut_anywhere(
 ) -> None:
     source = read_checkpoint(tiny_checkpoint)
     write_graph(source, precision_of(source, precision), tmp_path)
-    whole = _last_logits(tmp_path, source.config, [len(IDS)])
+    whole = _last_logits(tmp_path, source.decoder, [len(IDS)])
     # Sums in another order differ in the last bit, which may move an activation by
     # one quantisation step; per-tensor scales would move everything.
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     for cuts in ([16, 43, 1], [1] * len(IDS)):
-        cut = _last_logits(tmp_path, source.config, cuts)
+        cut = _last_logits(tmp_path, source.decoder, cuts)
         np.testing.assert_allclose(cut, whole, rtol=0, atol=tolerance)
 
 
-def _last_logits(folder: Path, config: Any, cuts: list[int]) -> Float32:
+def _last_logits(folder: Path, decoder: Any, cuts: list[int]) -> Float32:
     """Logits [V] behind IDS, given in pieces of the lengths `cuts`."""
     import onnxruntime
 
@@ -185,7 +189,7 @@ def _last_logits(folder: Path, config: Any, cuts: list[int]) -> Float32:
         str(folder / MODEL_FILE), providers=["CPUExecutionProvider"]
     )
     names = [item.name for item in session.get_inputs() if "past" in item.name]
-    shape = (1, config.heads, config.positions, config.head_width)
+    shape = (1, decoder.heads, decoder.positions, decoder.head_width)
     cache = [np.zeros(shape, np.float32) for _ in names]
     start = 0
     for cut in cuts:
@@ -198,7 +202,7 @@ def _last_logits(folder: Path, config: Any, cuts: list[int]) -> Float32:
             **dict(zip(names, cache, strict=True)),
         }
         logits, *cache = session.run(None, feed)
-        assert logits.shape == (1, 1, config.vocab_size)
+        assert logits.shape == (1, 1, decoder.vocab_size)
         start = end
     result: Float32 = logits[0, 0]
     return result

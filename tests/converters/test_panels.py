@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_slm_bench.fidelity import Fidelity, fidelity
+from edge_slm_bench.metrics.fidelity import Fidelity, fidelity
 from edge_slm_converters import gate
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import Blocks, bytewise, nearest
-from edge_slm_converters.checkpoint import Checkpoint, Float32, read_checkpoint
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
 from edge_slm_converters.graph import write_graph
 from edge_slm_converters.panels import write_panels
 from edge_slm_converters.quantise import Precision, Quantised
-from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.engines.base import EngineOptions
 from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError
-from edge_slm_runtime.panels import LANES, STRIP, UNIT, pack_levels, pack_outputs
+from edge_slm_runtime.panels import LANES, STRIP, UNIT, pack_levels, pack_outputs, stored_name
 
 from .conftest import IDS, Original
 from .test_graph import SHAPES, precision_of
@@ -66,27 +66,11 @@ def test_packed_levels_are_all_there(
         np.testing.assert_array_equal(lines[n // LANES, :, n % LANES], scale[:, n])
 
 
-def facts_of(source: Checkpoint) -> Decoder:
-    c = source.config
-    return gpt2(
-        layers=c.layers,
-        heads=c.heads,
-        width=c.width,
-        vocab_size=c.vocab_size,
-        positions=c.positions,
-        inner=c.inner,
-        norm_epsilon=c.layer_norm_epsilon,
-        activation=c.activation,
-        attention_scale=c.attention_scale,
-        tied=c.tied,
-    )
-
-
 def numba_logits(source: Checkpoint, precision: str | Precision, folder: Path) -> Float32:
     """Of IDS [S,V], with two threads."""
     folder.mkdir(exist_ok=True)
     write_panels(source, precision, folder)
-    engine = NumbaEngine(folder, facts_of(source), EngineOptions(threads=2))
+    engine = NumbaEngine(folder, source.decoder, EngineOptions(threads=2))
     step = engine.new_pass(engine.new_cache(1).array, len(IDS), len(IDS))
     result: Float32 = step.run([IDS], [0])[0].copy()
     engine.close()
@@ -96,7 +80,7 @@ def numba_logits(source: Checkpoint, precision: str | Precision, folder: Path) -
 def onnx_logits(source: Checkpoint, precision: str | Precision, folder: Path) -> Float32:
     folder.mkdir(exist_ok=True)
     write_graph(source, precision, folder)
-    return gate.onnx_logits(folder, source.config)(IDS)
+    return gate.onnx_logits(folder, source.decoder, "")(IDS)
 
 
 def against(expected: Float32, logits: Float32) -> Fidelity:
@@ -104,7 +88,7 @@ def against(expected: Float32, logits: Float32) -> Fidelity:
 
 
 def in_4_bits(source: Checkpoint, size: int) -> Quantised:
-    names = list(source.config.matrices())
+    names = list(source.decoder.matrices())
     return Quantised("int4", {n: nearest(source.tensors[f"{n}.weight"], size) for n in names})
 
 
@@ -122,21 +106,23 @@ def test_the_file_holds_the_blocks(original: Maker, tmp_path: Path, shape: str) 
     assert isinstance(precision, Quantised)
     read = write_panels(source, precision, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    unread = "" if source.config.tied else "wte."  # one row of it is
+    unread = "" if source.decoder.tied else "wte."  # one row of it is
     parts = [name for name in tensors if name.endswith((".levels", ".scale", ".zero"))]
     assert read == sum(tensors[n].nbytes for n in parts if not unread or unread not in n)
-    expected = {"wte": bytewise(source.tensors["wte.weight"].T, 64)}
-    if not source.config.tied:
+    expected = {"wte": bytewise(source.tensors["embedding"].T, 64)}
+    if not source.decoder.tied:
         expected["lm_head"] = bytewise(source.head.T, 64)
-    for name in source.config.matrices():
-        expected[name] = precision.of(name, source.tensors[f"{name}.weight"])
+    for name in source.decoder.matrices():
+        expected[stored_name(name)] = precision.of(name, source.tensors[f"{name}.weight"])
     assert {name.removesuffix(".levels") for name in tensors if "levels" in name} == set(expected)
+    canonical = {stored_name(name): name for name in source.decoder.matrices()}
+    assert {f"{name}.bias" for name in canonical} < set(tensors)
     for name, blocks in expected.items():
         matrix, scale = matrix_of(tensors, name, blocks)
         outputs = blocks.steps.shape[1]
         factor = np.ones(outputs, np.float32)
         if name.endswith("c_attn"):
-            factor[: source.config.width] = source.config.attention_scale[0]
+            factor[: source.decoder.width] = source.decoder.attention_scale[0]
         kept = (blocks.scale * factor).astype(np.float16).astype(np.float32)
         np.testing.assert_array_equal(scale[: len(kept), :outputs], kept)
         assert not scale[:, outputs:].any()
@@ -144,9 +130,10 @@ def test_the_file_holds_the_blocks(original: Maker, tmp_path: Path, shape: str) 
         exact = blocks.steps * np.repeat(kept, blocks.size, 0)[:rows]
         np.testing.assert_array_equal(matrix[:rows, :outputs], exact)
         assert not matrix[rows:].any()
-        if ".c_" in name:
+        if f"{name}.bias" in tensors:
             bias = tensors[f"{name}.bias"]
-            np.testing.assert_array_equal(bias[:outputs], source.tensors[f"{name}.bias"] * factor)
+            given = source.tensors[f"{canonical[name]}.bias"]
+            np.testing.assert_array_equal(bias[:outputs], given * factor)
             assert not bias[outputs:].any()
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import RANGES, TOP_LEVEL, Blocks, block_bytes, bytewise, nearest
-from edge_slm_converters.checkpoint import Float32
-from edge_slm_converters.gptq import carried, gptq, loss
+from edge_slm_converters.gptq import gptq, gptq_pass, loss
 from edge_slm_converters.onnx_writer import MODEL_FILE, GraphWriter
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
 
@@ -145,7 +145,7 @@ def test_gptq_of_unrelated_inputs_is_rounding() -> None:
     weight = np.random.default_rng(1).standard_normal((96, 30)).astype(np.float32)
     apart = np.eye(96, dtype=np.float32)
     rounded = nearest(weight, 32)
-    found = carried(weight, apart, 32)
+    found = gptq_pass(weight, apart, 32)
     np.testing.assert_array_equal(found.steps, rounded.steps)
     np.testing.assert_allclose(found.scale, rounded.scale, rtol=1e-5)
     least = loss(weight, rounded.matrix(), apart)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from edge_slm.distill.evaluate.evidence import Evidence, Other, Texts
 from edge_slm.distill.evaluate.figures import diversity
 from edge_slm.distill.evaluate.scorers import StaticCosine
-from edge_slm_bench.quality import (
+from edge_slm_bench.metrics.quality import (
     Array,
     bootstrap,
     bootstrap_mean,

@@ -1,6 +1,6 @@
 """The data of the figures: the texts for every command, and their scores.
 
-Arrays are [samples, commands], nan where not asked (see `edge_slm_bench.quality`).
+Arrays are [samples, commands], nan where not asked (see `edge_slm_bench.metrics.quality`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edge_slm.distill.hindsight import Edges, level_of
 from edge_slm.distill.rewards import Reward, Weighted
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import StageProgress
-from edge_slm_bench.quality import Array
+from edge_slm_bench.metrics.quality import Array
 from edge_slm_runtime.command import count_words
 
 Pair = tuple[Sample, str]

@@ -11,7 +11,7 @@ import numpy as np
 from edge_slm.distill.evaluate.evidence import Evidence
 from edge_slm.distill.evaluate.scorers import TaskClassifier
 from edge_slm.distill.samples import Sample
-from edge_slm_bench.quality import (
+from edge_slm_bench.metrics.quality import (
     Array,
     Estimate,
     adherence,

@@ -20,7 +20,7 @@ from edge_slm.distill.hindsight import Edges, level_of
 from edge_slm.distill.rewards import Keywords, Relevance, Reward
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import StageProgress, silent
-from edge_slm_bench.quality import RESAMPLES
+from edge_slm_bench.metrics.quality import RESAMPLES
 from edge_slm_runtime import SLM, Generation, Request
 from edge_slm_runtime.errors import DataError
 

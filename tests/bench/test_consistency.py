@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge_slm_bench import ways
+from edge_slm_bench import consistency
 from edge_slm_bench.runners.edge_slm import spec_of
 from edge_slm_runtime import read_manifest
 
@@ -32,12 +32,12 @@ def test_all_agree_and_a_difference_is_counted(name: str, tiny_bundle: Path) -> 
     manifest = read_manifest(tiny_bundle)
     (variant,) = (v for v in manifest.variants if v.name == name)
     spec = spec_of(tiny_bundle, variant)
-    plain = ways.plain_answers(spec, REQUESTS, 1)
+    plain = consistency.plain_answers(spec, REQUESTS, 1)
     assert len({tuple(answer["token_ids"]) for answer in plain}) == 3
-    found = ways.differing(manifest.prompt, spec, REQUESTS, plain, 1)
+    found = consistency.count_mismatches(manifest.prompt, spec, REQUESTS, plain, 1)
     assert found == dict.fromkeys(KNOWN[name], 0)
     plain[1]["token_ids"][-1] += 1
-    found = ways.differing(manifest.prompt, spec, REQUESTS, plain, 1)
+    found = consistency.count_mismatches(manifest.prompt, spec, REQUESTS, plain, 1)
     assert found == dict.fromkeys(KNOWN[name], 1)
 
 
@@ -51,13 +51,15 @@ def test_each_way_is_taken(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -
         taken.append([answer["stats"] for answer in found["answers"][0]])
         return found
 
-    real = ways.launch
-    monkeypatch.setattr(ways, "launch", launch)
+    real = consistency.launch
+    monkeypatch.setattr(consistency, "launch", launch)
     manifest = read_manifest(tiny_bundle)
     (variant,) = (v for v in manifest.variants if v.name == "numba-int8")
     spec = spec_of(tiny_bundle, variant)
     again = [REQUESTS[0], REQUESTS[0], REQUESTS[1]]  # so that there is something to guess
-    ways.differing(manifest.prompt, spec, again, ways.plain_answers(spec, again, 1), 1)
+    consistency.count_mismatches(
+        manifest.prompt, spec, again, consistency.plain_answers(spec, again, 1), 1
+    )
     plain, eight, many, kept, _, guessing = taken
     assert [job.get("batch") for job in jobs] == [None, 8, 32, None, None, None]
     assert [job["spec"]["options"].get("prefill_tokens") for job in jobs] == [

@@ -11,23 +11,27 @@ stays in 4 bits by GPTQ, and every bias takes up the mean of what is still missi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from edge_slm_bench.examples import Scored
-from edge_slm_bench.fidelity import log_softmax
+from edge_slm_bench.metrics.examples import Scored
+from edge_slm_bench.metrics.fidelity import log_softmax
 from edge_slm_converters import gguf
+from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import Blocks, block_bytes, bytewise, nearest
 from edge_slm_converters.calibration import ForwardPass, output
-from edge_slm_converters.checkpoint import Checkpoint, Float32, GPT2Config
-from edge_slm_converters.gptq import corrected, gptq
+from edge_slm_converters.checkpoint import Checkpoint
+from edge_slm_converters.gptq import error_feedback_target, gptq
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
+from edge_slm_runtime.decoder import Decoder
 
 Costs = Mapping[str, Sequence[float]]  # matrix → mean KL in nats, in each of FORMS
+Step = Callable[[str, float], None]  # a line, and the share of the work that follows it
 PROBE_TEXTS = 12  # on how many texts the costs are measured
+PROBING = 0.3  # the share of the time that this takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +56,23 @@ PROBED = Form(4, 64)  # the form in which KL is measured; the others' follows fr
 
 
 def int4(
-    checkpoint: Checkpoint, texts: Sequence[Scored]
+    checkpoint: Checkpoint, texts: Sequence[Scored], step: Step = lambda line, share: None
 ) -> tuple[Checkpoint, Quantised, dict[str, Any]]:
     """The int4 model of a checkpoint, calibrated on `texts`: the checkpoint with its biases
-    fitted, how to store its matrices, and what was chosen, as JSON."""
-    config = checkpoint.config
-    measured = costs(checkpoint, texts[:PROBE_TEXTS])
-    head = Quantised("int4").head_bytes(config.width, config.vocab_size)
-    limit = gguf.step_bytes(config, "Q4_0") - head
-    forms = choose(measured, config, limit)
-    fitted, blocks = quantised(checkpoint, texts, forms)
+    fitted, how to store its matrices, and what was chosen, as JSON.
+
+    step: called before each step with a line and its share of the whole work.
+    """
+    decoder = checkpoint.decoder
+    measured = costs(
+        checkpoint, texts[:PROBE_TEXTS], lambda line, share: step(line, share * PROBING)
+    )
+    head = Quantised("int4").head_bytes(decoder.width, decoder.vocab_size)
+    limit = gguf.step_bytes(decoder, "Q4_0") - head
+    forms = choose(measured, decoder, limit)
+    fitted, blocks = quantised(
+        checkpoint, texts, forms, lambda line, share: step(line, share * (1 - PROBING))
+    )
     record = {
         "method": "gptq, corrected inputs and biases",
         "texts": len(texts),
@@ -80,13 +91,16 @@ def int4(
 
 
 def quantised(
-    checkpoint: Checkpoint, texts: Sequence[Scored], forms: Mapping[str, Form]
+    checkpoint: Checkpoint,
+    texts: Sequence[Scored],
+    forms: Mapping[str, Form],
+    step: Step = lambda line, share: None,
 ) -> tuple[Checkpoint, dict[str, Blocks]]:
     """The checkpoint with its biases fitted, and its matrices in the given forms."""
-    config, blocks, tensors = checkpoint.config, {}, dict(checkpoint.tensors)
-    original = ForwardPass(config, checkpoint.tensors, texts)
-    table = bytewise(tensors["wte.weight"].T, BYTE_BLOCK).matrix().T
-    model = ForwardPass(config, tensors | {"wte.weight": table}, texts)
+    decoder, blocks, tensors = checkpoint.decoder, {}, dict(checkpoint.tensors)
+    original = ForwardPass(decoder, checkpoint.tensors, texts)
+    table = bytewise(tensors["embedding"].T, BYTE_BLOCK).matrix().T
+    model = ForwardPass(decoder, tensors | {"embedding": table}, texts)
     wanted: dict[str, Float32] = {}  # the outputs of the float32 model, of one layer
 
     def remember(name: str, x: Float32, residual: Float32 | None) -> Float32:
@@ -96,7 +110,7 @@ def quantised(
     def quantise(name: str, x: Float32, residual: Float32 | None) -> Float32:
         weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
         goal, form, moment = wanted.pop(name), forms[name], x.T @ x / np.float32(len(x))
-        weight = corrected(weight, x, goal - output(x, weight, bias, residual), moment)
+        weight = error_feedback_target(weight, x, goal - output(x, weight, bias, residual), moment)
         if form.bits == 8:
             blocks[name] = bytewise(weight, form.block)
         else:
@@ -108,41 +122,45 @@ def quantised(
         return y
 
     x, y = original.embedded(), model.embedded()
-    for i in range(config.layers):
+    for i in range(decoder.layers):
+        step(f"quantising layer {i + 1} of {decoder.layers}", 1 / decoder.layers)
         x = original.layer(i, x, remember)
         y = model.layer(i, y, quantise)
     return replace(checkpoint, tensors=tensors), blocks
 
 
-def costs(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Costs:
+def costs(
+    checkpoint: Checkpoint, texts: Sequence[Scored], step: Step = lambda line, share: None
+) -> Costs:
     """The KL that each matrix costs, rounded to nearest, in each of FORMS.
 
     Measured in one form, and in the others proportional to the squared error of the
     rounding, each input weighted by its mean square.
     """
-    config, tensors = checkpoint.config, checkpoint.tensors
-    model = ForwardPass(config, tensors, texts)
+    decoder, tensors = checkpoint.decoder, checkpoint.tensors
+    model = ForwardPass(decoder, tensors, texts)
     before, mean_square = [model.embedded()], {}
 
     def watched(name: str, x: Float32, residual: Float32 | None) -> Float32:
         mean_square[name] = np.square(x).mean(0)[:, None]
         return model.linear(name, x, residual)
 
-    for i in range(config.layers):
+    for i in range(decoder.layers):
         before.append(model.layer(i, before[-1], watched))
     expected = log_softmax(model.logits(before[-1], checkpoint.head))
 
     def kl(name: str, matrix: Float32) -> float:
         first = int(name.split(".")[1])
-        changed = ForwardPass(config, {**tensors, f"{name}.weight": matrix}, texts)
+        changed = ForwardPass(decoder, {**tensors, f"{name}.weight": matrix}, texts)
         x = before[first]
-        for i in range(first, config.layers):
+        for i in range(first, decoder.layers):
             x = changed.layer(i, x)
         found = log_softmax(model.logits(x, checkpoint.head))
         return float((np.exp(expected) * (expected - found)).sum(-1).mean())
 
     found = {}
-    for name in config.matrices():
+    for name in (matrices := decoder.matrices()):
+        step(f"measuring what 4 bits cost in {name}", 1 / len(matrices))
         weight = tensors[f"{name}.weight"]
         rounded = [form.rounded(weight) for form in FORMS]
         errors = [float((np.square(r - weight) * mean_square[name]).sum()) for r in rounded]
@@ -152,10 +170,10 @@ def costs(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Costs:
     return found
 
 
-def choose(costs: Costs, config: GPT2Config, limit: int) -> dict[str, Form]:
+def choose(costs: Costs, decoder: Decoder, limit: int) -> dict[str, Form]:
     """The form of each matrix, `limit` bytes together if there are forms so small."""
     sizes = {
-        name: [form.bytes(*shape) for form in FORMS] for name, shape in config.matrices().items()
+        name: [form.bytes(*shape) for form in FORMS] for name, shape in decoder.matrices().items()
     }
     chosen = {name: int(np.argmin(size)) for name, size in sizes.items()}
     left = limit - sum(sizes[name][form] for name, form in chosen.items())

@@ -1,4 +1,4 @@
-"""Ways of decoding that must not change a greedy answer: in a batch, behind a cached prefix,
+"""Ways of decoding that must not change a greedy answer: in a batch, after a cached prefix,
 with the prompt in parts, with guessed tokens."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def plain_answers(spec: Spec, requests: Sequence[Mapping[str, Any]], threads: in
     return _answers(replace(spec, options=_PLAIN), requests, threads)
 
 
-def differing(
+def count_mismatches(
     form: PromptForm,
     spec: Spec,
     requests: Sequence[Mapping[str, Any]],

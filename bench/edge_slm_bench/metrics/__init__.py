@@ -1,0 +1,1 @@
+"""Metrics of predictions and answers, and the texts that they are measured on."""

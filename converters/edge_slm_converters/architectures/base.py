@@ -1,0 +1,143 @@
+"""What an architecture file provides: how one family stores what a `Decoder` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from edge_slm_converters.arrays import Float32
+from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.errors import CheckpointError
+
+Config = Mapping[str, Any]  # the contents of config.json
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The tensors of a checkpoint that make up one canonical tensor.
+
+    names: side by side along the outputs; none where the model has no such tensor and the
+    canonical one is zeros. shapes: of each, as stored. outputs_first: whether linear weights
+    are stored as [outputs, inputs].
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    outputs_first: bool = False
+
+
+Layout = Mapping[str, Stored]  # by canonical name
+
+
+class Architecture(Protocol):
+    """A module of this package."""
+
+    PREFIX: str  # that tensor names may have; a Layout has them without
+    BUFFERS: tuple[str, ...]  # endings of names that are no weights
+
+    def decoder(self, config: Config) -> Decoder:
+        """Raises CheckpointError, naming the setting that cannot be converted."""
+
+    def layout(self, decoder: Decoder, config: Config) -> Layout:
+        """Of every tensor of `decoder`."""
+
+    def config(self, decoder: Decoder) -> dict[str, Any]:
+        """The config.json that `decoder` reads as this Decoder; a model without optional
+        biases. For models that are made here."""
+
+
+def stored(shape: tuple[int, ...], *names: str) -> Stored:
+    """One tensor, stored as its canonical one; without a name, zeros."""
+    return Stored(names, (shape,) * len(names))
+
+
+def linear(inputs: int, outputs: Mapping[str, int]) -> Stored:
+    """Linear weights side by side, name → outputs, each stored as [outputs, inputs]."""
+    return Stored(tuple(outputs), tuple((n, inputs) for n in outputs.values()), outputs_first=True)
+
+
+def bias(outputs: Mapping[str, int], present: bool) -> Stored:
+    """Biases side by side, name → outputs."""
+    if not present:
+        return Stored((), ())
+    return Stored(tuple(outputs), tuple((n,) for n in outputs.values()))
+
+
+def canonical(
+    layout: Layout, decoder: Decoder, tensors: Mapping[str, Float32]
+) -> dict[str, Float32]:
+    """Stored tensors → canonical ones."""
+    found = {}
+    for name, shape in decoder.shapes().items():
+        place = layout[name]
+        parts = [tensors[part].T if place.outputs_first else tensors[part] for part in place.names]
+        if not parts:
+            found[name] = np.zeros(shape, np.float32)
+        else:
+            found[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+    return found
+
+
+def as_stored(layout: Layout, tensors: Mapping[str, Float32]) -> dict[str, Float32]:
+    """Canonical tensors → stored ones: the inverse of `canonical`."""
+    found = {}
+    for name, place in layout.items():
+        start = 0
+        for part, shape in zip(place.names, place.shapes, strict=True):
+            size = shape[0] if place.outputs_first else shape[-1]
+            value = tensors[name][..., start : start + size]
+            found[part] = value.T if place.outputs_first else value
+            start += size
+    return found
+
+
+# -- settings of config.json --------------------------------------------------
+
+
+def positive(config: Config, key: str, *, kind: Any = int, default: float | None = None) -> Any:
+    """A number above zero; null means the default. Raises CheckpointError."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+        raise CheckpointError(f"config.json: {key} must be a positive number, got {value!r}")
+    return value
+
+
+def refuse_unless(config: Config, allowed: Mapping[str, Sequence[Any]]) -> None:
+    """Settings that would change the computation: key → values that can be converted, null
+    and absence among them. Raises CheckpointError."""
+    for key, values in allowed.items():
+        if (value := config.get(key)) is not None and value not in values:
+            raise CheckpointError(f"config.json: {key} = {value!r} cannot be converted")
+
+
+# What Hugging Face calls the activations of `decoder.ACTIVATIONS`. The three spellings of
+# the tanh approximation are the same formula.
+_ACTIVATIONS: Mapping[str, str] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+def activation(config: Config, key: str, default: str) -> str:
+    """Raises CheckpointError for one that no engine has."""
+    value = config.get(key, default)
+    if value not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: {key} {value!r} cannot be converted",
+            f"known: {', '.join(_ACTIVATIONS)}",
+        )
+    return _ACTIVATIONS[value]
+
+
+def activation_name(decoder: Decoder) -> str:
+    """What Hugging Face calls a Decoder's activation."""
+    return next(name for name, ours in _ACTIVATIONS.items() if ours == decoder.activation)
