@@ -30,7 +30,7 @@ paths = click.Path(path_type=Path)
     "--text", type=paths, multiple=True, help="General text (.txt, .txt.xz) or a folder of it."
 )
 @click.option("--out", type=folder, required=True, help="Folder of the run; a run in it continues.")
-@click.option("--init", help="GPT-2 checkpoint to start from: a folder or a name on the hub.")
+@click.option("--init", help="Start from a checkpoint: a folder, a GGUF file or a hub name.")
 @click.option(
     "--server",
     envvar="OPENAI_BASE_URL",

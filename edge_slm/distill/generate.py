@@ -1,9 +1,9 @@
-"""Many answers at once from a checkpoint: what exploration rounds are made of.
+"""Answers of a checkpoint in batches, for exploration rounds.
 
-Torch, in batches, with the draw of the runtime's sampler: temperature, one uniform
-number per token from the row's own generator, inverse of the cumulative sum. So a
-seed gives the text that the runtime gives for it, and a row's text does not depend
-on its neighbours, both up to ties in floating point (bf16 has more of them).
+In torch, drawing tokens as the runtime's sampler does: temperature, one uniform number per
+token from the generator of the row, inverse of the cumulative sum. So a seed gives the same
+text as in the runtime, and the text of a row does not depend on its batch, both up to ties
+in floating point (of which bf16 has more).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from edge_slm_runtime.errors import (
 from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec
 
-_CROWDED = 0.85  # of a batch's rows still going: below it, the others are dropped
+_CROWDED = 0.85  # share of a batch's rows that go on; below it, the others are dropped
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """What is to be written; with the checkpoint and the temperature it decides the text."""
+    """A commanded request; with checkpoint and temperature it decides the text."""
 
     request: str
     command: Command
@@ -40,17 +40,17 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The text; `ended` is False where the context was full before `<|end|>`."""
+    """The text of an episode; `ended` is False if the context was full before `<|end|>`."""
 
     text: str
     ended: bool
 
 
 class EpisodeGenerator:
-    """Writes answers with the checkpoint folder `checkpoint` of a training.
+    """Generates the answers of the checkpoint folder `checkpoint`.
 
-    device: None is the GPU where there is one. batch: rows at once; None is 64, on a
-    GPU 512. bf16: None is "on a GPU". Raises CheckpointError, DependencyMissing.
+    device: None takes a GPU if there is one. batch: rows at once; None takes 64, or 512 on a
+    GPU. bf16: None takes it on a GPU. Raises CheckpointError, DependencyMissing.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class EpisodeGenerator:
     ) -> None:
         try:
             import torch
-            from transformers import GPT2LMHeadModel
+            from transformers import AutoModelForCausalLM
         except ImportError:
             raise DependencyMissing(
                 "sampling needs torch and transformers", "pip install 'edge-slm[train]'"
@@ -76,11 +76,11 @@ class EpisodeGenerator:
         dtype = torch.bfloat16 if (not on_cpu if bf16 is None else bf16) else torch.float32
         try:
             self.codec = TextCodec(folder / "tokenizer.json", PromptForm.commanded(self.schema))
-            model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, ManifestInvalid) as error:
             raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
         self._model = model.to(self.device).eval()
-        self._positions: int = model.config.n_positions
+        self._positions: int = model.config.max_position_embeddings
 
     def __call__(
         self,
@@ -91,12 +91,12 @@ class EpisodeGenerator:
     ) -> list[Outcome]:
         """One answer per episode, in order. temperature 0 is greedy.
 
-        Raises a RequestError for a request or command that cannot be honoured.
+        Raises a RequestError for a request or command that the model cannot take.
         """
         prompts = [self._prompt(episode) for episode in episodes]
 
-        # Rows that end together and pad little share a batch; the longest come first,
-        # so that memory that does not suffice shows at once.
+        # Rows of similar length share a batch; the longest come first, so that a lack of
+        # memory shows at once.
         def size(i: int) -> tuple[int, int]:
             return episodes[i].command.words or 0, len(prompts[i])
 
@@ -125,7 +125,7 @@ class EpisodeGenerator:
     def _write(
         self, prompts: list[list[int]], seeds: list[int], temperature: float
     ) -> list[Outcome]:
-        """The answers of one batch; rows that have ended leave it, some at a time."""
+        """The answers of one batch; rows that have ended are dropped, several at a time."""
         import torch
 
         from edge_slm.distill.kv_cache import growing_cache
@@ -134,7 +134,7 @@ class EpisodeGenerator:
         rows = torch.arange(len(prompts), device=self.device)
         room = self._positions - torch.tensor([len(p) for p in prompts], device=self.device)
         steps = int(room.max())
-        # Left padding: the last token of every prompt stands in the last column.
+        # Left padding: the last token of every prompt is in the last column.
         (end,) = self.codec.ends
         padded = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]
         ids = torch.tensor(padded, device=self.device)
@@ -142,7 +142,7 @@ class EpisodeGenerator:
             torch.arange(longest, device=self.device) >= longest - (self._positions - room)[:, None]
         )
         at = (mask.cumsum(1) - 1).clamp(min=0)
-        # Padding sees itself alone: what sees nothing is not a number.
+        # Padding attends to itself; to attend to nothing would give not-a-number.
         itself = torch.eye(longest, dtype=torch.bool, device=self.device)
         causal = torch.ones_like(itself).tril()
         attention = (mask[:, None, None] & causal) | itself
@@ -169,7 +169,7 @@ class EpisodeGenerator:
                     break
                 ids, at = token[:, None], (at[:, -1:] + 1).clamp(max=self._positions - 1)
                 mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-                if left <= _CROWDED * len(rows):  # leaving costs a copy of the cache
+                if left <= _CROWDED * len(rows):  # which copies the cache
                     kept = going.nonzero().flatten()
                     rows, ids, at, mask = rows[kept], ids[kept], at[kept], mask[kept]
                     cache.batch_select_indices(kept)

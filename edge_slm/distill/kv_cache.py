@@ -1,7 +1,7 @@
-"""Keys and values of a batch that is decoded: they grow in place.
+"""Keys and values of a batch that is decoded; they grow in place.
 
-transformers' DynamicLayer copies all of them for every token: on a CPU half of
-the time of a small model. Its StaticLayer attends to the whole context at every step.
+The DynamicLayer of transformers copies all of them for every token, half of the time of a
+small model on a CPU. Its StaticLayer attends to the whole context at every step.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _GROWTH = 64  # columns
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
-    _both: torch.Tensor | None = None  # [2, rows, heads, room, head width]
+    _both: torch.Tensor | None = None  # [2, rows, KV heads, capacity, head width]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [rows, heads, new, head width]; returns all keys and all values."""
+        """Appends [rows, KV heads, new, head width]; returns all keys and all values."""
         rows, heads, new, width = key_states.shape
         old, self.is_initialized = self.get_seq_length(), True
         if self._both is None or self._both.shape[3] < old + new:
@@ -34,7 +34,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped her
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows."""
+        """Drops all other rows."""
         assert self._both is not None
         seen = self.get_seq_length()
         self._both = self._both[:, indices]

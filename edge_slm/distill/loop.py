@@ -143,13 +143,15 @@ class _Training:
         self.out, self.accelerator, self.report = out, accelerator, report
         self.steps_left = max_steps
         if recipe.model.init:
-            gpt, self.tokenizer = grown_model(recipe.model, bare_schema(recipe), recipe.seed)
+            model, self.tokenizer = grown_model(recipe.model, bare_schema(recipe), recipe.seed)
         else:
-            gpt = fresh_model(recipe.model, recipe.seed)
+            model = fresh_model(recipe.model, recipe.seed)
             self.tokenizer = new_tokenizer(prepared, general)
         if recipe.train.gradient_checkpointing:
-            gpt.gradient_checkpointing_enable({"use_reentrant": False})
-        self.learner = Learner(gpt, countdown=recipe.train.countdown, compile=recipe.train.compile)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.learner = Learner(
+            model, countdown=recipe.train.countdown, compile=recipe.train.compile
+        )
         self.general = general
         self.labelled = label(prepared, self.tokenizer)
         self.history: list[dict[str, Any]] = []  # of stages and rounds, for the model card

@@ -1,121 +1,162 @@
-"""The model that is trained: GPT-2, fresh or grown from a checkpoint."""
+"""The model that is trained: fresh, or grown from a checkpoint of a known architecture."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edge_slm.distill.recipe import ModelRecipe
+from edge_slm.distill.tokenizer import with_control_tokens
+from edge_slm_converters.architectures import architecture_of
+from edge_slm_converters.architectures.base import as_stored
+from edge_slm_converters.checkpoint import HEAD
 from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
 
 
 def fresh_model(recipe: ModelRecipe, seed: int) -> Any:
-    """A `GPT2LMHeadModel` with random weights of the recipe's shape."""
+    """A causal language model of transformers with random weights of the recipe's shape."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=recipe.vocab_size,
-            n_positions=recipe.positions,
-            n_embd=recipe.width,
-            n_layer=recipe.layers,
-            n_head=recipe.heads,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_implementation="sdpa",
-            **_dropout(recipe),
-        )
-    )
+    return _of_decoder(recipe.decoder(), recipe)
 
 
 def grown_model(recipe: ModelRecipe, schema: CommandSchema, seed: int) -> tuple[Any, Any]:
-    """(model, tokenizer) of the checkpoint `recipe.init`, a folder or a hub name, with the
-    schema's control tokens in front of its vocabulary.
+    """(model, tokenizer) of `recipe.init`, with the control tokens of the schema in front of
+    its vocabulary.
 
-    Embeddings of tokens that it has stay; those of new ones are drawn from the mean
-    and standard deviation of its embeddings (as in Quark, Lu et al., arXiv
-    2205.13636). Positions beyond the recipe's are cut off. Raises CheckpointError.
+    init: a folder in the Hugging Face layout, its name on the hub, or a GGUF file. Tokens keep
+    their embeddings; those of new tokens are drawn from the mean and standard deviation of
+    all (as in Quark, Lu et al., arXiv 2205.13636). Positions beyond the recipe's are cut
+    off. Raises CheckpointError.
     """
     import torch
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, GPT2LMHeadModel
+    from transformers import GenerationConfig
 
-    where = recipe.init
-    try:
-        model = GPT2LMHeadModel.from_pretrained(
-            where, attn_implementation="sdpa", dtype=torch.float32, **_dropout(recipe)
-        )
-        backend = AutoTokenizer.from_pretrained(where).backend_tokenizer
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    from_file = recipe.init.endswith(".gguf")
+    model, old_tokenizer = (_from_gguf if from_file else _from_transformers)(recipe)
+    config = model.config
+    if config.max_position_embeddings < recipe.positions:
         raise CheckpointError(
-            f"cannot start from {where}: {str(error).splitlines()[0]}",
-            "give the folder of a GPT-2 checkpoint with its tokenizer, or its name on the hub",
-        ) from None
-    if model.config.n_positions < recipe.positions:
-        raise CheckpointError(
-            f"{where} has {model.config.n_positions} positions, the recipe {recipe.positions}",
+            f"{recipe.init} has {config.max_position_embeddings} positions, the recipe "
+            f"{recipe.positions}",
             "lower model.positions",
         )
-    tokenizer, old_ids = with_control_tokens(json.loads(backend.to_str()), schema)
-    old = model.transformer.wte.weight.data
+    tokenizer, old_ids = with_control_tokens(old_tokenizer, schema)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(len(old_ids), old.shape[1], generator=generator)
-    rows = old.mean(0) + old.std(0) * drawn
-    kept = torch.tensor([i is not None for i in old_ids])
-    rows[kept] = old[torch.tensor([i for i in old_ids if i is not None])]
-    model.resize_token_embeddings(len(rows), mean_resizing=False)
-    model.transformer.wte.weight.data.copy_(rows)
-    positions = torch.nn.Embedding(recipe.positions, old.shape[1])
-    positions.weight.data.copy_(model.transformer.wpe.weight.data[: recipe.positions])
-    model.transformer.wpe = positions
-    # Masks of the size of the context are rebuilt from the config on loading.
-    model.config.update({"n_positions": recipe.positions, "bos_token_id": 0, "eos_token_id": 0})
-    model.generation_config.bos_token_id = model.generation_config.eos_token_id = 0
+    tables = [model.get_input_embeddings]
+    if not config.tie_word_embeddings:
+        tables.append(model.get_output_embeddings)
+    rows = [_renumbered(table().weight.data, old_ids, generator) for table in tables]
+    model.resize_token_embeddings(len(old_ids), mean_resizing=False)
+    for table, values in zip(tables, rows, strict=True):
+        table().weight.data.copy_(values)
+    model.get_input_embeddings().padding_idx = None  # a padding row would not be trained
+    _cut_positions(model, recipe.positions)
+    config.update({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None})
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
     return model, Tokenizer.from_str(json.dumps(tokenizer))
 
 
-def with_control_tokens(
-    tokenizer: dict[str, Any], schema: CommandSchema
-) -> tuple[dict[str, Any], list[int | None]]:
-    """(a byte-level BPE's JSON with the control tokens as ids 0 … n-1, per new id the old one).
-
-    Other special tokens than the schema's are dropped: text never holds them.
-    Raises CheckpointError for another kind of tokenizer.
-    """
-    kind, before = tokenizer["model"].get("type"), tokenizer.get("pre_tokenizer") or {}
-    if kind != "BPE" or before.get("type") != "ByteLevel":
-        raise CheckpointError(
-            f"its tokenizer is {kind} with {before.get('type')}", "GPT-2's byte-level BPE is needed"
-        )
-    added = {row["content"]: row["id"] for row in tokenizer["added_tokens"]}
-    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
-    control = schema.special_tokens()
-    words = sorted((i, token) for token, i in vocabulary.items() if token not in added)
-    names = [*control, *(token for _, token in words)]
-    known = {**vocabulary, **added}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    changed = {
-        **tokenizer,
-        "added_tokens": [
-            {"id": i, "content": token, **flags, "special": True} for i, token in enumerate(control)
-        ],
-        "post_processor": None,
-        "model": {**tokenizer["model"], "vocab": {token: i for i, token in enumerate(names)}},
-    }
-    return changed, [known.get(token) for token in names]
-
-
-def weights_digest(folder: str) -> str | None:
-    """sha256 of a local checkpoint's weights; None for a hub name or other weights."""
-    import hashlib
-
-    file = Path(folder) / "model.safetensors"
+def weights_digest(init: str) -> str | None:
+    """sha256 of the local weights `init`; None for a hub name or weights in several files."""
+    path = Path(init)
+    file = path if path.is_file() else path / "model.safetensors"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-def _dropout(recipe: ModelRecipe) -> dict[str, float]:
-    return {"resid_pdrop": recipe.dropout, "embd_pdrop": recipe.dropout, "attn_pdrop": 0.0}
+def _of_decoder(decoder: Decoder, recipe: ModelRecipe) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = architecture_of({"model_type": decoder.architecture}).config(decoder)
+    config = AutoConfig.for_model(**settings)
+    _set_dropout(config, recipe)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def _from_transformers(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
+    """(model, its tokenizer.json)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = recipe.init
+    try:
+        config = AutoConfig.from_pretrained(where)
+        settings = config.to_dict()
+        architecture_of(settings).decoder(settings)  # what cannot be converted is not trained
+        _set_dropout(config, recipe)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, config=config, attn_implementation="sdpa", dtype=torch.float32
+        )
+        tokenizer = json.loads(AutoTokenizer.from_pretrained(where).backend_tokenizer.to_str())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot start from {where}: {str(error).splitlines()[0]}",
+            "give the folder of a checkpoint with its tokenizer, a GGUF file, or a hub name",
+        ) from None
+    return model, tokenizer
+
+
+def _from_gguf(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
+    """(model, its tokenizer.json)."""
+    import torch
+
+    from edge_slm_converters.gguf_reader import read_gguf
+    from edge_slm_converters.gguf_tokenizer import tokenizer_json
+
+    source = read_gguf(Path(recipe.init))
+    decoder = source.decoder
+    architecture = architecture_of({"model_type": decoder.architecture})
+    config = architecture.config(decoder)
+    layout = architecture.layout(decoder, config)
+    lost = [name for name in layout if not layout[name].names and source.tensors[name].any()]
+    if lost or architecture.decoder(config) != decoder:
+        raise CheckpointError(
+            f"{recipe.init}: a {decoder.architecture} with {lost[0] if lost else 'rope scaling'} "
+            "cannot be trained",
+            "give its Hugging Face folder",
+        )
+    model = _of_decoder(decoder, recipe)
+    state = {
+        name if name == HEAD else architecture.PREFIX + name: torch.from_numpy(np.array(tensor))
+        for name, tensor in as_stored(layout, source.tensors).items()
+    }
+    # What may be missing: a tied head, and buffers.
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    return model, tokenizer_json(source.metadata.values)
+
+
+def _renumbered(old: Any, old_ids: Sequence[int | None], generator: Any) -> Any:
+    """[new tokens, width]: the rows of the old ids; new rows as those are distributed."""
+    import torch
+
+    drawn = torch.randn(len(old_ids), old.shape[1], generator=generator)
+    rows = old.mean(0) + old.std(0) * drawn
+    known = torch.tensor([i is not None for i in old_ids])
+    rows[known] = old[torch.tensor([i for i in old_ids if i is not None])]
+    return rows
+
+
+def _cut_positions(model: Any, positions: int) -> None:
+    import torch
+
+    if (learned := getattr(model.base_model, "wpe", None)) is not None:
+        kept = torch.nn.Embedding(positions, learned.weight.shape[1])
+        kept.weight.data.copy_(learned.weight.data[:positions])
+        model.base_model.wpe = kept
+    # Masks and tables of the size of the context are rebuilt from the config on loading.
+    model.config.update({"max_position_embeddings": positions})
+
+
+def _set_dropout(config: Any, recipe: ModelRecipe) -> None:
+    """Of embeddings and residuals, where the architecture has it (a Llama does not)."""
+    rates = {"resid_pdrop": recipe.dropout, "embd_pdrop": recipe.dropout, "attn_pdrop": 0.0}
+    config.update({name: rate for name, rate in rates.items() if hasattr(config, name)})

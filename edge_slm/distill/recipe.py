@@ -1,7 +1,7 @@
 """A recipe: every choice of a training run in one validated TOML file.
 
-Its digest goes into the checkpoint, so a checkpoint can say how it was made.
-Paths are not part of a recipe: data and output are arguments of the command.
+Its digest is a part of the checkpoint, which so says how it was made. Paths are not part of
+a recipe: data and output are arguments of the command.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from edge_slm_runtime.command import (
     Position,
     default_axes,
 )
+from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.errors import DataError, DependencyMissing
 
 try:
@@ -36,6 +37,7 @@ else:
 
 
 Count = Annotated[int, Field(ge=0)]
+_NEWER = ("architecture", "kv_heads", "inner")  # of [model], later than version 0.1.0
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it becomes part of a token
 
 
@@ -53,7 +55,7 @@ class DataRecipe(_Section):
 
 
 class TeacherRecipe(_Section):
-    """Who writes samples, and how many, before training begins."""
+    """The teacher, and how many samples it writes before training begins."""
 
     kind: Literal["grammar", "server", "transformers"]
     model: str = ""  # the server's name of it, or a folder or hub name
@@ -64,7 +66,7 @@ class TeacherRecipe(_Section):
 
 
 class RewardRecipe(_Section):
-    """Weights of the summed reward; a part of weight 0 is not computed."""
+    """Weights of the parts of the reward; a part of weight 0 is not computed."""
 
     relevance: float = Field(default=1.0, ge=0)
     keywords: float = Field(default=0.0, ge=0)
@@ -74,13 +76,13 @@ class RewardRecipe(_Section):
 
 
 class HindsightRecipe(_Section):
-    """How samples are multiplied and which outcomes become commands."""
+    """Variants of samples, and the outcomes that become commands."""
 
     cuts: dict[str, Count] = {}  # per task: length variants per sample, cut at clause ends
     fragments: dict[str, Count] = {}  # per task: requests made of phrases of the response
     mismatch_share: float = Field(default=0.12, ge=0, lt=1)
     command_dropout: float = Field(default=0.1, ge=0, lt=1)
-    plain: bool = False  # supervised training: the task is told, words and relevance never
+    plain: bool = False  # supervised training: commands have a task alone
     levels: int = Field(default=RELEVANCE_LEVELS, ge=2, le=20)
     quantiles: Literal["task", "global"] = "task"
     position: Position = "bottom"  # of the command, seen from the request
@@ -88,19 +90,63 @@ class HindsightRecipe(_Section):
 
 
 class ModelRecipe(_Section):
-    """The shape; with `init`, only `positions` and `dropout` count."""
+    """The shape of a fresh model; with `init`, only `positions` and `dropout` count."""
 
-    init: str = ""  # a GPT-2 checkpoint, folder or hub name, to start from
+    init: str = ""  # to start from: a checkpoint's folder or hub name, or a GGUF file
+    architecture: Literal["gpt2", "llama"] = "gpt2"
     vocab_size: int = Field(default=6144, ge=512)
     layers: int = Field(default=6, ge=1)
     width: int = Field(default=384, ge=8)
     heads: int = Field(default=6, ge=1)
+    kv_heads: int = Field(default=0, ge=0)  # of a llama; 0: as many as heads
+    inner: int = Field(default=0, ge=0)  # width of the feed-forward layer; 0: the usual one
     positions: int = Field(default=256, ge=32)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
+    dropout: float = Field(default=0.05, ge=0, lt=1)  # a llama has none
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelRecipe:
+        if self.width % self.heads:
+            raise ValueError("width must be a multiple of heads")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError("heads must be a multiple of kv_heads")
+        if self.architecture == "gpt2" and self.kv_heads not in (0, self.heads):
+            raise ValueError("a gpt2 has as many kv_heads as heads; leave kv_heads out")
+        if self.architecture == "llama" and self.width // self.heads % 2:
+            raise ValueError("width of a head, width ÷ heads, must be even")
+        return self
+
+    def decoder(self) -> Decoder:
+        """Shape and traits of a fresh model."""
+        sizes: dict[str, Any] = {
+            "layers": self.layers,
+            "width": self.width,
+            "heads": self.heads,
+            "vocab_size": self.vocab_size,
+            "positions": self.positions,
+        }
+        if self.architecture == "gpt2":
+            return gpt2(**sizes, inner=self.inner or 4 * self.width)
+        head_width = self.width // self.heads
+        return Decoder(
+            architecture="llama",
+            kv_heads=self.kv_heads or self.heads,
+            head_width=head_width,
+            # As many weights as a plain layer of 4 × width, rounded up to a multiple of 32.
+            inner=self.inner or -(-8 * self.width // (3 * 32)) * 32,
+            norm="rms",
+            norm_epsilon=1e-5,
+            position="rotary",
+            rope_theta=10000.0,
+            mlp="gated",
+            activation="silu",
+            attention_scale=(head_width**-0.5,) * self.layers,
+            tied=True,
+            **sizes,
+        )
 
 
 class TrainRecipe(_Section):
-    """How every stage is trained."""
+    """Settings of the training, for every stage."""
 
     batch_tokens: int = Field(default=8192, gt=0)  # per optimizer step, padding included
     micro_tokens: int = Field(default=0, ge=0)  # per forward pass on one device; 0 = all
@@ -140,6 +186,8 @@ class ExploreRecipe(_Section):
 
 
 class Recipe(_Section):
+    """A whole recipe."""
+
     name: str = "model"
     seed: int = 0
     data: DataRecipe
@@ -162,8 +210,6 @@ class Recipe(_Section):
             raise ValueError(f"settings for {unknown[0]!r}, which is not in data.tasks")
         if all(stage.kind == "text" for stage in self.stages):
             raise ValueError("stages: one of them must be of kind 'commands'")
-        if model.width % model.heads:
-            raise ValueError("model.width must be a multiple of model.heads")
         least = len(CommandSchema(default_axes(tasks)).special_tokens()) + 256
         if model.vocab_size < least:
             raise ValueError(f"model.vocab_size must hold control tokens and bytes: {least}")
@@ -197,10 +243,11 @@ class Recipe(_Section):
             ) from None
 
     def with_init(self, init: str) -> Recipe:
+        """The recipe with another model to start from."""
         return self.model_copy(update={"model": self.model.model_copy(update={"init": init})})
 
     def plain(self) -> Recipe:
-        """The baseline: supervised training on the pairs as they are, for equal tokens."""
+        """The baseline: supervised training on the pairs alone, for as many tokens."""
         h = {"plain": True, "cuts": {}, "fragments": {}, "mismatch_share": 0.0}
         extra = self.explore.rounds * self.explore.tokens
         *first, last = self.stages
@@ -222,4 +269,10 @@ class Recipe(_Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        """The settings, JSON-ready. Without newer ones at their defaults, so that the digest
+        of an older recipe stays as it is."""
+        data = self.model_dump(mode="json")
+        for name in _NEWER:
+            if data["model"][name] == ModelRecipe.model_fields[name].default:
+                del data["model"][name]
+        return data

@@ -1,8 +1,8 @@
-"""Sampling and scoring of large request sets on many processes or machines, by Ray Data.
+"""Sampling and scoring of many requests on many processes or machines, by Ray Data.
 
-The same functions as without Ray, mapped over blocks of rows. A block whose worker
-dies is done again by another; what comes back is kept by its row's number, and the
-file is written once all are there: nothing is lost and nothing comes twice.
+The same functions as without Ray, mapped over blocks of rows. If a worker dies, another one
+computes its block again; results are ordered by the number of their row, and the file is
+written when all are there, so that no row is lost or duplicated.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from edge_slm_runtime.files import write_jsonl
 
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[Row]]
-_BLOCK = 512  # rows; what is done again when a worker dies
-_ATTEMPTS = 4  # at one block; then it is the block that kills its workers
+_BLOCK = 512  # rows; computed again when a worker dies
+_ATTEMPTS = 4  # at one block; then the block is what kills its workers
 
 
 def sample_with_ray(
@@ -52,13 +52,13 @@ def sample_with_ray(
     """The answers of `EpisodeGenerator(checkpoint)` as JSONL, one row per episode, in order:
     request, task, words, relevance, seed, text, ended.
 
-    workers: processes, each with a GPU where the cluster has some, else with a core.
-    The checkpoint must be readable under this path on every machine. Uses the cluster
-    of RAY_ADDRESS, else starts Ray here for the time being. Raises TargetExists,
+    workers: processes, each with a GPU if the cluster has any, else with a core. Every
+    machine must be able to read the checkpoint under this path. Uses the cluster of
+    RAY_ADDRESS, else starts Ray here until the end. Raises TargetExists,
     DependencyMissing, BadSetting (more workers than the cluster has room for), what
     `EpisodeGenerator` raises, and EngineError when workers keep dying.
     """
-    read_schema(Path(checkpoint))  # raises here what would kill every worker there
+    read_schema(Path(checkpoint))  # raises here, not in every worker
     rows = [{"request": e.request, **e.command.as_dict(), "seed": e.seed} for e in episodes]
     work = partial(_sampling, str(checkpoint), temperature)
     return _run(
@@ -114,7 +114,7 @@ def _scoring(make: Callable[[], Reward]) -> Work:
 
 
 class _Attempts:
-    """Counts how often each block was begun: Ray itself would try for ever."""
+    """Counts the attempts at each block, because Ray itself has no limit."""
 
     def __init__(self) -> None:
         self._begun: Counter[int] = Counter()
@@ -127,8 +127,8 @@ class _Attempts:
 class _Worker:
     """One process of the pool.
 
-    Rows travel as JSON, so that nothing guesses their types, and errors as rows, for
-    Ray would wrap them beyond recognition.
+    Rows are sent as JSON, so that Ray does not guess their types, and errors as rows,
+    because Ray would wrap them.
     """
 
     def __init__(self, make: Callable[[], Work], attempts: Any) -> None:
@@ -161,7 +161,7 @@ def _run(
     workers: int,
     progress: Progress | None,
 ) -> Path:
-    """Maps the work over the rows, those of similar `size` together; writes `out`."""
+    """Maps the work over the rows, rows of similar `size` together; writes `out`."""
     if out.exists():
         raise TargetExists(f"{out} is there already", "give another file")
     # A few blocks for every worker, so that all are busy to the end.
@@ -195,8 +195,8 @@ def _run(
 
 @contextmanager
 def _ray(workers: int) -> Iterator[tuple[Any, Row]]:
-    """(ray, what one worker takes). A Ray that runs is used, else one is started and ended."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+    """(ray, resources of a worker). Uses a running Ray, else starts one and ends it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray

@@ -1,14 +1,13 @@
-"""How fast a recipe trains on this machine: `python -m edge_slm.distill.throughput RECIPE`.
+"""Training speed of a recipe on this machine: `python -m edge_slm.distill.throughput RECIPE`.
 
-Real training steps (`Trainer.step`, optimizer included) on made-up records; no data
-is needed. Model FLOP utilisation is the paper's (PaLM, arXiv 2204.02311, appendix B):
-FLOPs that the model needs, without those of recomputation, over what the device
-could do in the time.
+Real training steps (`Trainer.step`, optimizer included) on generated records; no data is
+needed. Model FLOP utilisation as PaLM defines it (arXiv 2204.02311, appendix B): the FLOPs
+that the model needs, without those of recomputation, over the peak of the device.
 
-FLOPs of a step = positions × (6 × 12·L·d² + 12·L·d·T) + labelled × 6·V·d:
-the matrices of L layers of width d, attention over whole rows of T positions, and
-the LM head where a label stands, as training does it. Lookups of embeddings,
-biases, norms and the countdown heads are not counted. Padding counts as work.
+FLOPs of a step = positions × (6·M + 12·L·A·T) + labelled × 6·V·d: M weights in the matrices
+of L layers, attention heads of width A together over rows of T positions, and the LM head
+where there is a label. Lookups of embeddings, biases, norms and the countdown heads are not
+counted; padding is.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from edge_slm.distill.recipe import Recipe
     from edge_slm_runtime.command import CommandSchema
 
-# Dense bf16 TFLOP/s of the makers' data sheets (half of a figure "with sparsity"), by
-# the name that the driver gives. Others are measured against their own matmul.
+# Dense bf16 TFLOP/s of data sheets (half of a figure "with sparsity"), by the name that the
+# driver reports. Other devices are compared with their own matmul.
 _PEAKS = {
     "NVIDIA H200": 989.0,
     "NVIDIA H100 80GB HBM3": 989.0,
@@ -43,14 +42,15 @@ _PEAKS = {
     "NVIDIA L4": 121.0,
     "NVIDIA A10": 125.0,
 }
-_WARM_UP = 3  # steps; torch.compile works in the first
+_WARM_UP = 3  # steps; torch.compile compiles in the first
 
 
 def flops_per_step(recipe: Recipe, positions: int, labelled: int) -> float:
-    """FLOPs of one optimizer step, forward and backward; see the module's text."""
-    m = recipe.model
-    layers = 6 * 12 * m.layers * m.width**2 + 12 * m.layers * m.width * m.positions
-    return float(positions * layers + labelled * 6 * m.vocab_size * m.width)
+    """FLOPs of one optimizer step, forward and backward; see the docstring of the module."""
+    d = recipe.model.decoder()
+    weights = sum(inputs * outputs for inputs, outputs in d.matrices().values())
+    layers = 6 * weights + 12 * d.layers * d.attention_width * d.positions
+    return float(positions * layers + labelled * 6 * d.vocab_size * d.width)
 
 
 def made_up_records(recipe: Recipe, schema: CommandSchema, count: int) -> list[Encoded]:
@@ -107,7 +107,7 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
     for number in range(steps + _WARM_UP):
         batch = next(batches)
         started = time.perf_counter()
-        trainer.step(batch)  # reads the loss back: the device is done
+        trainer.step(batch)  # reads the loss, so it waits for the device
         if number >= _WARM_UP:
             seconds.append(time.perf_counter() - started)
             labelled += batch.loss_tokens

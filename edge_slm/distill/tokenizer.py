@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of a new model: control tokens, then bytes, then merges."""
+"""The byte-level BPE tokenizer of a model: control tokens, then bytes, then merges."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm_runtime.command import END, CommandSchema
+from edge_slm_runtime.errors import CheckpointError
 
 
 def train_tokenizer(texts: Iterable[str], schema: CommandSchema, vocab_size: int) -> Any:
@@ -37,3 +38,41 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def with_control_tokens(
+    tokenizer: dict[str, Any], schema: CommandSchema
+) -> tuple[dict[str, Any], list[int | None]]:
+    """(tokenizer.json with the control tokens as ids 0 … n-1, the old id of each new id).
+
+    tokenizer: of a byte-level BPE. Its own added tokens are dropped: text does not contain
+    them. Raises CheckpointError for another kind of tokenizer.
+    """
+    _refuse_other_kinds(tokenizer)
+    added = {row["content"]: row["id"] for row in tokenizer["added_tokens"]}
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    control = schema.special_tokens()
+    words = sorted((i, token) for token, i in vocabulary.items() if token not in added)
+    names = [*control, *(token for _, token in words)]
+    known = {**vocabulary, **added}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    changed = {
+        **tokenizer,
+        "added_tokens": [
+            {"id": i, "content": token, **flags, "special": True} for i, token in enumerate(control)
+        ],
+        "post_processor": None,
+        "model": {**tokenizer["model"], "vocab": {token: i for i, token in enumerate(names)}},
+    }
+    return changed, [known.get(token) for token in names]
+
+
+def _refuse_other_kinds(tokenizer: dict[str, Any]) -> None:
+    """A byte-level BPE splits text in any steps, the last of which maps bytes to characters."""
+    kind, splits = tokenizer["model"].get("type"), tokenizer.get("pre_tokenizer") or {}
+    steps = splits.get("pretokenizers") or [splits]
+    names = " + ".join(str(step.get("type")) for step in steps)
+    if kind != "BPE" or steps[-1].get("type") != "ByteLevel":
+        raise CheckpointError(f"its tokenizer is {kind} with {names}", "give a byte-level BPE")
+    if tokenizer.get("normalizer") is not None:
+        raise CheckpointError("its tokenizer has a normalizer, which would change requests")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -8,10 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 import edge_slm
+from edge_slm.distill.checkpoint import save_checkpoint
 from edge_slm.distill.generate import Episode, EpisodeGenerator, Outcome
-from edge_slm_runtime.command import Command
+from edge_slm.distill.model import fresh_model
+from edge_slm.distill.recipe import ModelRecipe
+from edge_slm_runtime.command import Command, CommandSchema
 from edge_slm_runtime.errors import CheckpointError, RequestTooLong, UnknownTask
 
 REQUESTS = ("a cosy cabin in the snow", "neon street", "東京の夜景 🦊", "fisherman " * 12, "a")
@@ -159,3 +165,46 @@ def test_a_broken_checkpoint_is_told(tiny_checkpoint: Path, tmp_path: Path) -> N
     (folder / "tokenizer.json").write_text("{}", "utf-8")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         EpisodeGenerator(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_text_side: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a random Llama with grouped heads."""
+    path = tmp_path_factory.mktemp("llama") / "checkpoint"
+    shape = ModelRecipe(
+        architecture="llama", vocab_size=512, layers=2, width=32, heads=4, kv_heads=2, positions=128
+    )
+    model = fresh_model(shape, seed=2)
+    model.resize_token_embeddings(400, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # spread, so that answers differ
+                parameter.mul_(10)
+    schema = CommandSchema.from_json(json.loads((tiny_text_side / "command.json").read_text()))
+    tokenizer = Tokenizer.from_file(str(tiny_text_side / "tokenizer.json"))
+    return save_checkpoint(model, tokenizer, schema, {}, path)
+
+
+def test_a_llama_greedily(llama: Path) -> None:
+    generator = EpisodeGenerator(llama, device="cpu")
+    asked = episodes(8)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    never = [i for i in generator.codec.controls if i]
+    answers = generator(asked, temperature=0)
+    assert len({answer.text for answer in answers}) > 4
+    for episode, answer in zip(asked, answers, strict=True):
+        ids = generator._prompt(episode)
+        start = len(ids)
+        with torch.no_grad():
+            while len(ids) < 128 and (ids[-1] or len(ids) == start):
+                logits = model(torch.tensor([ids])).logits[0, -1]
+                logits[never] = -torch.inf
+                ids.append(int(logits.argmax()))
+        written = ids[start:-1] if ids[-1] == 0 else ids[start:]
+        assert answer == Outcome(generator.codec.decode(written).strip(), ids[-1] == 0)
+
+
+def test_rows_of_a_llama_do_not_depend_on_their_neighbours(llama: Path) -> None:
+    asked = episodes(12)
+    whole = EpisodeGenerator(llama, device="cpu")(asked)
+    assert EpisodeGenerator(llama, device="cpu", batch=1)(asked) == whole

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from edge_slm.distill.loop import distill
 from edge_slm.distill.recipe import ExploreRecipe, Recipe, StageRecipe
 from edge_slm.distill.trainer import learning_rate
+from edge_slm_converters.checkpoint import read_checkpoint
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError, TargetExists
 
@@ -241,3 +242,16 @@ def test_the_schedule_warms_up_and_falls_to_a_tenth() -> None:
     assert rates[0] == pytest.approx(1e-3 / 2)
     assert max(rates) == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4)
+
+
+def test_a_llama_learns_and_explores(
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    shape = {"architecture": "llama", "heads": 4, "kv_heads": 2}
+    llama = recipe.model_copy(update={"model": recipe.model.model_copy(update=shape)})
+    checkpoint = distill(llama, [data_file], tmp_path, cache=cache)
+    rows = metrics(tmp_path)
+    assert rows[-1]["cross_entropy"] < rows[0]["cross_entropy"] - 0.3
+    decoder = read_checkpoint(checkpoint).decoder
+    assert decoder.architecture == "llama"
+    assert decoder.kv_heads == 2

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from edge_slm.distill.hindsight import build_schema, level_edges, relabel
 from edge_slm.distill.model import fresh_model
 from edge_slm.distill.objective import attention_mask, tensors
 from edge_slm.distill.packing import IGNORED, Packer, encode_records, encode_text
-from edge_slm.distill.recipe import Recipe
+from edge_slm.distill.recipe import ModelRecipe
 from edge_slm.distill.tokenizer import train_tokenizer
 from edge_slm_runtime.command import CommandSchema, default_axes
 
 from .conftest import made_samples
+
+SHAPES = [
+    ModelRecipe(vocab_size=512, layers=2, width=32, heads=2, positions=96),
+    ModelRecipe(
+        architecture="llama", vocab_size=512, layers=2, width=32, heads=4, kv_heads=2, positions=96
+    ),
+]
 
 
 def make_packer(dropout: float = 0.0, positions: int = 96) -> tuple[Packer, list, object, int]:  # type: ignore[type-arg]
@@ -25,10 +33,11 @@ def make_packer(dropout: float = 0.0, positions: int = 96) -> tuple[Packer, list
     return packer, encoded, tokenizer, too_long
 
 
-def test_a_packed_row_equals_its_records_alone(recipe: Recipe) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_packed_row_equals_its_records_alone(shape: ModelRecipe) -> None:
     packer, *_ = make_packer()
     batch = packer.batch(0, 0, packer.epoch(0)[0])
-    model = fresh_model(recipe.model, seed=0).eval()
+    model = fresh_model(shape, seed=0).eval()
     with torch.no_grad():
         packed = model(
             input_ids=torch.from_numpy(batch.ids),

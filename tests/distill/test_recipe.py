@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from edge_slm.distill.recipe import ExploreRecipe, Recipe
+from edge_slm.distill.recipe import ExploreRecipe, ModelRecipe, Recipe
 from edge_slm_runtime.errors import DataError
 
 SMALL = '[data]\ntasks = ["image"]\n[[stages]]\ntokens = 10_000\n'
@@ -49,7 +50,10 @@ def test_the_digest_is_of_the_settings_not_of_the_file(tmp_path: Path) -> None:
         (SMALL.replace('"image"', '"im age"'), r"data\.tasks\.0: String should match"),
         (SMALL.replace("[[stages]]", "max_rows = { tags = 3 }\n[[stages]]"), "settings for 'tags'"),
         (SMALL.replace("[[stages]]", "max_rows = { image = 0 }\n[[stages]]"), "max_rows"),
-        (SMALL + "[model]\nheads = 5\n", "multiple of model.heads"),
+        (SMALL + "[model]\nheads = 5\n", "multiple of heads"),
+        (SMALL + "[model]\nkv_heads = 4\n", "multiple of kv_heads"),
+        (SMALL + "[model]\nkv_heads = 3\n", "a gpt2 has as many kv_heads as heads"),
+        (SMALL + "[model]\narchitecture = 'llama'\nwidth = 18\n", "must be even"),
         (SMALL + "kind = 'text'\n", "must be of kind 'commands'"),
         (SMALL + "tasks = ['tags']\n", "settings for 'tags'"),
         (SMALL + "[explore]\nrounds = 1\n", "tokens of every stage and round"),
@@ -69,3 +73,22 @@ def test_what_does_not_fit_is_named(tmp_path: Path, text: str, message: str) -> 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read recipe"):
         Recipe.read(tmp_path / "none.toml")
+
+
+def test_an_older_recipe_keeps_its_digest() -> None:
+    """Published checkpoints name it; later settings count only where they are given."""
+    folder = Path(__file__).parents[2]
+    made_by = json.loads((folder / "models/reference/recipe.json").read_text("utf-8"))
+    recipe = Recipe.read(folder / "recipes/reference.toml")
+    assert recipe.digest() == made_by["digest"]
+    model = recipe.model.model_copy(update={"inner": 512})
+    assert recipe.model_copy(update={"model": model}).digest() != made_by["digest"]
+
+
+def test_the_shape_of_a_llama() -> None:
+    model = ModelRecipe(architecture="llama", width=576, heads=9, kv_heads=3)
+    decoder = model.decoder()
+    assert decoder.traits == ("rms", "rotary", "gated")
+    assert decoder.kv_width == 192
+    assert decoder.inner == 1536  # of SmolLM2 and others of this width
+    assert ModelRecipe().decoder().traits == ("layer", "learned", "plain")

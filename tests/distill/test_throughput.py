@@ -39,11 +39,16 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_flops_are_palm_s_with_the_lm_head_where_a_label_stands(file: Path) -> None:
+@pytest.mark.parametrize("extra", ["", 'architecture = "llama"\nkv_heads = 1\ninner = 80'])
+def test_flops_are_palm_s_with_the_lm_head_where_a_label_stands(file: Path, extra: str) -> None:
+    file.write_text(RECIPE.replace("heads = 2", f"heads = 2\n{extra}"), "utf-8")
     recipe = Recipe.read(file)
     model = fresh_model(recipe.model, 0)
+    layers = ("transformer.h.", "model.layers.")
     matrices = sum(
-        p.numel() for name, p in model.named_parameters() if ".h." in name and p.dim() == 2
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.startswith(layers) and p.dim() == 2
     )
     head = model.lm_head.weight.numel()
     attention = 12 * 2 * 32 * 96
