@@ -199,7 +199,8 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _models(bundles: Sequence[Path], options: dict[str, Any], scratch: Path) -> list[Model]:
-    """Raises a BundleError, CheckpointError when a checkpoint belongs to none of the bundles."""
+    """The models of the sweep. Raises BundleError, and CheckpointError when a checkpoint belongs
+    to none of the bundles."""
     from dataclasses import replace
 
     from edge_slm_bench.sweep import model_of

@@ -1,4 +1,4 @@
-"""`edge-slm demo`: the whole way from a checkpoint to commanded prompts, in numbers."""
+"""`edge-slm demo`: from a checkpoint to commanded prompts, with figures."""
 
 from __future__ import annotations
 

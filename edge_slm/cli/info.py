@@ -1,4 +1,4 @@
-"""`edge-slm info`: what a bundle holds."""
+"""`edge-slm info`: contents of a bundle."""
 
 from __future__ import annotations
 

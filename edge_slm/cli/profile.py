@@ -1,4 +1,4 @@
-"""`edge-slm profile`: what a bundle needs on this device, and which variant to choose."""
+"""`edge-slm profile`: needs of a bundle on this device, and the variant to choose."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _fits(row: Row, limits: Limits) -> bool | None:
 
 
 def _choice(advice: Advice) -> dict[str, str | int] | None:
-    """What `edge_slm.load` is to be called with."""
+    """Arguments for `edge_slm.load`."""
     row = advice.chosen
     if row is None:
         return None

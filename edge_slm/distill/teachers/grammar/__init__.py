@@ -1,9 +1,9 @@
-"""The embedded teacher: composes requests and answers from lexicons, with nothing else.
+"""The embedded teacher: composes requests and answers from lexicons, without a model.
 
-Its answers differ in quality on purpose, the best first, so that a reward finds high
-and low levels: "best" keeps the request word for word and adds details that fit it,
-"middling" keeps its beginning and adds what fits anything, "poor" drifts away.
-The texts of the lexicons (edge_slm/data/teacher/lexicon) were written for this project.
+Its answers differ in quality on purpose, the best first, so that rewards are spread over
+high and low levels: "best" contains the request word for word and adds details that fit it,
+"middling" contains its beginning and adds details that fit anything, "poor" is about
+something else. The lexicons (edge_slm/data/teacher/lexicon) were written for this project.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ LONGEST = {
     "tags": titles.MOST_TAGS,
     "title": titles.LONGEST_TITLE,
 }
-_ATTEMPTS = 8  # at a candidate that is unlike the others
+_ATTEMPTS = 8  # at a candidate that differs from the others
 
 
 class GrammarTeacher:
-    """Deterministic by seed. A task that it does not know is answered like "image".
+    """Deterministic by seed. An unknown task is answered like "image".
 
-    A text has the words asked for, within 2. Two things come first: a text is never
-    longer than `LONGEST`, and never without what it is
-    about, so that few words may be asked of a request, but a longer request is cut.
+    A text has the commanded number of words, within 2, except that it is never longer than
+    `LONGEST`, and never without its subject; a request longer than the text is cut.
     """
 
     name = "grammar"
@@ -46,12 +45,12 @@ class GrammarTeacher:
     def invent(self, task: str, count: int, seed: int) -> list[str]:
         rng = random.Random(f"{seed}/{task}")
         idea = _IDEAS.get(task, picture_idea)
-        found: dict[str, None] = {}
+        requests: dict[str, None] = {}
         for _ in range(20 * count + 100):
-            if len(found) >= count:
+            if len(requests) >= count:
                 break
-            found[idea(rng)] = None
-        return list(found)
+            requests[idea(rng)] = None
+        return list(requests)
 
     def answer(
         self, asks: Sequence[Ask], candidates: int, progress: Progress | None = None
@@ -66,26 +65,24 @@ def qualities(candidates: int) -> list[Quality]:
     """Half of them best, the rest middling and poor."""
     best = max(1, candidates // 2)
     poor = (candidates - best) // 2
-    found: list[Quality] = ["best"] * best
-    found += ["middling"] * (candidates - best - poor)
-    found += ["poor"] * poor
-    return found
+    counts: dict[Quality, int] = {"best": best, "middling": candidates - best - poor, "poor": poor}
+    return [quality for quality, count in counts.items() for _ in range(count)]
 
 
 def _texts(ask: Ask, candidates: int) -> list[str]:
     request = " ".join(ask.request.split())
     compose = _COMPOSERS.get(ask.task, image)
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for i, quality in enumerate(qualities(candidates)):
         rng = random.Random(f"{ask.seed}/{i}/{ask.task}/{request}")
         words = length(ask, i)
         if ask.words is None and ask.task not in LONGEST:
             words = max(words, count_words(request) + 8)  # room to add something
         for _ in range(_ATTEMPTS):
-            if (text := compose(request, words, quality, rng)) not in found:
-                found[text] = None
+            if (text := compose(request, words, quality, rng)) not in texts:
+                texts[text] = None
                 break
-    return list(found)
+    return list(texts)
 
 
 _IDEAS: dict[str, Callable[[random.Random], str]] = {

@@ -1,9 +1,9 @@
-"""What all composers share: qualities, fitting a text to a length, joining its units.
+"""Shared by all composers: qualities, fitting a text to a length, joining its units.
 
-Every composer takes (request, words, quality, rng) and gives a text of that many
-words, within 2 where the request leaves room. Qualities: "best" keeps the request as
-it is and adds what fits it; "middling" keeps its first part and adds what fits
-anything; "poor" goes on about something else.
+Every composer takes (request, words, quality, rng) and returns a text of that many words,
+within 2 where the request leaves room. Qualities: "best" contains the request and adds
+details that fit it; "middling" contains its first part and adds details that fit anything;
+"poor" is about something else.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ENDS = ("!", "?", "…", "。", ".")
 
 
 def core(request: str) -> str:
-    """The request without a closing mark that would stand in the middle of a text."""
+    """The request without closing marks, which would be in the middle of the text."""
     return request.rstrip(" .,;:") or request
 
 
 def cut(text: str, words: int) -> str:
-    """Its first words, if it is longer than asked."""
+    """The first words of `text`, if it is longer than `words` and SLACK."""
     parts = text.split()
     return text if len(parts) <= words + SLACK else without_tail(" ".join(parts[:words]))
 
@@ -48,9 +48,9 @@ def pack(
     *,
     once: bool = False,
 ) -> list[str]:
-    """Units drawn from the pools until `room` words are used, in the pools' order.
+    """Units drawn from the pools until `room` words are used, in the order of the pools.
 
-    once: not more than one unit of each pool.
+    once: at most one unit of each pool.
     """
     chance = rng.random
     ranked: list[tuple[float, int, str]] = []
@@ -73,7 +73,7 @@ def pack(
 
 
 def spare() -> tuple[Sequence[str], float]:
-    """A pool that fits anything, for what the better ones leave open."""
+    """A pool that fits anything, for words that better pools leave over."""
     phrases = lexicon("looks")["generic"]["phrases"]
     return [f"{capital(phrase)}." for phrase in phrases if "[" not in phrase], 0.02
 

@@ -40,7 +40,7 @@ def lettering_idea(rng: random.Random) -> str:
 
 
 def lettering(request: str, words: int, quality: Quality, rng: random.Random) -> str:
-    """An image prompt for a picture that shows the request's words, in quotes."""
+    """An image prompt for a picture that shows the words of the request, in quotes."""
     looks = lexicon("looks")
     surfaces: list[Table] = list(lexicon("lettering")["surfaces"].values())
     shown = cut(request, words)

@@ -46,7 +46,7 @@ def _verbs() -> dict[str, tuple[str, str, tuple[str, ...]]]:
 
 @lru_cache
 def _roles() -> dict[str, str]:
-    """Noun or adjective → the list it stands in; the first one counts."""
+    """Noun or adjective → its list; the first list has precedence."""
     roles: dict[str, str] = {}
     for role, nouns in lexicon("scene")["nouns"].items():
         for noun in nouns:
@@ -93,7 +93,7 @@ def scene(request: str, words: int, quality: Quality, rng: random.Random) -> str
 
 
 class _Sentence:
-    """Keywords sorted by what they can do in a sentence; writing uses them up."""
+    """Keywords by their part in a sentence; composing consumes them."""
 
     def __init__(self, given: Sequence[str], rng: random.Random) -> None:
         self.rng = rng
@@ -150,7 +150,7 @@ class _Sentence:
         return capital(text) + "."
 
     def _a(self, noun: str) -> str:
-        """The noun with an adjective that suits it, and an article that is right for it."""
+        """The noun with a suitable adjective and the right article."""
         last = noun.lower().split()[-1]
         role = _roles().get(last)
         told = noun
@@ -185,7 +185,7 @@ class _Sentence:
         return f"{who}{auxiliary} {done}{self._rest()}"
 
     def _follow(self, verb: str, *, last: bool) -> tuple[str, str]:
-        """(the object, all that follows the verb)."""
+        """(the object, everything after the verb)."""
         form, prep, usual = _verbs().get(verb, ("i", "by", ()))
         nouns = [*self.things, *self.worn, *(place for _, place in self.places)]
         fitting = [noun for noun in nouns if noun.lower() in usual]
@@ -222,7 +222,7 @@ class _Sentence:
         return f"{left.pop(0)} {place}" if left else place
 
     def _rest(self) -> str:
-        """What has found no place yet."""
+        """The keywords that are not used yet."""
         out = ""
         for nouns, words in (
             (self.agents, ("next to", "together with")),
@@ -242,7 +242,7 @@ class _Sentence:
         return f"{out}, looking {' and '.join(left)}" if left else out
 
     def _thing(self) -> str:
-        """No one acts: what a caption would say is there."""
+        """A sentence without an agent, as in a caption."""
         nouns = [*self.things, *self.worn, *(place for _, place in self.places)]
         if not nouns:
             return f"a picture{self._rest()}"

@@ -1,5 +1,5 @@
-"""What the grammar teacher knows: entries of TOML files, how they are filled in, and
-which of them fit a request.
+"""The lexicons of the grammar teacher: entries of TOML files, filling them in, and choosing
+those that fit a request.
 
 An entry is text with `[this|that]` for a free choice, `{slot}` for a value ("{Slot}":
 with a capital), and `stands/stand` for singular and plural.
@@ -143,12 +143,11 @@ _PLACING = frozenset(
 
 @dataclass(frozen=True)
 class Theme:
-    """What a request is about, as far as the lexicons know.
+    """The subject of a request, as far as the lexicons have it.
 
-    kind, setting: their tables, or {}. usual: names of settings that suit the kind.
-    noun: what the request calls its subject, "" if not found. time: a group of lights.
-    placed: the request says where it plays. phrase: the request is a noun phrase, so
-    "a photo of" may stand before it.
+    kind, setting: their tables, or {}. usual: names of settings that suit the kind. noun: the
+    word for the subject in the request, or "". time: a group of lights. placed: the request
+    names a place. phrase: the request is a noun phrase, so "a photo of" may precede it.
     """
 
     kind: Table = field(default_factory=dict)
@@ -167,14 +166,14 @@ def kinds() -> Table:
 
 
 def _index(tables: Iterable[Table]) -> dict[str, tuple[Table, bool]]:
-    """By keyword: its table, and whether it is a plural. The first table wins."""
-    found: dict[str, tuple[Table, bool]] = {}
+    """Keyword → (its table, whether it is a plural). The first table has precedence."""
+    index: dict[str, tuple[Table, bool]] = {}
     for table in tables:
         for word in (*table["keywords"], *table.get("hints", ())):
             many = word in _IRREGULAR or (word[-1] == "s" and word[-2] not in "sui")
-            found.setdefault(word, (table, many))
-            found.setdefault(plural_of(word), (table, True))
-    return found
+            index.setdefault(word, (table, many))
+            index.setdefault(plural_of(word), (table, True))
+    return index
 
 
 @lru_cache
@@ -194,35 +193,35 @@ def _time_index() -> dict[str, str]:
 
 @lru_cache
 def _verbs() -> frozenset[str]:
-    """Third person forms, to tell "a dog runs" from "a pair of shoes"."""
+    """Third person forms, which distinguish "a dog runs" from "a pair of shoes"."""
     forms = lexicon("scene")["verbs"]["forms"]
     return frozenset(plural_of(line.split("|")[0]) for line in forms)
 
 
 def read_theme(request: str) -> Theme:
-    """Keywords decide; a subject that no lexicon knows is found by its place."""
+    """By keywords; a subject that is in no lexicon, by its position in the request."""
     tokens = words_of(request)
     index = kind_index()
-    found = [i for i, token in enumerate(tokens) if token in index]
+    nouns = [i for i, token in enumerate(tokens) if token in index]
     # Of "apple tree", the last noun; of a landscape with a fox, the fox.
-    found = [i for i in found if i + 1 not in found]
+    nouns = [i for i in nouns if i + 1 not in nouns]
     # Of "a bowl of soup", the soup.
-    found = [i for i in found if tokens[i + 1 : i + 2] != ["of"]] or found
-    things = [i for i in found if not index[tokens[i]][0].get("scenic")]
-    head = next(iter(things or found), None)
+    nouns = [i for i in nouns if tokens[i + 1 : i + 2] != ["of"]] or nouns
+    things = [i for i in nouns if not index[tokens[i]][0].get("scenic")]
+    head = next(iter(things or nouns), None)
     phrase, own, plural, end = _noun_phrase(request, tokens)
     kind: Table = {}
     noun = own
-    # Of "a robot on a hill", the robot, even if only the hill were known.
+    # Of "a robot on a hill", the robot, even if the lexicons had only the hill.
     if head is not None and (not own or head < end or tokens[end : end + 1] == ["of"]):
         noun = tokens[head]
         kind, plural = index[noun]
     settings = setting_index()
     places = [i for i, token in enumerate(tokens) if token in settings]
     # Of "a cabin in the snow", the snow; of "a cabin", the cabin; whales are in the sea.
-    told = [i for i in places if _PLACING & set(tokens[max(0, i - 6) : i])]
+    named = [i for i in places if _PLACING & set(tokens[max(0, i - 6) : i])]
     other = [i for i in places if tokens[i] != noun]
-    where = next(iter(told or other[::-1] or places), None)
+    where = next(iter(named or other[::-1] or places), None)
     setting: Table = {} if where is None else settings[tokens[where]][0]
     suited = [set(index[tokens[i]][0]["settings"]) for i in things]
     usual = tuple(s for s in kind.get("settings", ()) if all(s in other for other in suited))
@@ -243,9 +242,9 @@ def read_theme(request: str) -> Theme:
 
 
 def _noun_phrase(request: str, tokens: list[str]) -> tuple[bool, str, bool, int]:
-    """(is it one, its head, is that plural, words up to there).
+    """(whether it is a noun phrase, its head, whether that is plural, words up to the head).
 
-    Doubt says no: every form fits a clause too.
+    In doubt it is none: every text that fits a clause may follow.
     """
     nothing = (False, "", False, 0)
     if not tokens or tokens[0] not in {"a", "an", "the", *_COUNTS}:
@@ -268,7 +267,7 @@ def _noun_phrase(request: str, tokens: list[str]) -> tuple[bool, str, bool, int]
 
 
 def without_tail(text: str) -> str:
-    """The text without last words that point at something cut off."""
+    """The text without last words after which something is missing."""
     words = text.split()
     while len(words) > 1 and words[-1].lower().strip(",;:") in UNFINISHED_PHRASE:
         words.pop()
@@ -276,7 +275,7 @@ def without_tail(text: str) -> str:
 
 
 def first_part(text: str) -> str:
-    """Its first phrase: what is left when one stops listening."""
+    """The first phrase of the text."""
     words = text.split()
     for i, word in enumerate(words[1:], 1):
         if i > 1 and (word.lower() in AFTER_A_NOUN or word.lower().endswith("ing")):

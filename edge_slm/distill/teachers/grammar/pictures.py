@@ -61,7 +61,7 @@ class Picture:
 
 
 def picture(lead: str, theme: Theme, room: int, rng: random.Random) -> Picture:
-    """A place is chosen where the request names none and there is room to name one."""
+    """Chooses a place if the request names none and there is room for one."""
     looks = lexicon("looks")
     settings = lexicon("settings")
     usual = theme.usual
@@ -98,7 +98,7 @@ def picture(lead: str, theme: Theme, room: int, rng: random.Random) -> Picture:
 def subject(
     request: str, words: int, quality: Quality, rng: random.Random, invent: Callable[[], str]
 ) -> tuple[str, Theme]:
-    """What the text begins with, and what its details are about."""
+    """(beginning of the text, theme of its details)."""
     whole = cut(core(request), words)
     if quality == "best":
         return whole, _theme(whole)
@@ -110,7 +110,7 @@ def subject(
 
 
 def scene_idea(rng: random.Random) -> str:
-    """A subject, mostly doing something somewhere that fits it."""
+    """A subject, mostly with an action and a place that fit it."""
     kind = pick_kind(rng)
     idea = subject_idea(kind, rng)
     if kind.get("scenic"):
@@ -138,7 +138,7 @@ def subject_idea(kind: Table, rng: random.Random) -> str:
 
 
 def picture_idea(rng: random.Random) -> str:
-    """A picture's idea, in one of the ways in which people type."""
+    """An idea of a picture, in one of the ways in which people type."""
     way = rng.random()
     kind = pick_kind(rng)
     if way < 0.12:  # keywords
@@ -169,7 +169,7 @@ def pick_kind(rng: random.Random) -> Table:
 
 
 def _about(theme: Theme, entries: Sequence[str], scenic: bool = False) -> Sequence[str]:
-    """Without those that name a subject, where there is none that can be named."""
+    """The entries without those that name a subject, if there is none to name."""
     if theme.noun and (scenic or not theme.kind.get("scenic")):
         return entries
     return [entry for entry in entries if "{it}" not in entry.lower()]
@@ -244,7 +244,7 @@ def _paragraph(scene: Picture, lead: str, room: int, name_medium: bool) -> str:
 
 
 def lower(text: str) -> str:
-    """With a small first letter, where that is an article's or a number's."""
+    """With a small first letter, if that is of an article or a number."""
     first = text.split(" ", 1)[0].lower()
     return text[:1].lower() + text[1:] if len(first) < 4 or first in ("three", "four") else text
 

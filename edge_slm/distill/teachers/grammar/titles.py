@@ -1,4 +1,4 @@
-"""Tags of a title or an icon's name, and titles of art after their medium and tags."""
+"""Tags for a title or the name of an icon, and titles of art for their medium and tags."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _icons() -> dict[str, tuple[str, ...]]:
 
 
 def _content(request: str) -> list[str]:
-    """Words that mean something, without a medium in brackets."""
+    """The content words, without a medium in brackets."""
     text = re.sub(r"\([^)]*\)", " ", request)
     text = re.sub(r"^\s*icon:", " ", text)
     drop = set(lexicon("short")["tags"]["drop"])
@@ -41,7 +41,7 @@ def _content(request: str) -> list[str]:
 
 
 def tags(request: str, words: int, quality: Quality, rng: random.Random) -> str:
-    """Comma-separated, what the request says first."""
+    """Comma-separated tags, those of the request first."""
     data = lexicon("short")["tags"]
     words = min(words, MOST_TAGS)
     own = _content(request if quality != "poor" else tags_idea(rng))
@@ -100,7 +100,7 @@ _NOT_NOUNS = re.compile(r".*(?:/|ing$|ed$|ant$|\(|\d)")
 
 
 def title(request: str, words: int, quality: Quality, rng: random.Random) -> str:
-    """A title of art after some of its tags."""
+    """A title of art, made from some of its tags."""
     data = lexicon("short")["titles"]
     words = min(words, LONGEST_TITLE)
     if quality == "poor":
