@@ -96,20 +96,22 @@ def distill(
     if not _is_first_process():
         return
     finished = all(path.name == "checkpoint" for path in done.values())
-    if not (requests and finished):
-        if as_json:
-            emit_json({"written": str(done[out])})
-        else:
-            click.echo(done[out])
-        return
-    result = _evaluated(runs, samples, requests, server)
+    if requests and finished:
+        _print(_evaluated(runs, samples, requests, server), out, as_json)
+    elif as_json:
+        emit_json({"written": str(done[out])})
+    else:
+        click.echo(done[out])
+
+
+def _print(result: dict[str, Any], out: Path, as_json: bool) -> None:
+    from edge_slm.distill.evaluate import show
+
     if as_json:
         emit_json(result)
-    else:
-        from edge_slm.distill.evaluate import show
-
-        show(result, stdout_console())
-        note(f"{out / 'bundle'}, {out / 'evaluation.json'}, {out / 'evaluation.html'}")
+        return
+    show(result, stdout_console())
+    note(f"{out / 'bundle'}, {out / 'evaluation.json'}, {out / 'evaluation.html'}")
 
 
 def _is_first_process() -> bool:

@@ -65,14 +65,7 @@ def distill(
     after the current step. Raises DataError, TargetExists, DependencyMissing,
     CheckpointError (`model.init`), TeacherError, OutOfMemory.
     """
-    try:
-        import accelerate
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError:
-        raise DependencyMissing(
-            "training needs torch, transformers and accelerate", "pip install 'edge-slm[train]'"
-        ) from None
+    accelerate = _accelerate()
     out = Path(out)
     if (finished := out / "checkpoint").exists():
         made_by = json.loads((finished / "recipe.json").read_text("utf-8"))
@@ -84,14 +77,7 @@ def distill(
     if not data and recipe.teacher is None:
         raise DataError("no samples and no teacher", "give --data, or a [teacher] in the recipe")
     out.mkdir(parents=True, exist_ok=True)
-    # Other processes wait for the first while it writes samples or scores them.
-    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(days=2))
-    accelerator = accelerate.Accelerator(kwargs_handlers=[patience])
-    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
-        raise DataError(
-            "torchrun started several processes, but there is no GPU for them",
-            "set ACCELERATE_USE_CPU=true to train on the CPU together",
-        )
+    accelerator = _accelerator(accelerate)
     if not accelerator.is_main_process:
         report = silent
     cache = Path(cache) if cache else out / "cache"
@@ -105,6 +91,32 @@ def distill(
     general = read_text(text) if text else ""
     training = _Training(recipe, prepared, general, reward, out, accelerator, report, max_steps)
     return training.run()
+
+
+def _accelerate() -> Any:
+    """The package. Raises DependencyMissing for all that training imports."""
+    try:
+        import accelerate
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        raise DependencyMissing(
+            "training needs torch, transformers and accelerate", "pip install 'edge-slm[train]'"
+        ) from None
+    return accelerate
+
+
+def _accelerator(accelerate: Any) -> Any:
+    """One for all stages of this process."""
+    # Other processes wait for the first while it writes samples or scores them.
+    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(days=2))
+    accelerator = accelerate.Accelerator(kwargs_handlers=[patience])
+    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
+        raise DataError(
+            "torchrun started several processes, but there is no GPU for them",
+            "set ACCELERATE_USE_CPU=true to train on the CPU together",
+        )
+    return accelerator
 
 
 def _taught(

@@ -26,6 +26,7 @@ from edge_slm_runtime.errors import DependencyMissing, EdgeSlmError
 if TYPE_CHECKING:
     from edge_slm.distill.packing import Encoded
     from edge_slm.distill.recipe import Recipe
+    from edge_slm.distill.trainer import Trainer
     from edge_slm_runtime.command import CommandSchema
 
 # Dense bf16 TFLOP/s of data sheets (half of a figure "with sparsity"), by the name that the
@@ -86,23 +87,8 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
         raise DependencyMissing(
             "training needs torch and accelerate", "pip install 'edge-slm[train]'"
         ) from None
-    from edge_slm.distill.model import fresh_model
-    from edge_slm.distill.objective import Learner
-    from edge_slm.distill.trainer import Stage, Trainer
-    from edge_slm_runtime.command import CommandSchema, default_axes
-
-    t, h = recipe.train, recipe.hindsight
-    schema = CommandSchema(default_axes(recipe.data.tasks, h.levels), position=h.position)
-    records = made_up_records(recipe, schema, max(200, t.batch_tokens // 25))
-    model = fresh_model(recipe.model, recipe.seed)
-    if t.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    learner = Learner(model, countdown=t.countdown, compile=t.compile)
-    tokens = t.batch_tokens * (steps + _WARM_UP)
-    rate = recipe.stages[0].learning_rate
-    stage = Stage("throughput", records, [], schema, tokens, rate, "")
-    accelerator = Accelerator()
-    trainer = Trainer(recipe, stage, learner, accelerator, None)
+    t, accelerator = recipe.train, Accelerator()
+    trainer = _trainer(recipe, steps + _WARM_UP, accelerator)
     batches, seconds, labelled, filled = trainer.batches(), [], 0, 0
     for number in range(steps + _WARM_UP):
         batch = next(batches)
@@ -125,7 +111,7 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
         "device": name,
         "precision": t.precision,
         "compile": t.compile,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in trainer.plain.lm.parameters()),
         "tokens_per_step": trainer.tokens_per_step,
         "steps": steps,
         "seconds_per_step": median,
@@ -138,6 +124,25 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
         "mfu": flops / median / 1e12 / peak,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
+
+
+def _trainer(recipe: Recipe, steps: int, accelerator: Any) -> Trainer:
+    """Of a fresh model on generated records."""
+    from edge_slm.distill.model import fresh_model
+    from edge_slm.distill.objective import Learner
+    from edge_slm.distill.trainer import Stage, Trainer
+    from edge_slm_runtime.command import CommandSchema, default_axes
+
+    t, h = recipe.train, recipe.hindsight
+    schema = CommandSchema(default_axes(recipe.data.tasks, h.levels), position=h.position)
+    records = made_up_records(recipe, schema, max(200, t.batch_tokens // 25))
+    model = fresh_model(recipe.model, recipe.seed)
+    if t.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    learner = Learner(model, countdown=t.countdown, compile=t.compile)
+    rate = recipe.stages[0].learning_rate
+    stage = Stage("throughput", records, [], schema, t.batch_tokens * steps, rate, "")
+    return Trainer(recipe, stage, learner, accelerator, None)
 
 
 def _matmul_peak(device: Any, bf16: bool) -> float:

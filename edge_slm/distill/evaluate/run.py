@@ -5,7 +5,7 @@ docs/evaluation.md defines the figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_slm.distill.evaluate import figures
 from edge_slm.distill.evaluate.comparison import compare
-from edge_slm.distill.evaluate.evidence import Evidence, Other, Scores, Texts
+from edge_slm.distill.evaluate.evidence import Evidence, Other, Pair, Scores, Texts
 from edge_slm.distill.evaluate.grid import LENGTHS, Block, Grid, build_grid, generate
 from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
 from edge_slm.distill.hindsight import Edges, level_of
@@ -52,7 +52,6 @@ def evaluate(
     edges of its levels), UnknownTask, NotSupportedByEngine (best-of-n on an engine without
     seeds), DependencyMissing.
     """
-    answers, baselines = answers or {}, baselines or {}
     edges = _level_edges(slm, samples)
     reward, static = reward or Relevance(), StaticCosine()
     rewards = reward.score(samples)
@@ -69,25 +68,31 @@ def evaluate(
     )
     if len(grid.samples) < 2:
         raise DataError(f"{len(grid.samples)} held-out requests are too few", "give more data")
-
     outs = generate(slm, _flat(grid.blocks.values()), "generate", report)
     written = _written(grid, outs)
-    others = _others(grid, baselines, answers, report)
-    scores = Scores(
-        reward,
-        (static, Keywords()),
-        chain.from_iterable(
-            texts.pairs(grid.samples)
-            for texts in (
-                *(texts for name, texts in written.items() if name not in _UNSCORED),
-                *(other.texts for other in others),
-            )
-        ),
-        report,
-    )
+    others = _others(grid, baselines or {}, answers or {}, report)
+    scored = [texts for name, texts in written.items() if name not in _UNSCORED]
+    pairs = _pairs(grid, [*scored, *(other.texts for other in others)])
+    scores = Scores(reward, (static, Keywords()), pairs, report)
     report("figures", 0, 1, "")
     evidence = Evidence(grid, written, others, scores, edges)
     result = {
+        **_about(slm, evidence, outs),
+        "length": figures.length(evidence),
+        "relevance": figures.relevance(evidence),
+        "cross_talk": figures.cross_talk(evidence),
+        "task": figures.task(evidence, classifier) if len(classifier.tasks) > 1 else None,
+        "answers": compare(evidence, static),
+        "texts": figures.examples(evidence),
+    }
+    report("figures", 1, 1, "")
+    return result
+
+
+def _about(slm: SLM, evidence: Evidence, outs: Mapping[Request, Generation]) -> dict[str, Any]:
+    """The model and how much of it was measured."""
+    scores = evidence.scores
+    return {
         "model": {
             "name": slm.manifest.name,
             "variant": slm.variant.name,
@@ -95,8 +100,8 @@ def evaluate(
             "recipe": _recipe(slm).get("digest"),
             "levels": slm.schema.levels,
         },
-        "requests": len(grid.samples),
-        "too_long": grid.too_long,
+        "requests": len(evidence.samples),
+        "too_long": evidence.grid.too_long,
         "generations": len(outs),
         "commands_moved": sum(bool(out.warnings) for out in outs.values()),
         "tasks": {
@@ -108,15 +113,11 @@ def evaluate(
             {"name": name, "training": i < scores.training} for i, name in enumerate(scores.names)
         ],
         "intervals": f"95%, bootstrap over requests, {RESAMPLES} resamples",
-        "length": figures.length(evidence),
-        "relevance": figures.relevance(evidence),
-        "cross_talk": figures.cross_talk(evidence),
-        "task": figures.task(evidence, classifier) if len(classifier.tasks) > 1 else None,
-        "answers": compare(evidence, static),
-        "texts": figures.examples(evidence),
     }
-    report("figures", 1, 1, "")
-    return result
+
+
+def _pairs(grid: Grid, texts: Iterable[Texts]) -> Iterator[Pair]:
+    return chain.from_iterable(some.pairs(grid.samples) for some in texts)
 
 
 def _written(grid: Grid, outs: Mapping[Request, Generation]) -> dict[str, Texts]:

@@ -58,16 +58,7 @@ def lettering(request: str, words: int, quality: Quality, rng: random.Random) ->
     if quality == "middling":
         leads = [f"a nice picture with {said}", said]
     else:
-        wordings = [
-            f"{where} with {said} {letters}",
-            f"{said} {letters}, on {where}",
-            f"{where}, and on it {said} {letters}",
-            f"{where} with {quoted} {letters}",
-            f"{where} bearing {said} {letters}",
-            f"{said} on {where}, {letters}",
-        ]
-        rng.shuffle(wordings)
-        leads = [*wordings, f"{said} {letters}", said]
+        leads = [*_wordings(where, said, quoted, letters, rng), f"{said} {letters}", said]
     leads = [lead for lead in leads if count_words(lead) <= words + SLACK] or [quoted]
     room = words - count_words(leads[0])
     generic = looks["generic"]
@@ -100,6 +91,20 @@ def lettering(request: str, words: int, quality: Quality, rng: random.Random) ->
         (generic["phrases"], 0.12),
     ]
     return commas(leads[0], pack(pools, room, scene.draw, rng))
+
+
+def _wordings(where: str, said: str, quoted: str, letters: str, rng: random.Random) -> list[str]:
+    """Ways to say that `letters` on a surface show the words."""
+    wordings = [
+        f"{where} with {said} {letters}",
+        f"{said} {letters}, on {where}",
+        f"{where}, and on it {said} {letters}",
+        f"{where} with {quoted} {letters}",
+        f"{where} bearing {said} {letters}",
+        f"{said} on {where}, {letters}",
+    ]
+    rng.shuffle(wordings)
+    return wordings
 
 
 _MAKE = re.compile(
