@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 from edge_slm_runtime.errors import DataError
 from edge_slm_runtime.files import lock
 
-Row = dict[str, Any]
-
 
 class Journal:
     """An append-only JSONL file with one writer; `count` rows were complete or are since.
@@ -33,7 +31,7 @@ class Journal:
             self.close()
             raise
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of the file, from the first one on."""
         with self.path.open("rb") as file:
             yield from map(json.loads, file)
