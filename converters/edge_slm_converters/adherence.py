@@ -71,7 +71,7 @@ def requests(
 ) -> list[Request]:
     """Each request under its command; if `levelled`, the first ones at every level of
     relevance too. What the context has no room for is left out."""
-    schema = source.schema
+    schema = source.form.grammar
     levels = range(len(schema.axis("relevance").values) if levelled else 0)
     at_levels = [(text, replace(c, relevance=n)) for text, c in asked[:LEVELLED] for n in levels]
     found = []

@@ -10,12 +10,13 @@ K-quants, so ours is always Q8_0 (8.5 bits a weight instead of 6.6).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_slm_converters.arrays import Float32
-from edge_slm_converters.checkpoint import Checkpoint, read_json
+from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.files import write_aside
@@ -179,7 +180,7 @@ def _merges(checkpoint: Checkpoint) -> list[str]:
 
     Raises CheckpointError when llama.cpp has no name for how it splits text.
     """
-    data = read_json(checkpoint.path / "tokenizer.json")
+    data = json.loads(checkpoint.text.tokenizer)
     split = {"use_regex": True, **(data.get("pre_tokenizer") or {})}
     if any(split.get(key) != value for key, value in BYTE_LEVEL.items()):
         raise CheckpointError(

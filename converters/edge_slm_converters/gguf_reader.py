@@ -61,10 +61,14 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """A GGUF file, checked: every tensor of `decoder` is there, has its shape, and is finite."""
+    """A GGUF file, checked: every tensor of `decoder` is there, has its shape, and is finite.
+
+    parameters: how many values are stored.
+    """
 
     decoder: Decoder
     tensors: Mapping[str, Float32]
+    parameters: int
     metadata: Metadata
 
 
@@ -160,7 +164,8 @@ def read_gguf(file: Path) -> GgufModel:
     )
     if factors := stored.pop(ROPE_FACTORS, None):
         decoder = replace(decoder, rope_factors=tuple(map(float, _as_float32(file, factors))))
-    return GgufModel(decoder, _tensors(file, decoder, parts, stored), metadata)
+    parameters = sum(int(tensor.n_elements) for tensor in stored.values())
+    return GgufModel(decoder, _tensors(file, decoder, parts, stored), parameters, metadata)
 
 
 def _opened(file: Path) -> GGUFReader:

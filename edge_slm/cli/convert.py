@@ -109,7 +109,7 @@ def convert_with_bar(
 def held_out_examples(checkpoint: Checkpoint, data: Sequence[Path]) -> list[Example]:
     """About 30 held-out pairs per task. Raises DataError when the checkpoint's recipe does
     not say what was held out."""
-    tasks = checkpoint.schema.tasks
+    tasks = checkpoint.form.grammar.tasks
     try:
         recipe = json.loads((checkpoint.path / "recipe.json").read_text("utf-8"))
         return held_out(data, tasks, recipe, 30 * len(tasks))
@@ -144,7 +144,7 @@ def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> Judge | None:
     pairs = [sample for sample in read_samples(data) if sample.request]
     train, _ = divide(pairs, recipe["recipe"]["data"]["holdout_percent"])
     try:
-        return TextJudge(train, checkpoint.schema.tasks)
+        return TextJudge(train, checkpoint.form.grammar.tasks)
     except DependencyMissing as error:
         warn(f"adherence is measured of lengths alone: {error}")
         return None

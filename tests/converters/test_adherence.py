@@ -86,8 +86,8 @@ def test_figures_are_means_and_levels() -> None:
 
 def test_every_level_is_asked_and_only_what_fits(tiny_checkpoint: Path) -> None:
     source = read_checkpoint(tiny_checkpoint)
-    levels = len(source.schema.axis("relevance").values)
-    task = source.schema.tasks[0]
+    levels = len(source.form.grammar.axis("relevance").values)
+    task = source.form.grammar.tasks[0]
     asked = [("a cabin", Command(task, 12)), ("x" * 900, Command(task))]
     found = adherence.requests(source, asked, levelled=True)
     assert [r.relevance for r in found] == [None, *range(levels)]

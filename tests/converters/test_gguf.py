@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edge_slm_bench.runners import Prompt, Spec, open_runner
-from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
 from edge_slm_converters.gguf import BLOCKS, head_type, step_bytes, write_gguf
 from edge_slm_runtime.errors import CheckpointError, TargetExists
 
@@ -137,11 +137,11 @@ def test_what_llama_cpp_cannot_compute_is_refused(checkpoint: Checkpoint, tmp_pa
 
 
 def test_a_pre_tokenizer_without_a_name_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    data = read_json(checkpoint.path / "tokenizer.json")
+    data = json.loads(checkpoint.text.tokenizer)
     data["pre_tokenizer"]["add_prefix_space"] = True
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    other = replace(checkpoint.text, tokenizer=json.dumps(data).encode())
     with pytest.raises(CheckpointError, match="pre_tokenizer"):
-        write_gguf(replace(checkpoint, path=tmp_path), tmp_path / "m.gguf", "F32")
+        write_gguf(replace(checkpoint, text=other), tmp_path / "m.gguf", "F32")
 
 
 def test_nothing_is_overwritten_or_left_behind(checkpoint: Checkpoint, tmp_path: Path) -> None:
