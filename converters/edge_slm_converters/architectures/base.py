@@ -50,6 +50,7 @@ class Architecture(Protocol):
         biases. For models that are made here."""
 
     GGUF_PARTS: Parts
+    GGUF_NEEDS_BIASES: bool  # by llama.cpp, be they zeros
 
     def gguf_decoder(self, metadata: Metadata) -> Decoder:
         """Of the metadata of a GGUF file; vocabulary and head are those of its tensors.

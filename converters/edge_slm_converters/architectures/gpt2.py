@@ -77,6 +77,7 @@ GGUF_PARTS: Parts = {
     "up": ("ffn_up",),
     "down": ("ffn_down",),
 }
+GGUF_NEEDS_BIASES = True
 
 
 def gguf_decoder(metadata: Metadata) -> Decoder:

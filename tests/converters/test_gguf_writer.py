@@ -15,7 +15,7 @@ import pytest
 
 from edge_slm_bench.runners import Prompt, Spec, open_runner
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
-from edge_slm_converters.gguf import BLOCKS, head_type, step_bytes, write_gguf
+from edge_slm_converters.gguf_writer import BLOCKS, head_type, step_bytes, write_gguf
 from edge_slm_runtime.errors import CheckpointError, TargetExists
 
 from .greedy import greedy_ids
@@ -157,14 +157,14 @@ def test_without_the_package_the_extra_is_named(tiny_checkpoint: Path, tmp_path:
         "import sys; sys.modules['gguf'] = None\n"
         "from pathlib import Path\n"
         "from edge_slm_converters.checkpoint import read_checkpoint\n"
-        "from edge_slm_converters.gguf import write_gguf\n"
+        "from edge_slm_converters.gguf_writer import write_gguf\n"
         f"write_gguf(read_checkpoint({str(tiny_checkpoint)!r}), Path({str(tmp_path)!r}), 'F16')\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert "DependencyMissing" in ended.stderr
-    assert "pip install 'edge-slm[peers]'" in ended.stderr
+    assert "pip install 'edge-slm[convert]'" in ended.stderr
 
 
 class TestLlamaCpp:
