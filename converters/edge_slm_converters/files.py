@@ -14,7 +14,7 @@ from edge_slm_runtime.errors import TargetExists
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; on success it is flushed to disk and
+    """Yields an empty folder next to `target`; on success it is flushed to disk and
     renamed to `target`, on any error it is removed.
 
     Raises TargetExists when `target` exists.
