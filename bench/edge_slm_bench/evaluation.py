@@ -45,9 +45,9 @@ def assess(
     """
     named = {spec.variant for spec in model.specs}
     reference = next((name for name in REFERENCES if name in named), "")
-    codec = TextCodec(model.bundle / TOKENIZER, model.manifest.command)
+    codec = TextCodec(model.bundle / TOKENIZER, model.manifest.prompt)
     positions = model.manifest.model.positions
-    scored = to_scored(examples, model.manifest.command, codec, positions)
+    scored = to_scored(examples, codec, positions)
     targets = np.array([token for s in scored for token in s.ids[s.prompt :]], np.int64)
     requests = [_request(model, codec, example) for example in examples]
     specs = model.as_shipped
@@ -77,7 +77,7 @@ def assess(
                 if not spec.peer:
                     plain = plain_answers(spec, requests, threads)
                     figures |= _adherence(examples, [answer["text"] for answer in plain])
-                    ways = count_mismatches(model.manifest.command, spec, requests, plain, threads)
+                    ways = count_mismatches(model.manifest.prompt, spec, requests, plain, threads)
                     figures["differing"] = ways
             except (EdgeSlmError, ValueError) as error:
                 figures["reason"] = str(error)
@@ -92,11 +92,9 @@ def assess(
 def _request(model: Model, codec: TextCodec, example: Example) -> Mapping[str, Any]:
     """`Request`'s arguments. An answer may have what the context has room for, and far more
     than was asked; a model that has learnt nothing never ends by itself."""
-    schema, words = model.manifest.command, count_words(example.response)
-    command = schema.check(example.command).commanded
-    room = model.manifest.model.positions - len(
-        schema.encode(example.request, command, codec.encode)
-    )
+    words = count_words(example.response)
+    prompt = codec.prompt(example.request, codec.form.check(example.command).commanded)
+    room = model.manifest.model.positions - len(prompt)
     return {
         "request": example.request,
         "task": example.command.task,

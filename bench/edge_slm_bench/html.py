@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from edge_slm_bench.plots_speed import Line, Point, Spread, bars, lines, pareto,
 from edge_slm_bench.results import CellResult, Report, Scenario
 from edge_slm_bench.rows import number, speed_tables
 from edge_slm_bench.tables import endurance_tables, quality_tables
+from edge_slm_runtime.files import write_text
 from edge_slm_runtime.length import tolerance
 
 # What a variant has to agree in with the reference to be named as the one to choose.
@@ -26,13 +26,7 @@ FLOOR = "Decode time ÷ the time to read the weights once, just before; dashed: 
 
 def write_html(report: Report, path: str | Path) -> None:
     """Written aside, flushed and renamed. Raises DependencyMissing."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(render(report))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_text(render(report), Path(path))
 
 
 def render(report: Report) -> str:

@@ -11,7 +11,6 @@ CPU. Times are CPU time: waiting while another process has the core is not the c
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -24,6 +23,7 @@ import numpy as np
 
 from edge_slm_bench.machine import Machine
 from edge_slm_runtime.errors import DataError
+from edge_slm_runtime.files import write_text
 
 Kernel = Callable[[], object]
 Paired = Callable[[Callable[[], object], Kernel], None]  # the fixture of `bench/benchmarks`
@@ -186,15 +186,7 @@ class Baseline:
         new = {name: float(f"{ratio.ratio:.4g}") for name, ratio in measured.items()}
         self._all[self.cpu] = dict(sorted({**self.ratios, **new}.items()))
         text = json.dumps(dict(sorted(self._all.items())), indent=2) + "\n"
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(self._path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_text(text, self._path)
 
 
 def cpu_name(record: Machine) -> str:

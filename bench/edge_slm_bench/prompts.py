@@ -23,12 +23,12 @@ def prompts_of(bundle: str | Path, tokens: int, count: int, *, other: bool = Fal
     Raises BadSetting when a command alone is longer, or no text has that length.
     """
     manifest = read_manifest(bundle)
-    codec, schema = TextCodec(Path(bundle) / TOKENIZER, manifest.command), manifest.command
-    words = long_words(schema)[other]
-    command = schema.check(Command(None, words)).commanded
+    codec = TextCodec(Path(bundle) / TOKENIZER, manifest.prompt)
+    words = long_words(manifest.prompt)[other]
+    command = manifest.prompt.check(Command(None, words)).commanded
 
     def encoded(text: str) -> tuple[int, ...]:
-        return tuple(schema.encode(text, command, codec.encode))
+        return tuple(codec.prompt(text, command))
 
     prompts = []
     for turn in range(count):

@@ -59,13 +59,15 @@ def requests_of(manifest: Manifest) -> dict[int, dict[str, Any]]:
 
     The task is the first one that training saw at all of them. Raises BadSetting.
     """
-    schema, positions = manifest.command, manifest.model.positions
-    lengths = [n for n in WORDS if n <= long_words(schema)[0] and 2 * n + 48 <= positions]
+    form, positions = manifest.prompt, manifest.model.positions
+    lengths = [n for n in WORDS if n <= long_words(form)[0] and 2 * n + 48 <= positions]
     if not lengths:
         raise BadSetting(
             f"the model's {positions} positions hold no answer of {WORDS[0]} words",
             "'edge-slm bench' measures by tokens",
         )
+    if not (schema := form.schema):
+        return {n: {"request": REQUEST, "words": n} for n in lengths}
     top = schema.levels - 1
 
     def kept(task: str) -> bool:

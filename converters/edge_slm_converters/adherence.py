@@ -74,7 +74,7 @@ def requests(
     at_levels = [(text, replace(c, relevance=n)) for text, c in asked[:LEVELLED] for n in levels]
     found = []
     for text, command in [*asked, *at_levels]:
-        prompt = schema.encode(text, schema.check(command).commanded, source.codec.encode)
+        prompt = source.codec.prompt(text, schema.check(command).commanded)
         # A model that has learnt nothing never ends by itself.
         tokens = min(source.decoder.positions - len(prompt), 2 * (command.words or 0) + 16)
         if tokens > 0:

@@ -29,7 +29,7 @@ def write_manifest(
         name=name,
         model=source.decoder,
         parameters=source.parameters,
-        command=source.schema,
+        prompt=source.codec.form,
         variants=tuple(variants),
         files={
             path.relative_to(folder).as_posix(): file_entry(path)

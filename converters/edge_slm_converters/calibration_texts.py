@@ -81,7 +81,7 @@ def _drawn(
     command = schema.check(command).commanded
     for request in (" ".join(words[first : first + length]), REQUESTS[number % len(REQUESTS)]):
         try:
-            prompt = tuple(schema.encode(request, command, source.codec.encode))
+            prompt = tuple(source.codec.prompt(request, command))
         except RequestError:  # an untrained model writes anything
             continue
         if len(prompt) + tokens <= source.decoder.positions:

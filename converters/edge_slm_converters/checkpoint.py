@@ -23,6 +23,7 @@ from edge_slm_runtime.bundle import file_entry
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing, ManifestInvalid
+from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec
 
 HEAD = "lm_head.weight"  # in every architecture
@@ -189,7 +190,7 @@ def _read_text_side(
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     try:
-        codec = TextCodec(file, schema)
+        codec = TextCodec(file, PromptForm.commanded(schema))
     except ManifestInvalid as error:
         raise CheckpointError(f"{path}: {error.problem}") from None
     vocabulary = sorted(

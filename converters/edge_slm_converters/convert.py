@@ -17,7 +17,6 @@ from edge_slm_converters.bit_allocation import int4
 from edge_slm_converters.bundle_writer import write_manifest
 from edge_slm_converters.calibration_texts import sampled_answers
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
-from edge_slm_converters.files import written_aside
 from edge_slm_converters.goldens import (
     EXAMPLES,
     commanded_requests,
@@ -38,6 +37,7 @@ from edge_slm_converters.variants import (
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.errors import CheckpointError, GateRefused
+from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
 
 PACKAGES = (
@@ -95,7 +95,7 @@ def convert(
     """
     chosen = _chosen(variants)
     out = Path(out)
-    with written_aside(out) as folder:
+    with write_folder_aside(out) as folder:
         # The reference is always written, measured against, and dropped if not asked for.
         names = tuple(dict.fromkeys((REFERENCE, *chosen)))
         steps = Progress(progress, _work(names))
@@ -181,7 +181,7 @@ def _measure(
     requests = adherence.requests(source, _asked(source, evaluation), levelled=judge is not None)
     scored: Sequence[Scored] = ()
     if evaluation is not None:
-        scored = to_scored(evaluation, source.schema, source.codec, source.decoder.positions)
+        scored = to_scored(evaluation, source.codec, source.decoder.positions)
     reference = gate.logits_of(written[0], source.decoder, folder)
     found = []
     for variant in written:

@@ -10,19 +10,15 @@ K-quants, so ours is always Q8_0 (8.5 bits a weight instead of 6.6).
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.checkpoint import Checkpoint, read_json
-from edge_slm_converters.files import refuse_existing
-from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
+from edge_slm_runtime.files import write_aside
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -64,7 +60,7 @@ def write_gguf(checkpoint: Checkpoint, file: Path, quantisation: Quantisation) -
     _check_computation(checkpoint.decoder)
     stored = list(_stored(checkpoint, quantisation))
     merges = _merges(checkpoint)
-    with _written_aside(file) as aside:
+    with write_aside(file, replace=False) as aside:
         writer = GGUFWriter(aside, "gpt2")
         _add_shape(writer, checkpoint, quantisation)
         _add_tokenizer(writer, checkpoint, merges)
@@ -162,16 +158,18 @@ def _add_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint, merges: list[str]
     parse special tokens, and never prints them."""
     from gguf import TokenType
 
-    controls, size = checkpoint.codec.controls, len(checkpoint.tokens)
+    codec, size = checkpoint.codec, len(checkpoint.tokens)
     padding = range(size, checkpoint.decoder.vocab_size)
-    kinds = {"CONTROL": controls, "NORMAL": size - controls, "UNUSED": len(padding)}
+    kinds = ["CONTROL" if i in codec.controls else "NORMAL" for i in range(size)]
+    kinds += ["UNUSED"] * len(padding)
+    end = codec.ends[0]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PRE_TOKENIZER)
     writer.add_token_list([*checkpoint.tokens, *(f"<|padding:{i}|>" for i in padding)])
-    writer.add_token_types([TokenType[kind] for kind, count in kinds.items() for _ in range(count)])
+    writer.add_token_types([TokenType[kind] for kind in kinds])
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(END_ID)
-    writer.add_eos_token_id(END_ID)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)  # the grammar of a prompt is the command schema's
     writer.add_add_space_prefix(False)
 
@@ -201,22 +199,3 @@ def _add_tensors(writer: GGUFWriter, stored: list[tuple[str, Float32, str]]) -> 
         qtype = GGMLQuantizationType[kind]
         data: Any = quantize(np.ascontiguousarray(tensor), qtype)
         writer.add_tensor(name, data, raw_dtype=qtype)
-
-
-@contextmanager
-def _written_aside(file: Path) -> Iterator[Path]:
-    """A path beside `file`, renamed to it on success and removed on any error."""
-    refuse_existing(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(descriptor)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(0o644)  # mkstemp makes it private
-        with aside.open("rb+") as written:
-            os.fsync(written.fileno())
-        refuse_existing(file)
-        aside.rename(file)
-    finally:
-        aside.unlink(missing_ok=True)

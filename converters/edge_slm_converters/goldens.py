@@ -55,7 +55,7 @@ def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Aske
     for _ in range(count):
         request = next(requests)
         command = schema.check(Command(next(tasks), next(words), top)).commanded
-        prompt = tuple(schema.encode(request, command, source.codec.encode))
+        prompt = tuple(source.codec.prompt(request, command))
         if len(prompt) + tokens > positions:
             raise CheckpointError(
                 f"a context of {positions} tokens is too short to measure the model in",

@@ -14,7 +14,14 @@ from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.quantise import PRECISIONS, Precision, Quantised
 from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
-from edge_slm_runtime.panels import ALIGNMENT, SHAPE, UNIT, pack_levels, pack_outputs, stored_name
+from edge_slm_runtime.panels import (
+    ALIGNMENT,
+    UNIT,
+    file_metadata,
+    pack_levels,
+    pack_outputs,
+    stored_name,
+)
 
 _MATRIX_PARTS = (".levels", ".scale", ".zero")
 
@@ -36,11 +43,7 @@ def write_panels(checkpoint: Checkpoint, precision: str | Precision, folder: Pat
     if not isinstance(precision, Quantised):
         raise CheckpointError(f"the numba engine has no {precision.name}", "choose int8 or int4")
     decoder = checkpoint.decoder
-    settings = {
-        "activation": decoder.activation,
-        "layer_norm_epsilon": repr(decoder.norm_epsilon),
-        **{name: str(getattr(decoder, name)) for name in SHAPE},
-    }
+    settings = file_metadata(decoder)
     tensors = dict(_tensors(checkpoint, precision))
     embedding = () if decoder.tied else ("wte.levels", "wte.scale")
     read = (n for n in tensors if n.endswith(_MATRIX_PARTS) and n not in embedding)

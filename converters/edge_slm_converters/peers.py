@@ -24,12 +24,12 @@ from edge_slm_bench.runners import Spec
 from edge_slm_bench.runners.optimum import FILES
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, weight_files
 from edge_slm_converters.ct2 import write_ctranslate2
-from edge_slm_converters.files import written_aside
 from edge_slm_converters.gguf import Quantisation, plain_attention, write_gguf
 from edge_slm_converters.openvino_ir import write_openvino
 from edge_slm_converters.quantise import step_bytes
 from edge_slm_runtime.engines.base import first_line
 from edge_slm_runtime.errors import CheckpointError, EdgeSlmError
+from edge_slm_runtime.files import write_folder_aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def make(name: str, checkpoint: Path, folder: Path) -> Spec:
             files = list(target.glob("*.onnx*"))
         case _:
             write = write_openvino if peer.runner == "openvino" else write_ctranslate2
-            with written_aside(target) as place:
+            with write_folder_aside(target) as place:
                 per_token = write(source, peer.precision, place)
             files = list(target.iterdir())
     return Spec(
@@ -159,7 +159,7 @@ def _write_optimum(source: Checkpoint, precision: str, folder: Path) -> None:
     if not exported.exists():
         from optimum.exporters.onnx import main_export
 
-        with written_aside(exported) as place:
+        with write_folder_aside(exported) as place:
             main_export(
                 str(source.path),
                 place,
@@ -173,7 +173,7 @@ def _write_optimum(source: Checkpoint, precision: str, folder: Path) -> None:
         from optimum.onnxruntime import ORTQuantizer
 
         quantizer = ORTQuantizer.from_pretrained(exported, file_name=FILES["fp32"])
-        with written_aside(folder / "optimum-int8") as place:
+        with write_folder_aside(folder / "optimum-int8") as place:
             quantizer.quantize(save_dir=place, quantization_config=_int8_preset())
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from edge_slm_converters.architectures import architecture_of
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.arrays import Float32
-from edge_slm_converters.files import written_aside
 from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing, EdgeSlmError
+from edge_slm_runtime.files import write_folder_aside
 
 
 def random_checkpoint(
@@ -60,7 +60,7 @@ def random_checkpoint(
     tensors = {
         f"{architecture.PREFIX}{name}": tensor.astype(np.float16) for name, tensor in stored.items()
     }
-    with written_aside(Path(path)) as folder:
+    with write_folder_aside(Path(path)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         for file in copied:

@@ -72,7 +72,7 @@ def open_variant(folder: Path, source: Checkpoint, variant: Variant) -> SLM:
         name=folder.name,
         model=source.decoder,
         parameters=source.parameters,
-        command=source.schema,
+        prompt=source.codec.form,
         variants=(variant,),
         files={},
     )

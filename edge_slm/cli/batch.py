@@ -1,4 +1,4 @@
-"""`edge-slm batch`: JSONL requests in, JSONL prompts out, through any number of deaths."""
+"""`edge-slm batch`: JSONL requests in, JSONL prompts out; resumable after a crash."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import click
 
 import edge_slm
 from edge_slm.cli.console import emit_json, json_option, note, progress_bar
-from edge_slm.cli.journal import Journal
 from edge_slm.cli.options import model_options, sampling_options
+from edge_slm.cli.output import ResumableOutput
 from edge_slm_runtime.errors import DataError, EdgeSlmError, NotSupportedByEngine
 
 _KEYS = ["id", *(field.name for field in fields(edge_slm.Request))]
@@ -153,7 +153,7 @@ def _to_stdout(run: Run, stream: BinaryIO) -> tuple[int, int]:
     with progress_bar(visible=not sys.stdout.isatty()) as progress:
         task = progress.add_task("writing", total=None)
         for answer in run.answers(stream, group=run.batch_size):
-            click.echo(_json(answer))
+            click.echo(json.dumps(answer, ensure_ascii=False))
             progress.advance(task)
             lines, bad = lines + 1, bad + ("error" in answer)
     return lines, bad
@@ -163,17 +163,17 @@ def _to_file(run: Run, stream: BinaryIO, output: Path) -> tuple[int, int]:
     """(lines, errors) of the whole file, whoever wrote them."""
     digest, total = _digest_and_count(stream)
     group = 4 * run.batch_size  # what a kill costs at most; larger groups fill batches better
-    with Journal(output, run.record(digest), group) as journal, progress_bar() as progress:
-        if journal.complete:
+    with ResumableOutput(output, run.record(digest), group) as part, progress_bar() as progress:
+        if part.complete:
             note(f"{output} is complete already")
         else:
-            if journal.lines:
-                note(f"continuing after line {journal.lines} of {total}")
-            task = progress.add_task("writing", total=total, completed=journal.lines)
-            for answer in run.answers(stream, group, done=journal.lines):
-                journal.append(_json(answer))
+            if part.count:
+                note(f"continuing after line {part.count} of {total}")
+            task = progress.add_task("writing", total=total, completed=part.count)
+            for answer in run.answers(stream, group, done=part.count):
+                part.append(answer)
                 progress.advance(task)
-            journal.finish()
+            part.finish()
     with output.open("rb") as file:
         return total, sum("error" in json.loads(line) for line in file)
 
@@ -236,10 +236,6 @@ def _answer(row: Row, result: edge_slm.Generation) -> dict[str, Any]:
         "seed": result.seed,
         "warnings": list(result.warnings),
     }
-
-
-def _json(answer: dict[str, Any]) -> str:
-    return json.dumps(answer, ensure_ascii=False)
 
 
 def _digest_and_count(stream: BinaryIO) -> tuple[str, int]:

@@ -158,7 +158,7 @@ def bench(
 
 def _measure(bundles: Sequence[Path], options: dict[str, Any], out: Path | None) -> Report:
     from edge_slm_bench.bench import run_bench
-    from edge_slm_converters.files import refuse_existing
+    from edge_slm_runtime.files import refuse_existing
 
     if out:
         refuse_existing(out)
@@ -267,13 +267,15 @@ def _examples(model: Model, options: dict[str, Any]) -> list[Example]:
         return []
     untrained = {"recipe": {"data": {"holdout_percent": HOLDOUT_PERCENT}}}
     recipe = model.manifest.provenance.get("recipe") or untrained
-    return held_out(options["data"], model.manifest.command.tasks, recipe, options["examples"])
+    return held_out(
+        options["data"], model.manifest.prompt.grammar.tasks, recipe, options["examples"]
+    )
 
 
 def _write(report: Report, out: Path) -> None:
-    from edge_slm.distill.files import write_json, write_text
     from edge_slm_bench.html import write_html
     from edge_slm_bench.tables import csv, markdown
+    from edge_slm_runtime.files import write_json, write_text
 
     write_json(report.as_dict(), out / "report.json")
     write_text(markdown(report), out / "report.md")

@@ -83,11 +83,12 @@ def _measured(bundle: Path, threads: int | None) -> list[Cell]:
     from edge_slm_bench.runners.edge_slm import spec_of
 
     manifest = read_manifest(bundle)
-    top = len(manifest.command.axis("relevance").values) - 1
+    schema = manifest.prompt.grammar
+    top = schema.levels - 1
     requests = [
         {"request": text, "task": task, "words": words, "relevance": top}
         for task, text, words in REQUESTS
-        if task in manifest.command.tasks and 2 * words + 48 <= manifest.model.positions
+        if task in schema.tasks and 2 * words + 48 <= manifest.model.positions
     ]
     job = {"kind": "answers", "threads": threads, "requests": requests}
     cells = []

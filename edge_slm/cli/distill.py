@@ -122,8 +122,8 @@ def _evaluated(
 ) -> dict[str, Any]:
     """The bundles of the runs and the evaluation of the first; what is there is kept."""
     from edge_slm.distill.evaluate import write_html
-    from edge_slm.distill.files import write_json
     from edge_slm_converters import read_checkpoint
+    from edge_slm_runtime.files import write_json
 
     for run in runs:
         if not (run / "bundle").exists():

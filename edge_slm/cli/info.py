@@ -9,6 +9,7 @@ import click
 from edge_slm.cli.console import emit_json, human_bytes, json_option, stdout_console
 from edge_slm.cli.options import folder
 from edge_slm_runtime.bundle import Manifest, read_manifest
+from edge_slm_runtime.prompt import PromptForm
 
 
 @click.command(short_help="Show what a bundle holds.")
@@ -26,11 +27,28 @@ def info(bundle: Path, as_json: bool) -> None:
         _print(manifest)
 
 
+def _prompt_facts(form: PromptForm) -> list[tuple[str, str]]:
+    if not form.schema:
+        return [
+            ("prompt", form.kind),
+            *(
+                (name, repr(text))
+                for name, text in (("before", form.before), ("after", form.after))
+            ),
+            ("ends with", " or ".join(form.ends)),
+        ]
+    words, levels = form.schema.axis("words"), form.schema.axis("relevance").values
+    return [
+        ("tasks", ", ".join(form.schema.tasks)),
+        ("words", f"{words.edges[0]} … {words.edges[-1] - 1}"),
+        ("relevance", f"{levels[0]} … {levels[-1]}"),
+    ]
+
+
 def _print(manifest: Manifest) -> None:
     from rich.table import Table
 
-    model, schema = manifest.model, manifest.command
-    words, levels = schema.axis("words"), schema.axis("relevance").values
+    model = manifest.model
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("name", manifest.name),
@@ -38,9 +56,7 @@ def _print(manifest: Manifest) -> None:
         ("parameters", f"{manifest.parameters / 1e6:.1f} M"),
         ("vocabulary", f"{model.vocab_size} tokens"),
         ("context", f"{model.positions} tokens"),
-        ("tasks", ", ".join(schema.tasks)),
-        ("words", f"{words.edges[0]} … {words.edges[-1] - 1}"),
-        ("relevance", f"{levels[0]} … {levels[-1]}"),
+        *_prompt_facts(manifest.prompt),
         ("goldens", str(len(manifest.goldens))),
         ("digest", manifest.digest),
     ):

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_slm.distill.journal import Journal
+from edge_slm.journal import Journal
 from edge_slm_runtime.errors import BadSetting, DataError, DependencyMissing, TeacherError, shown
 
 Progress = Callable[[int, int], None]  # (done, total); total 0: unknown
@@ -170,10 +170,11 @@ class Chat:
             if self._path is not None:
                 self._journal = Journal(self._path)
                 try:
-                    self._known = {r["key"]: (r["text"], r["cut"]) for r in self._journal.rows}
+                    self._known = {
+                        row["key"]: (row["text"], row["cut"]) for row in self._journal.rows()
+                    }
                 except KeyError:
                     raise DataError(f"{self._path} is no journal of answers") from None
-                self._journal.rows.clear()  # the raw answers need much memory
             yield lambda prompt, key: asyncio.run_coroutine_threadsafe(answer(prompt, key), loop)
         finally:
             asyncio.run_coroutine_threadsafe(close(), loop).result()

@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 
 from edge_slm.distill.buffer import Scored
-from edge_slm.distill.files import write_jsonl
 from edge_slm.distill.generate import Episode, Sampler
 from edge_slm.distill.hindsight import Edges, level_of
 from edge_slm.distill.prepare import Prepared, Report
 from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample
+from edge_slm.journal import Journal
 from edge_slm_runtime.command import WORD_EDGES, Command, count_words
+from edge_slm_runtime.files import write_jsonl
 
-_CHUNK = 512  # episodes between two writes of the journal
+_CHUNK = 512  # episodes generated together; a killed round repeats at most these
 
 
 def command(
@@ -68,7 +69,7 @@ def explore(
     """Plays round `number` and adds it to the buffer; returns what it achieved.
 
     out: JSONL of the episodes with their rewards. A finished one is read instead;
-    a killed round continues behind its last chunk.
+    a killed round continues after its last chunk.
     """
     if not out.exists():
         _play(prepared, plan(prepared, edges, number), number, checkpoint, reward, out, report)
@@ -99,40 +100,22 @@ def _play(
     report: Report,
 ) -> None:
     recipe = prepared.recipe
-    journal = out.with_suffix(".journal")
-    rows = _read(journal)
-    sampler = None
-    for start in range(len(rows), len(episodes), _CHUNK):
-        sampler = sampler or Sampler(checkpoint, bf16=recipe.train.precision == "bf16")
-        chunk = episodes[start : start + _CHUNK]
-        texts = [
-            {
-                "request": episode.request,
-                **episode.command.as_dict(),
-                "text": answer.text,
-                "ended": answer.ended and count_words(answer.text) > 0,
-            }
-            for episode, answer in zip(
-                chunk, sampler(chunk, temperature=recipe.explore.temperature), strict=True
-            )
-        ]
-        rows += texts
-        with journal.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts))
-        report(f"explore {number}", start + len(chunk), len(episodes), "")
+    path = out.with_suffix(".journal")
+    with Journal(path, group=_CHUNK) as journal:
+        sampler = None
+        for start in range(journal.count, len(episodes), _CHUNK):
+            sampler = sampler or Sampler(checkpoint, bf16=recipe.train.precision == "bf16")
+            chunk = episodes[start : start + _CHUNK]
+            answers = sampler(chunk, temperature=recipe.explore.temperature)
+            for episode, answer in zip(chunk, answers, strict=True):
+                ended = answer.ended and count_words(answer.text) > 0
+                row = {"request": episode.request, **episode.command.as_dict()}
+                journal.append({**row, "text": answer.text, "ended": ended})
+            report(f"explore {number}", start + len(chunk), len(episodes), "")
+        rows = list(journal.rows())
     own = [Sample(row["request"], row["text"] or ".", row["task"], "own") for row in rows]
     scores = reward.score(own, lambda done, total: report(f"score round {number}", done, total, ""))
     write_jsonl(
         ({**row, "reward": round(float(s), 4)} for row, s in zip(rows, scores, strict=True)), out
     )
-    journal.unlink(missing_ok=True)
-
-
-def _read(journal: Path) -> list[dict[str, Any]]:
-    """The whole chunks of a journal; what a kill left torn is cut off."""
-    if not journal.exists():
-        return []
-    lines = journal.read_bytes().split(b"\n")[:-1]
-    whole = lines[: len(lines) - len(lines) % _CHUNK]
-    journal.write_bytes(b"".join(line + b"\n" for line in whole))
-    return [json.loads(line) for line in whole]
+    path.unlink()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from edge_slm_converters.checkpoint import read_schema
-from edge_slm_runtime.answer import END_ID
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import (
     CheckpointError,
@@ -24,6 +23,7 @@ from edge_slm_runtime.errors import (
     ManifestInvalid,
     RequestTooLong,
 )
+from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec
 
 _CROWDED = 0.85  # of a batch's rows still going: below it, the others are dropped
@@ -75,7 +75,7 @@ class Sampler:
         self.batch = batch or (64 if on_cpu else 512)
         dtype = torch.bfloat16 if (not on_cpu if bf16 is None else bf16) else torch.float32
         try:
-            self.codec = TextCodec(folder / "tokenizer.json", self.schema)
+            self.codec = TextCodec(folder / "tokenizer.json", PromptForm.commanded(self.schema))
             model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, ManifestInvalid) as error:
             raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
@@ -113,7 +113,7 @@ class Sampler:
         return [answers[i] for i in range(len(episodes))]
 
     def _prompt(self, episode: Episode) -> list[int]:
-        prompt = self.schema.encode(episode.request, episode.command, self.codec.encode)
+        prompt = self.codec.prompt(episode.request, episode.command)
         if len(prompt) >= self._positions:
             raise RequestTooLong(
                 f"the prompt of {episode.request[:40]!r}… has {len(prompt)} tokens, "
@@ -135,7 +135,8 @@ class Sampler:
         room = self._positions - torch.tensor([len(p) for p in prompts], device=self.device)
         steps = int(room.max())
         # Left padding: the last token of every prompt stands in the last column.
-        padded = [[END_ID] * (longest - len(prompt)) + prompt for prompt in prompts]
+        (end,) = self.codec.ends
+        padded = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]
         ids = torch.tensor(padded, device=self.device)
         mask = (
             torch.arange(longest, device=self.device) >= longest - (self._positions - room)[:, None]
@@ -148,7 +149,7 @@ class Sampler:
         draws = torch.from_numpy(
             np.stack([np.random.Generator(np.random.PCG64(s)).random(steps) for s in seeds])
         ).to(self.device)
-        written = torch.full((len(prompts), steps), END_ID, device=self.device)
+        written = torch.full((len(prompts), steps), end, device=self.device)
         cache = growing_cache()
         with torch.inference_mode():
             for step in range(steps):
@@ -162,7 +163,7 @@ class Sampler:
                 ).logits[:, -1]
                 token = self._pick(logits.float(), draws[rows, step], temperature)
                 written[rows, step] = token
-                going = (written[rows, : step + 1] != END_ID).all(1) & (step + 1 < room[rows])
+                going = (written[rows, : step + 1] != end).all(1) & (step + 1 < room[rows])
                 left = int(going.sum())
                 if not left:
                     break
@@ -184,14 +185,15 @@ class Sampler:
         """
         import torch
 
-        logits[:, END_ID + 1 : self.codec.controls] = -torch.inf
-        logits[:, self.codec.size :] = -torch.inf
+        for ids in self.codec.never(logits.shape[1]):
+            logits[:, ids] = -torch.inf
         if temperature == 0:
             return logits.argmax(1)
         steps = (logits / temperature).softmax(1).cumsum(1, dtype=torch.float64)
         return torch.searchsorted(steps, (draws * steps[:, -1])[:, None], right=True)[:, 0]
 
     def _answer(self, ids: list[int]) -> Answer:
-        ended = END_ID in ids
-        text = self.codec.decode(ids[: ids.index(END_ID)] if ended else ids)
+        (end,) = self.codec.ends
+        ended = end in ids
+        text = self.codec.decode(ids[: ids.index(end)] if ended else ids)
         return Answer(text.strip(), ended)

@@ -23,9 +23,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from edge_slm.distill.checkpoint import save_checkpoint
+from edge_slm.distill.checkpoint import save_checkpoint, save_state
 from edge_slm.distill.explore import explore
-from edge_slm.distill.files import write_torch
 from edge_slm.distill.model import fresh_model, grown_model, weights_digest
 from edge_slm.distill.prepare import (
     Labelled,
@@ -243,7 +242,7 @@ class _Run:
                 "model": self.learner.state_dict(),
                 "history": history,
             }
-            write_torch(state, done)
+            save_state(state, done)
         self.accelerator.free_memory()
         return True
 

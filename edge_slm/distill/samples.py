@@ -23,17 +23,13 @@ from typing import TYPE_CHECKING
 from edge_slm.distill.split import held_out
 from edge_slm_runtime.command import WORD_EDGES, clean_request, count_words
 from edge_slm_runtime.errors import DataError, RequestError
+from edge_slm_runtime.words import UNFINISHED_REQUEST
 
 if TYPE_CHECKING:
     from edge_slm.distill.recipe import DataRecipe, HindsightRecipe
 
 Kind = str  # "pair", "cut", "fragment", "mismatch", "own" (of an exploration round)
 
-# A derived request that ends in one of these was cut in the middle of a phrase.
-_DANGLING = frozenset(
-    "a an the is are was were be has have had with of in on at to for from by and or but as that "
-    "which who whose his her its their this into over under very".split()
-)
 _CLAUSE_END = re.compile(r"(?:[,;:]|(?<=[.!?]))(?=\s)")
 _PHRASE = re.compile(r"[^,;:.!?\"()\[\]]+")
 
@@ -111,7 +107,7 @@ def read_samples(
         except RequestError:
             continue
         words = folded.split()
-        dangling = len(words) > 1 and words[-1].lower().strip(",.") in _DANGLING
+        dangling = len(words) > 1 and words[-1].lower().strip(",.") in UNFINISHED_REQUEST
         if not dangling and folded.strip(" .").lower() != text.strip(" .").lower():
             yield Sample(folded, text, task)
 
@@ -201,7 +197,7 @@ def fragment_request(text: str, rng: random.Random) -> str | None:
         while words and words[0].lower() in ("and", "with", "its", "their", "his", "her", "while"):
             words = words[1:]
         words = words[: rng.randint(3, 9)]
-        while words and words[-1].lower() in _DANGLING:
+        while words and words[-1].lower() in UNFINISHED_REQUEST:
             words = words[:-1]
         if len(words) >= 2:
             phrases.append(" ".join(words))

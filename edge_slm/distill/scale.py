@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_slm.distill.files import write_jsonl
 from edge_slm.distill.generate import Episode, Sampler
 from edge_slm.distill.rewards import Progress, Reward
 from edge_slm.distill.samples import Sample
@@ -32,6 +31,7 @@ from edge_slm_runtime.errors import (
     EngineError,
     TargetExists,
 )
+from edge_slm_runtime.files import write_jsonl
 
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[Row]]

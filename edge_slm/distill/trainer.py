@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from edge_slm.distill.files import write_torch
+from edge_slm.distill.checkpoint import save_state
 from edge_slm.distill.objective import Learner, tensors
 from edge_slm.distill.packing import Batch, Encoded, Packer
 from edge_slm.distill.prepare import Report
@@ -292,7 +292,7 @@ class Trainer:
             "at": [self.at, self.epoch, self.batch_number],
             "last": self.last,
         }
-        write_torch(state, self.out / "state.pt")
+        save_state(state, self.out / "state.pt")
 
     def _digests(self) -> dict[str, str]:
         return {"recipe": self.recipe.digest(), "data": self.stage.data_digest}

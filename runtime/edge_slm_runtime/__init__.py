@@ -14,6 +14,7 @@ from edge_slm_runtime.generate import SLM, Stream
 from edge_slm_runtime.integrity import verify
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.loading import load
+from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.records import Generation, Request, Stats
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CommandSchema",
     "EdgeSlmError",
     "Generation",
+    "PromptForm",
     "Request",
     "Stats",
     "Stream",

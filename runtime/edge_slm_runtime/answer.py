@@ -14,7 +14,6 @@ from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
 FinishReason = Literal["stop", "length", "stop_sequence", "max_tokens", "context"]
-END_ID = 0  # `CommandSchema.special_tokens` begins with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Plan:
 
 
 class Step(NamedTuple):
-    """What one token did to a answer: the text that became sure, and whether it was the last."""
+    """What one token did to an answer: the text that became sure, and whether it was the last."""
 
     answer: Answer
     text: str
@@ -74,6 +73,11 @@ class Answer:
         self._never: tuple[Logits, ...] = ()
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end the answer."""
+        return self._codec.ends
+
+    @property
     def seed(self) -> int | None:
         return self._sampler.seed
 
@@ -85,24 +89,21 @@ class Answer:
         return self._keeper is None or self._keeper.may_end(self.text)
 
     def banned(self, vocab_size: int) -> list[int]:
-        """Ids that are never an answer: control tokens and the padding of the embedding.
-
-        For an engine that samples by itself; `choose` masks the same two ranges.
-        """
-        return [*range(END_ID + 1, self._codec.controls), *range(self._codec.size, vocab_size)]
+        """Ids of `TextCodec.never`, for an engine that samples by itself; `choose` masks them."""
+        return [i for ids in self._codec.never(vocab_size) for i in range(ids.start, ids.stop)]
 
     def choose(self, logits: Logits) -> int:
         """The next token from `logits` [V], which it changes."""
         if logits is not self._logits:  # one array for all steps, as a rule
             self._logits = logits
-            self._never = logits[END_ID + 1 : self._codec.controls], logits[self._codec.size :]
+            self._never = tuple(logits[ids] for ids in self._codec.never(logits.size))
         for part in self._never:
             part.fill(-np.inf)
         if self._keeper:
             if self.may_end():
-                self._keeper.note(self.text, log_probability(logits, END_ID))
+                self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
-                logits[END_ID] = -np.inf
+                logits[[*self.ends]] = -np.inf
         return self._sampler.pick(logits)
 
     def accept(self, token: int) -> Step:
@@ -110,7 +111,7 @@ class Answer:
         now = perf_counter() - self.away
         if not self.ids:
             self.first = now
-        if token == END_ID:
+        if token in self.ends:
             self.finish = "stop"
         else:
             self.last = now

@@ -1,6 +1,6 @@
 """The bundle: a plain folder that is refused unless it is exactly what its manifest says.
 
-    manifest.json   model facts, command schema, variants, goldens, provenance, digests
+    manifest.json   model, prompt form, variants, goldens, provenance, digests
     tokenizer.json
     numba-int8/…, onnx-int8/…, ctranslate2-int8/…   one folder per variant
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from edge_slm_runtime.command import Command, CommandSchema
+from edge_slm_runtime.command import Command
 from edge_slm_runtime.decoder import LARGEST, Decoder, gpt2
 from edge_slm_runtime.engines import ENGINES, engine_class
 from edge_slm_runtime.errors import (
@@ -35,6 +35,7 @@ from edge_slm_runtime.errors import (
     SymlinkRefused,
     shown,
 )
+from edge_slm_runtime.prompt import PromptForm
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -82,7 +83,7 @@ class Manifest:
 
     name: str
     model: Decoder
-    command: CommandSchema
+    prompt: PromptForm
     variants: tuple[Variant, ...]
     files: Mapping[str, FileEntry]
     parameters: int = 0
@@ -102,8 +103,8 @@ class Manifest:
         data: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
-            "model": {**asdict(self.model), "parameters": self.parameters},
-            "command": self.command.to_json(),
+            "model": {**self.model.to_json(), "parameters": self.parameters},
+            **self.prompt.to_json(),
             "variants": [asdict(variant) for variant in self.variants],
             "goldens": [
                 {
@@ -141,7 +142,7 @@ class Manifest:
                 name=_typed(data["name"], str),
                 model=_decoder(data["model"]),
                 parameters=_typed(data["model"]["parameters"], int),
-                command=CommandSchema.from_json(data["command"]),
+                prompt=PromptForm.from_json(data),
                 variants=tuple(_record(Variant, item) for item in data["variants"]),
                 goldens=tuple(
                     Golden(
@@ -156,7 +157,7 @@ class Manifest:
                 files={p: _record(FileEntry, e) for p, e in data["files"].items()},
             )
             for golden in manifest.goldens:
-                manifest.command.command_tokens(golden.command)
+                manifest.prompt.check(golden.command)
         except RequestError as error:
             raise ManifestInvalid(f"{MANIFEST} has a golden with {error.problem}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:

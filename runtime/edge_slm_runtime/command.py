@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -158,6 +158,11 @@ class Checked:
     commanded: Command
     warnings: tuple[str, ...] = ()
 
+    @property
+    def words(self) -> int | None:
+        """The length to keep: the commanded one, or what was asked of a model without grammar."""
+        return self.asked.words if self.commanded.words is None else self.commanded.words
+
 
 @dataclass(frozen=True, slots=True)
 class CommandSchema:
@@ -177,7 +182,7 @@ class CommandSchema:
     # -- tokens ---------------------------------------------------------------
 
     def special_tokens(self) -> list[str]:
-        """All control tokens in id order: they are ids 0 … len-1 of the tokenizer."""
+        """All control tokens; in a tokenizer that training makes they are ids 0 … len-1."""
         return [END, REQUEST, RESPONSE, *(t for axis in self.axes for t in axis.tokens())]
 
     @property
@@ -203,33 +208,26 @@ class CommandSchema:
 
     def render(self, request: str, command: Command) -> str:
         """The prompt as text (for people and tests; the model gets `encode`)."""
-        before, after = self._around(self.command_tokens(command))
-        return "".join([REQUEST, *before, clean_request(request), *after, RESPONSE])
+        before, after = self.around(command)
+        return before + clean_request(request) + after
 
-    def _around(self, told: list[str]) -> tuple[list[str], list[str]]:
-        """The command's tokens (before, after) the request."""
+    def around(self, command: Command) -> tuple[str, str]:
+        """Control tokens (before, after) the request, as text. Raises as `Axis.value_of`."""
+        before, after = self._around(command)
+        return "".join(before), "".join(after)
+
+    def _around(self, command: Command) -> tuple[list[str], list[str]]:
+        told = self.command_tokens(command)
         return (
-            told if self.position != "bottom" else [],
-            told if self.position != "top" else [],
+            [REQUEST, *(told if self.position != "bottom" else [])],
+            [*(told if self.position != "top" else []), RESPONSE],
         )
 
-    def encode(
-        self, request: str, command: Command, encode_text: Callable[[str], list[int]]
-    ) -> list[int]:
-        """Prompt token ids. `encode_text` must treat control tokens as plain text."""
-        return self.frame(encode_text(clean_request(request)), command)
-
     def frame(self, request: Sequence[int], command: Command) -> list[int]:
-        """Prompt token ids around the ids of a request; training and inference share it."""
+        """Prompt token ids around the ids of a request, under a tokenizer that training made."""
         ids = {token: i for i, token in enumerate(self.special_tokens())}
-        before, after = self._around(self.command_tokens(command))
-        return [
-            ids[REQUEST],
-            *(ids[token] for token in before),
-            *request,
-            *(ids[token] for token in after),
-            ids[RESPONSE],
-        ]
+        before, after = self._around(command)
+        return [*(ids[token] for token in before), *request, *(ids[token] for token in after)]
 
     def parse(self, text: str) -> tuple[str, dict[str, str], str]:
         """Inverse of `render`: (request, axis → value, response without `<|end|>`).
@@ -349,11 +347,8 @@ def _holds_counts(data: object, depth: int) -> bool:
     return isinstance(data, Mapping) and all(_holds_counts(v, depth - 1) for v in data.values())
 
 
-def clean_request(request: str) -> str:
-    """The request as the model sees it: stripped, white space folded.
-
-    Raises RequestNotText, EmptyRequest, ControlTokenInRequest.
-    """
+def valid_request(request: str) -> str:
+    """The request without white space at its ends. Raises RequestNotText, EmptyRequest."""
     if not isinstance(request, str):
         raise RequestNotText(f"the request must be str, got {type(request).__name__}")
     try:
@@ -363,12 +358,20 @@ def clean_request(request: str) -> str:
             f"the request is not valid UTF-8 at character {error.start}",
             "decode the bytes as UTF-8 before the call",
         ) from None
-    if smuggled := _CONTROL.search(request):
+    if not (stripped := request.strip()):
+        raise EmptyRequest("the request is empty", "say what the prompt should be about")
+    return stripped
+
+
+def clean_request(request: str) -> str:
+    """The request as a commanded model sees it: stripped, white space folded.
+
+    Raises RequestNotText, EmptyRequest, ControlTokenInRequest.
+    """
+    text = valid_request(request)
+    if smuggled := _CONTROL.search(text):
         raise ControlTokenInRequest(
             f"the request holds the control token {smuggled[0]!r}",
             "ask for an outcome with task, words and relevance instead",
         )
-    cleaned = " ".join(request.split())
-    if not cleaned:
-        raise EmptyRequest("the request is empty", "say what the prompt should be about")
-    return cleaned
+    return " ".join(text.split())

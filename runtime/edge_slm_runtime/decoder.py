@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -32,6 +32,7 @@ Norm = Literal["layer", "rms"]
 Position = Literal["learned", "rotary"]
 Mlp = Literal["plain", "gated"]
 LARGEST = 1 << 20  # size of anything in a model that is accepted
+LARGEST_TABLE = 1 << 26  # values of the table of rotary angles
 MATRICES = ("qkv", "out", "up", "down")  # of a layer, in the order of computing
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")
 
@@ -74,13 +75,19 @@ class Decoder:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Decoder:
-        """From `dataclasses.asdict` of one, or its JSON. Raises TypeError, ValueError."""
+        """From `to_json` of one. Raises TypeError, ValueError."""
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         decoder = cls(**fields)
         decoder.check()
         return decoder
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
 
     def check(self) -> None:
         """Raises ValueError or TypeError, naming the field, for what no decoder can be."""
@@ -106,6 +113,7 @@ class Decoder:
             "head_width": rotary and self.head_width % 2,
             "rope_theta": rotary and not self.rope_theta,
             "rope_factors": len(self.rope_factors) not in (0, self.head_width // 2),
+            "positions": rotary and self.positions * self.head_width > LARGEST_TABLE,
             "attention_scale": len(self.attention_scale) != self.layers,
         }
         if found := [name for name, wrong in faults.items() if wrong]:

@@ -3,7 +3,7 @@
     EdgeSlmError                    exit 1
     ├── RequestError                exit 3   what the caller asked
     │   ├── EmptyRequest, RequestNotText, RequestTooLong, ControlTokenInRequest
-    │   ├── UnknownTask, WordsOutOfRange, RelevanceOutOfRange
+    │   ├── UnknownTask, WordsOutOfRange, RelevanceOutOfRange, NoCommandGrammar
     │   └── BadSetting
     ├── BundleError                 exit 4   the model folder
     │   ├── BundleNotFound, ManifestInvalid, ManifestAltered, SchemaVersionUnsupported
@@ -48,6 +48,7 @@ __all__ = [
     "GateRefused",
     "ManifestAltered",
     "ManifestInvalid",
+    "NoCommandGrammar",
     "NotSupportedByEngine",
     "OutOfMemory",
     "PathEscape",
@@ -122,6 +123,12 @@ class WordsOutOfRange(RequestError):
 
 class RelevanceOutOfRange(RequestError):
     code = "relevance_out_of_range"
+
+
+class NoCommandGrammar(RequestError):
+    """The model was not trained on commands: it has no tasks and no relevance to ask for."""
+
+    code = "no_command_grammar"
 
 
 class BadSetting(RequestError):

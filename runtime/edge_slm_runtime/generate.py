@@ -78,7 +78,8 @@ class SLM:
 
     @property
     def schema(self) -> CommandSchema:
-        return self.manifest.command
+        """The command grammar. Raises NoCommandGrammar for a model without one."""
+        return self.manifest.prompt.grammar
 
     @property
     def threads(self) -> int:
@@ -94,7 +95,7 @@ class SLM:
 
         Raises a RequestError (EmptyRequest, RequestNotText, RequestTooLong,
         ControlTokenInRequest, UnknownTask, WordsOutOfRange,
-        RelevanceOutOfRange, BadSetting) before anything is computed,
+        RelevanceOutOfRange, NoCommandGrammar, BadSetting) before anything is computed,
         NotSupportedByEngine, UsedAfterFork; TypeError for a setting that does not exist.
         """
         return next(self.generate_batch([Request.of(request, **settings)], batch_size=1))
@@ -129,7 +130,7 @@ class SLM:
 
         Raises as `generate`. The Plan says what the model would be given.
         """
-        command = self.schema.check(request.command)
+        command = self.manifest.prompt.check(request.command)
         sampling = request.sampling
         self._engine.check(sampling)
         stop = (request.stop,) if isinstance(request.stop, str) else request.stop
@@ -139,9 +140,9 @@ class SLM:
             raise BadSetting(
                 f"keep_length is {shown(request.keep_length)}", "allowed: True or False"
             )
-        prompt = self.schema.encode(request.request, command.commanded, self._codec.encode)
-        words = command.commanded.words if request.keep_length else None
-        budget, limit = self._budget(len(prompt), request.max_new_tokens, command.commanded.words)
+        prompt = self._codec.prompt(request.request, command.commanded)
+        words = command.words if request.keep_length else None
+        budget, limit = self._budget(len(prompt), request.max_new_tokens, command.words)
         return Plan(
             request=request.request,
             asked=command.asked,

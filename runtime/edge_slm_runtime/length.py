@@ -13,6 +13,7 @@ import math
 import re
 
 from edge_slm_runtime.command import count_words
+from edge_slm_runtime.words import UNFINISHED_ANSWER
 
 # `\S+` finds exactly the words of str.split: both follow str.isspace.
 _WORD = re.compile(r"\S+")
@@ -20,15 +21,6 @@ _CLOSERS = "\"'”’»)]}"
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
 _CLAUSE_ENDS = (",", ";", ":", "–", "—", "，", "、", "；", "：")
 _LOOSE = "".join((*_CLAUSE_ENDS, "-", " "))
-# A text that ends in one of these reads as torn off.
-_DANGLING = frozenset(
-    re.findall(
-        r"\w+",
-        "a an the and or but nor of in on at by to for from with without into onto over under "
-        "near behind beside between through as than that which who whose while where when "
-        "is are was were be its his her their this these those very",
-    )
-)
 
 
 def tolerance(words: int) -> tuple[int, int]:
@@ -109,4 +101,4 @@ def _ending(text: str) -> int:
         return 3
     if bare.endswith(_CLAUSE_ENDS):
         return 2
-    return 0 if text.rsplit(maxsplit=1)[-1].lower() in _DANGLING else 1
+    return 0 if text.rsplit(maxsplit=1)[-1].lower() in UNFINISHED_ANSWER else 1

@@ -81,7 +81,7 @@ def load(
     try:  # hashing leaves Python free for it
         with suppress(Exception):  # the engine's own import raises it again
             engine_class(variant.engine).preload(manifest.model)
-        codec = TextCodec(root / TOKENIZER, manifest.command)
+        codec = TextCodec(root / TOKENIZER, manifest.prompt)
     finally:
         verified()
     if codec.size > manifest.model.vocab_size:

@@ -22,14 +22,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_slm_runtime.decoder import Decoder
+
 LANES = 16  # outputs of a panel
 STRIP = 32  # inputs that are multiplied without a look at the loop
 PAIR = 2  # panels that tiles of several rows take together
 UNIT = 64  # outputs come in multiples of it
 ALIGNMENT = 64  # bytes
-
-# What the file's metadata says of the model, beside activation and layer_norm_epsilon.
-SHAPE = ("layers", "heads", "width", "vocab_size", "positions")
 
 # The names of tensors in the files of bundles are those of GPT-2, whatever the architecture:
 # they were there before there was another one.
@@ -53,6 +52,32 @@ UInt8 = NDArray[np.uint8]
 def stored_name(name: str) -> str:
     """The name in a bundle's files of a canonical tensor (see `decoder`)."""
     return ".".join(_STORED.get(part, part) for part in name.split("."))
+
+
+def file_metadata(decoder: Decoder) -> dict[str, str]:
+    """What a file's metadata says about the model. Traits and sizes that a GPT-2 of the same
+    width has too are left out."""
+    told = {
+        "activation": decoder.activation,
+        "layer_norm_epsilon": repr(decoder.norm_epsilon),
+        **{
+            name: str(getattr(decoder, name))
+            for name in ("layers", "heads", "width", "vocab_size", "positions")
+        },
+    }
+    usual = {
+        "kv_heads": decoder.heads,
+        "head_width": decoder.width // decoder.heads,
+        "norm": "layer",
+        "position": "learned",
+        "rope_theta": 0.0,
+        "rope_factors": (),
+        "mlp": "plain",
+    }
+    for name, value in usual.items():
+        if (found := getattr(decoder, name)) != value:
+            told[name] = ",".join(map(repr, found)) if name == "rope_factors" else str(found)
+    return told
 
 
 def pack_levels(levels: UInt8, bits: int, size: int) -> UInt8:

@@ -155,10 +155,14 @@ def drawn(chances: NDArray[np.float64], point: float) -> int:
     return block * _BLOCK + int(min(place, np.flatnonzero(piece)[-1]))  # sums may round apart
 
 
-def log_probability(logits: Logits, token: int) -> float:
-    """Natural log of the softmax of `logits` [V] at `token`."""
+def log_probability(logits: Logits, tokens: Sequence[int]) -> float:
+    """Natural log of the softmax of `logits` [V] at the likeliest of `tokens`."""
     top = float(logits.max())
-    return float(logits[token]) - top - math.log(float(np.exp(logits - top).sum()))
+    return (
+        float(max(logits[token] for token in tokens))
+        - top
+        - math.log(float(np.exp(logits - top).sum()))
+    )
 
 
 def _number(value: object) -> float:

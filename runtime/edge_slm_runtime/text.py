@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
+from edge_slm_runtime.prompt import PromptForm
+
+_FRAMES = 256  # texts around requests whose ids are kept
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -24,42 +29,82 @@ def _byte_of_char() -> dict[str, int]:
 
 
 class TextCodec:
-    """The bundle's byte-level BPE tokenizer.
+    """The bundle's byte-level BPE tokenizer, and its prompts.
 
-    Control tokens have ids only through the command schema: in a request they
-    are plain text, and in decoded text they have no characters.
+    Control tokens are those that the tokenizer calls special, and those of the prompt form.
+    They have ids only through the form: in a request they are plain text, and in decoded
+    text they have no characters.
     """
 
-    def __init__(self, path: Path, schema: CommandSchema) -> None:
-        """Raises ManifestInvalid when the tokenizer and the schema do not fit."""
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except BaseException as error:  # tokenizers raises bare Exception, or panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise ManifestInvalid(f"{path.name} cannot be read: {error}") from None
-        if self._tokenizer.normalizer is not None:
-            raise ManifestInvalid(f"{path.name} has a normalizer; it would change requests")
-        if getattr(self._tokenizer.model, "dropout", None):
-            raise ManifestInvalid(f"{path.name} has dropout; it would split requests at random")
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+    def __init__(self, path: Path, form: PromptForm) -> None:
+        """Raises ManifestInvalid when the tokenizer and the form do not fit."""
+        self.form = form
+        self._tokenizer = _opened(path)
         self.size: int = self._tokenizer.get_vocab_size()
-        control, added = schema.special_tokens(), self._tokenizer.get_added_tokens_decoder()
-        for i, token in enumerate(control):
-            if self._tokenizer.token_to_id(token) != i:
-                raise ManifestInvalid(f"{path.name}: control token {token} must have id {i}")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._ids: dict[str, int] = {
+            token.content: i for i, token in added.items() if token.special
+        }
+        for token in form.tokens:
+            i = self._tokenizer.token_to_id(token)
+            if i is None:
+                raise ManifestInvalid(f"{path.name} has no control token {token}")
             if i in added and not added[i].special:
                 raise ManifestInvalid(f"{path.name}: control token {token} must be special")
-        self.controls = len(control)
-        alphabet = _byte_of_char()
-        self._bytes = [b""] * self.controls
-        for i in range(self.controls, self.size):
-            token = self._tokenizer.id_to_token(i) or ""
-            if not all(char in alphabet for char in token):
-                raise ManifestInvalid(f"{path.name} is not a byte-level BPE (token {i})")
-            self._bytes.append(bytes(alphabet[char] for char in token))
+            self._ids[token] = i
+        self.ends: tuple[int, ...] = tuple(self._ids[token] for token in form.ends)
+        self.controls = frozenset(self._ids.values())
+        spelled = sorted(self._ids, key=len, reverse=True)  # the longest that fits is meant
+        self._control = re.compile(f"({'|'.join(map(re.escape, spelled))})")
+        self._marks = {*form.ends, *self._control.findall(form.before + form.after)}
+        self._around = lru_cache(_FRAMES)(self._read_around)
+        self._bytes = self._bytes_of_all(path, {i: one.content for i, one in added.items()})
+
+    def _bytes_of_all(self, path: Path, added: Mapping[int, str]) -> list[bytes]:
+        """Of each token; raises ManifestInvalid where its characters stand for no bytes."""
+        alphabet, found = _byte_of_char(), [b""] * self.size
+        for token, i in self._tokenizer.get_vocab().items():
+            if i >= self.size:
+                raise ManifestInvalid(f"{path.name}: token ids have gaps")
+            if i in self.controls:
+                continue
+            if i in added:
+                found[i] = added[i].encode()
+                continue
+            try:
+                found[i] = bytes([alphabet[char] for char in token])
+            except KeyError:
+                raise ManifestInvalid(f"{path.name} is not a byte-level BPE (token {i})") from None
+        return found
+
+    def prompt(self, request: str, command: Command) -> list[int]:
+        """Ids of a request under its form, and under a command where the form has them.
+
+        Raises as `PromptForm.clean` and `Axis.value_of`.
+        """
+        text = self.form.clean(request)
+        if smuggled := next((mark for mark in self._marks if mark in text), None):
+            raise ControlTokenInRequest(f"the request holds the control token {smuggled!r}")
+        before, left, right, after = self._around(*self.form.around(command))
+        return [*before, *self.encode(left + text + right), *after]
+
+    def _read_around(self, before: str, after: str) -> tuple[list[int], str, str, list[int]]:
+        """Ids up to the last control token before a request, the text from there to it, the
+        text from it to the next control token, and the ids from there on.
+
+        Text is split in front of and behind control tokens before anything else, so the
+        request is to be encoded together with the text that it touches.
+        """
+        *front, left = self._control.split(before)
+        right, *back = self._control.split(after)
+        return self._read(front), left, right, self._read(back)
+
+    def _read(self, parts: Sequence[str]) -> list[int]:
+        return [
+            i
+            for part in parts
+            for i in ([self._ids[part]] if part in self._ids else self.encode(part))
+        ]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as plain text; control tokens in it are only characters.
@@ -67,24 +112,51 @@ class TextCodec:
         Raises ControlTokenInRequest when the tokenizer finds one all the same.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if min(ids, default=self.controls) < self.controls:
+        if not self.controls.isdisjoint(ids):
             raise ControlTokenInRequest("the tokenizer reads a control token in the request")
         return ids
+
+    def never(self, vocab_size: int) -> list[slice]:
+        """Ranges of the ids that an answer never has and that do not end it: other control
+        tokens, and the padding of the embedding to `vocab_size`."""
+        ids = sorted({*self.controls, *range(self.size, vocab_size)} - {*self.ends})
+        starts = [i for i, before in zip(ids, [-2, *ids], strict=False) if i != before + 1]
+        ends = [i + 1 for i, after in zip(ids, [*ids[1:], -1], strict=True) if after != i + 1]
+        return [slice(*both) for both in zip(starts, ends, strict=True)]
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes a token stands for; none for control tokens and padding ids."""
         return self._bytes[token] if token < self.size else b""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; an incomplete last character is left out."""
+        """Text of `ids`; an unfinished last character (see Detokenizer) is left out."""
         detokenizer = Detokenizer(self)
         return "".join(detokenizer.push(token) for token in ids)
 
 
-class Detokenizer:
-    """Incremental decoding: a character comes out when its last byte is there.
+def _opened(path: Path) -> Tokenizer:
+    """A tokenizer that encodes text as it is. Raises ManifestInvalid."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except BaseException as error:  # tokenizers raises bare Exception, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ManifestInvalid(f"{path.name} cannot be read: {error}") from None
+    if tokenizer.normalizer is not None:
+        raise ManifestInvalid(f"{path.name} has a normalizer; it would change requests")
+    if getattr(tokenizer.model, "dropout", None):
+        raise ManifestInvalid(f"{path.name} has dropout; it would split requests at random")
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
-    Bytes that can never become UTF-8 come out as U+FFFD.
+
+class Detokenizer:
+    """Incremental decoding: a character is returned with its last byte.
+
+    The pieces together are `bytes.decode("utf-8", "replace")` of all bytes, except that
+    up to 3 bytes at the end are held back while they may begin a character.
     """
 
     def __init__(self, codec: TextCodec) -> None:

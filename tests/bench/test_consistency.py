@@ -32,10 +32,10 @@ def test_all_agree_and_a_difference_is_counted(name: str, tiny_bundle: Path) -> 
     spec = spec_of(tiny_bundle, variant)
     plain = consistency.plain_answers(spec, REQUESTS, 1)
     assert len({tuple(answer["token_ids"]) for answer in plain}) == 3
-    found = consistency.count_mismatches(manifest.command, spec, REQUESTS, plain, 1)
+    found = consistency.count_mismatches(manifest.prompt, spec, REQUESTS, plain, 1)
     assert found == dict.fromkeys(KNOWN[name], 0)
     plain[1]["token_ids"][-1] += 1
-    found = consistency.count_mismatches(manifest.command, spec, REQUESTS, plain, 1)
+    found = consistency.count_mismatches(manifest.prompt, spec, REQUESTS, plain, 1)
     assert found == dict.fromkeys(KNOWN[name], 1)
 
 
@@ -56,7 +56,7 @@ def test_each_way_is_taken(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -
     spec = spec_of(tiny_bundle, variant)
     again = [REQUESTS[0], REQUESTS[0], REQUESTS[1]]  # so that there is something to guess
     consistency.count_mismatches(
-        manifest.command, spec, again, consistency.plain_answers(spec, again, 1), 1
+        manifest.prompt, spec, again, consistency.plain_answers(spec, again, 1), 1
     )
     plain, eight, many, kept, _, guessing = taken
     assert [job.get("batch") for job in jobs] == [None, 8, 32, None, None, None]

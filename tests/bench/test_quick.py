@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_slm_bench.quick import chosen_variants, measure, requests_of, thread_counts
-from edge_slm_runtime import load, read_manifest
+from edge_slm_runtime import PromptForm, load, read_manifest
 from edge_slm_runtime.errors import BadSetting, FileAltered, VariantNotFound
 
 
@@ -54,12 +54,12 @@ def test_the_requests_are_within_what_the_model_can(tiny_bundle: Path) -> None:
             assert answer.asked.words == words
             assert not answer.warnings
     # With a task that training saw at all of the lengths, where there is one.
-    every = dict.fromkeys(manifest.command.axis("words").values, 99)
+    every = dict.fromkeys(manifest.prompt.grammar.axis("words").values, 99)
     schema = replace(
-        manifest.command,
+        manifest.prompt.grammar,
         support={"image": {"words": {"8": 99}}, "video": {"words": every}, "title": {"words": {}}},
     )
-    told = requests_of(replace(manifest, command=schema))
+    told = requests_of(replace(manifest, prompt=PromptForm.commanded(schema)))
     assert {request["task"] for request in told.values()} == {"video"}
     with pytest.raises(BadSetting, match="40 positions"):
         requests_of(replace(manifest, model=replace(manifest.model, positions=40)))

@@ -199,7 +199,7 @@ def test_our_runner_is_the_runtime(variant: str, tiny_bundle: Path) -> None:
     codec_size = read_manifest(tiny_bundle).model.vocab_size
     logits = runner.logits(prompts[0].ids)
     assert logits.shape == (20, codec_size)
-    controls = len(read_manifest(tiny_bundle).command.special_tokens())
+    controls = len(read_manifest(tiny_bundle).prompt.grammar.special_tokens())
     assert int(np.argmax(logits[-1][controls:400])) + controls == runs[0].ids[0]
     runner.close()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_slm.cli.journal import Journal
+from edge_slm.cli.output import ResumableOutput
 from edge_slm_runtime.errors import DataError, TargetExists
 
 from .test_commands import EDGE_SLM, error_of, run
@@ -193,15 +193,15 @@ def test_a_file_of_something_else_is_refused(tiny_bundle: Path, tmp_path: Path) 
 
 def test_two_writers_are_one_too_many(tmp_path: Path) -> None:
     record = {"settings": [1, 2]}
-    with Journal(tmp_path / "out", record, 4) as journal:
-        journal.append("{}")
+    with ResumableOutput(tmp_path / "out", record, 4) as output:
+        output.append({})
         with pytest.raises(DataError, match="another process"):
-            Journal(tmp_path / "out", record, 4)
-        journal.finish()
+            ResumableOutput(tmp_path / "out", record, 4)
+        output.finish()
     assert (tmp_path / "out").read_bytes() == b"{}\n"
     shutil.move(tmp_path / "out.run.json", tmp_path / "elsewhere")
     with pytest.raises(TargetExists):
-        Journal(tmp_path / "out", record, 4)
+        ResumableOutput(tmp_path / "out", record, 4)
 
 
 def test_ctrl_c_stops_with_130_and_the_run_can_go_on(tiny_bundle: Path, tmp_path: Path) -> None:

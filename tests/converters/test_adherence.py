@@ -120,7 +120,7 @@ def test_the_manifest_says_how_each_variant_obeys(tiny_checkpoint: Path, tmp_pat
         evaluation=examples,
         judge=SharedWords(),
     )
-    levels = manifest.command.levels
+    levels = manifest.prompt.grammar.levels
     for variant in manifest.variants:
         figures = variant.adherence
         assert figures is not None

@@ -20,10 +20,10 @@ from edge_slm_converters import (
     gate,
     random_checkpoint,
 )
-from edge_slm_converters.files import written_aside
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError, GateRefused, TargetExists
+from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -184,7 +184,7 @@ def test_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "b"
 
     def write() -> None:
-        with written_aside(target) as folder:
+        with write_folder_aside(target) as folder:
             (folder / "file").write_text("ours")
             target.mkdir()
 

@@ -74,7 +74,7 @@ def test_control_tokens_and_padding_are_typed(checkpoint: Checkpoint, tmp_path: 
     write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
     values, _ = read(tmp_path / "m.gguf")
     tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
-    controls, size = checkpoint.codec.controls, len(checkpoint.tokens)
+    controls, size = len(checkpoint.codec.controls), len(checkpoint.tokens)
     assert tuple(tokens[:size]) == checkpoint.tokens
     assert len(set(tokens)) == 417
     assert set(types[:controls]) == {gguf.TokenType.CONTROL}

@@ -17,7 +17,7 @@ import pytest
 
 from edge_slm.distill import chat
 from edge_slm.distill.chat import Chat, Prompt
-from edge_slm.distill.journal import Journal
+from edge_slm.journal import Journal
 from edge_slm_runtime.errors import BadSetting, DataError, TeacherError
 
 from .chat_server import ChatServer

@@ -115,14 +115,14 @@ def test_temperature_zero_ignores_seeds(sampler: Sampler) -> None:
 
 def test_control_tokens_and_padding_ids_are_never_drawn(sampler: Sampler) -> None:
     logits = torch.zeros(2000, 417)
-    logits[:, 1 : sampler.codec.controls] = 50.0
+    logits[:, 1 : len(sampler.codec.controls)] = 50.0
     logits[:, sampler.codec.size :] = 50.0
     drawn = sampler._pick(logits, torch.rand(2000, dtype=torch.float64), 1.0)
-    assert set(drawn.tolist()) <= {0, *range(sampler.codec.controls, sampler.codec.size)}
+    assert set(drawn.tolist()) <= {0, *range(len(sampler.codec.controls), sampler.codec.size)}
 
 
 def test_the_draw_follows_the_softmax(sampler: Sampler) -> None:
-    first = sampler.codec.controls
+    first = len(sampler.codec.controls)
     logits = torch.full((20_000, 417), -30.0)
     logits[:, first : first + 3] = torch.tensor([1.0, 0.0, 2.0])
     draws = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

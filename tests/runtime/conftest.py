@@ -23,14 +23,14 @@ VARIANTS = [*STEPPED, ("ctranslate2", "fp32"), ("ctranslate2", "int8")]
 def codec(tiny_bundle: Path) -> TextCodec:
     from edge_slm_runtime import read_manifest
 
-    return TextCodec(tiny_bundle / "tokenizer.json", read_manifest(tiny_bundle).command)
+    return TextCodec(tiny_bundle / "tokenizer.json", read_manifest(tiny_bundle).prompt)
 
 
 @pytest.fixture(scope="session")
 def schema(tiny_bundle: Path) -> CommandSchema:
     from edge_slm_runtime import read_manifest
 
-    return read_manifest(tiny_bundle).command
+    return read_manifest(tiny_bundle).prompt.grammar
 
 
 @pytest.fixture(scope="session", params=VARIANTS, ids="-".join)

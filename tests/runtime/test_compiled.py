@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from edge_slm_runtime import load, read_manifest
+from edge_slm_runtime.decoder import Traits
 from edge_slm_runtime.engines.base import EngineOptions
 from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.kernels import compiled
@@ -26,6 +27,7 @@ from .test_process import python
 
 IMAGES = sys.platform == "linux" and platform.machine() == "x86_64"
 needs_images = pytest.mark.skipif(not IMAGES, reason="images are for x86-64 Linux")
+GPT2 = Traits("layer", "learned", "plain")
 ANSWER = """
 import sys, edge_slm_runtime
 with edge_slm_runtime.load(sys.argv[1], "numba", "int8", threads=2) as slm:
@@ -37,7 +39,7 @@ print(*{"numba", "llvmlite"} & set(sys.modules), "ids", *answer.token_ids)
 @pytest.fixture(scope="module")
 def code() -> bytes:
     """An object file, really compiled."""
-    return compiled._compile()
+    return compiled._compile(GPT2)
 
 
 class Compiler:
@@ -46,7 +48,7 @@ class Compiler:
     def __init__(self, code: bytes) -> None:
         self.code, self.calls = code, 0
 
-    def __call__(self) -> bytes:
+    def __call__(self, traits: Traits) -> bytes:
         self.calls += 1
         return self.code
 
@@ -69,7 +71,7 @@ def kept(tmp_path: Path) -> Path:
 
 def load_anew() -> None:
     compiled.kernels.cache_clear()
-    compiled.kernels()
+    compiled.kernels(GPT2)
 
 
 def replace(file: Path, content: bytes) -> None:
@@ -81,7 +83,7 @@ def replace(file: Path, content: bytes) -> None:
 def test_compiled_once_for_all_processes(
     compiler: Compiler, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    compiled.kernels()
+    compiled.kernels(GPT2)
     with load(tiny_bundle, "numba", "int8", threads=1) as slm:
         ids = [str(i) for i in slm.generate("a cosy cabin", max_new_tokens=9).token_ids]
     assert kept(tmp_path).suffix == (".image" if IMAGES else ".o")
@@ -95,7 +97,7 @@ def test_compiled_once_for_all_processes(
 def test_only_this_user_may_read_and_write_it(compiler: Compiler, tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        compiled.kernels()
+        compiled.kernels(GPT2)
     finally:
         os.umask(old)
     assert stat.S_IMODE(kept(tmp_path).stat().st_mode) == 0o600
@@ -112,7 +114,7 @@ def test_what_is_kept_is_loaded(compiler: Compiler, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 5000, -1])
 def test_a_cut_file_is_replaced(compiler: Compiler, tmp_path: Path, length: int) -> None:
-    compiled.kernels()
+    compiled.kernels(GPT2)
     whole = kept(tmp_path).read_bytes()
     replace(kept(tmp_path), whole[:length])
     load_anew()
@@ -122,7 +124,7 @@ def test_a_cut_file_is_replaced(compiler: Compiler, tmp_path: Path, length: int)
 
 @pytest.mark.parametrize("place", [0, 31, 32, 4000, -1])
 def test_an_altered_file_is_replaced(compiler: Compiler, tmp_path: Path, place: int) -> None:
-    compiled.kernels()
+    compiled.kernels(GPT2)
     whole = kept(tmp_path).read_bytes()
     altered = bytearray(whole)
     altered[place] ^= 1
@@ -145,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(
 
 def test_something_else_in_its_place_is_no_error(compiler: Compiler, tmp_path: Path) -> None:
     for suffix in (".image", ".o"):
-        (tmp_path / f"cache/edge-slm/{compiled._key()}{suffix}/folder").mkdir(parents=True)
+        (tmp_path / f"cache/edge-slm/{compiled._key(GPT2)}{suffix}/folder").mkdir(parents=True)
     load_anew()
     assert compiler.calls == 1
     assert len(list((tmp_path / "cache/edge-slm").iterdir())) == 2
@@ -181,7 +183,7 @@ def test_a_user_without_a_home_is_no_error(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    compiled.kernels()
+    compiled.kernels(GPT2)
     assert compiler.calls == 1
 
 
@@ -189,19 +191,24 @@ def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     package = Path(compiled.__file__).parent.parent
     copy = tmp_path / "package"
     shutil.copytree(package / "kernels", copy / "kernels")
-    shutil.copyfile(package / "panels.py", copy / "panels.py")
-    key = compiled._key()
+    for name in ("panels.py", "decoder.py"):
+        shutil.copyfile(package / name, copy / name)
+    key = compiled._key(GPT2)
     monkeypatch.setattr(compiled, "__file__", str(copy / "kernels/compiled.py"))
-    assert compiled._key() == key
+    assert compiled._key(GPT2) == key
     files = [f for f in copy.rglob("*.py") if f.name != "__init__.py"]
     assert len(files) > 7
     for file in files:
         text = file.read_bytes()
         file.write_bytes(text + b"#")
-        assert compiled._key() != key, file.name
+        assert compiled._key(GPT2) != key, file.name
         file.write_bytes(text)
     monkeypatch.setattr(compiled, "_processor", lambda: "another one")
-    assert compiled._key() != key
+    assert compiled._key(GPT2) != key
+
+
+def test_traits_are_in_the_key() -> None:
+    assert compiled._key(GPT2) != compiled._key(GPT2._replace(norm="rms"))
 
 
 # -- images ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_slm_runtime.answer import END_ID, Answer, Plan
+from edge_slm_runtime.answer import Answer, Plan
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.length import LengthKeeper, tolerance
 from edge_slm_runtime.sampling import Sampling
@@ -45,7 +45,9 @@ def write(answer: Answer, codec: TextCodec, wishes: list[int]) -> str:
 def tokens(codec: TextCodec) -> st.SearchStrategy[int]:
     """Any id that a model can want, words and ends more often than chance."""
     starts = [i for i in range(codec.size) if codec.bytes_of(i)[:1] in (b" ", b"\n", b",", b".")]
-    return st.one_of(st.integers(0, codec.size + 4), st.sampled_from(starts), st.just(END_ID))
+    return st.one_of(
+        st.integers(0, codec.size + 4), st.sampled_from(starts), st.just(codec.ends[0])
+    )
 
 
 @given(data=st.data(), words=st.integers(1, 12))
@@ -63,7 +65,7 @@ def test_the_promise_holds_for_any_tokens(
     if answer.finish != "max_tokens":
         assert low <= answer.words
         assert answer.finish in ("stop", "length")
-    assert not set(answer.ids) & {*range(codec.controls), *range(codec.size, codec.size + 5)}
+    assert not set(answer.ids) & {*codec.controls, *range(codec.size, codec.size + 5)}
 
 
 @given(data=st.data(), stop=st.lists(st.text(" abe,.\n", min_size=1, max_size=3), max_size=2))
@@ -144,12 +146,12 @@ def test_timings_end_with_the_answer_and_leave_the_reader_out(codec: TextCodec) 
 def test_an_early_end_is_held_back(codec: TextCodec) -> None:
     answer = Answer(plan(3), codec, 0.0)
     assert not answer.may_end()
-    write(answer, codec, [END_ID])
+    write(answer, codec, [codec.ends[0]])
     assert answer.finish is None
     assert answer.ids == [codec.size - 1]
 
 
 def test_without_words_the_model_alone_decides(codec: TextCodec) -> None:
     answer = Answer(plan(None), codec, 0.0)
-    write(answer, codec, [END_ID])
+    write(answer, codec, [codec.ends[0]])
     assert (answer.text, answer.finish) == ("", "stop")

@@ -141,7 +141,9 @@ def test_log_probability_is_that_of_softmax() -> None:
     logits = make_logits(3).astype(np.float32)
     logits[5:9] = -np.inf
     chances = np.exp(logits.astype(np.float64))
-    assert log_probability(logits, 2) == pytest.approx(np.log(chances[2] / chances.sum()), abs=1e-5)
+    assert log_probability(logits, (2,)) == pytest.approx(
+        np.log(chances[2] / chances.sum()), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edge_slm_runtime.answer import END_ID
-from edge_slm_runtime.command import Command, CommandSchema
+from edge_slm_runtime.command import Command
 from edge_slm_runtime.text import TextCodec
 
 
@@ -27,15 +26,12 @@ class Scored:
     prompt: int
 
 
-def to_scored(
-    examples: Sequence[Example], schema: CommandSchema, codec: TextCodec, positions: int
-) -> list[Scored]:
+def to_scored(examples: Sequence[Example], codec: TextCodec, positions: int) -> list[Scored]:
     """Examples as token ids, cut at the model's context of `positions`."""
     sequences = []
     for example in examples:
-        command = schema.check(example.command).commanded
-        prompt = schema.encode(example.request, command, codec.encode)
-        ids = [*prompt, *codec.encode(example.response), END_ID][:positions]
+        prompt = codec.prompt(example.request, codec.form.check(example.command).commanded)
+        ids = [*prompt, *codec.encode(example.response), codec.ends[0]][:positions]
         if len(ids) > len(prompt):
             sequences.append(Scored(tuple(ids), len(prompt)))
     return sequences

@@ -13,8 +13,10 @@ from pathlib import Path
 from edge_slm_bench.runners.base import Float32, Prompt, Spec, TimedAnswer
 from edge_slm_runtime import SLM, Request, load
 from edge_slm_runtime.bundle import Variant
-from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import EngineError
+from edge_slm_runtime.prompt import PromptForm
+
+_LONG = 1000  # words
 
 
 def spec_of(bundle: str | Path, variant: Variant) -> Spec:
@@ -35,9 +37,12 @@ def speculating(spec: Spec) -> Spec:
     return replace(spec, variant=f"{spec.variant}+speculation", options={"speculate": True})
 
 
-def long_words(schema: CommandSchema) -> tuple[int, int]:
-    """Words commands of the two longest kinds, the longest first."""
-    edges = schema.axis("words").edges
+def long_words(form: PromptForm) -> tuple[int, int]:
+    """Lengths to ask for that a short answer never has, in words, the longest first: of a
+    grammar, the last two kinds."""
+    if form.schema is None:
+        return _LONG, _LONG - 1
+    edges = form.schema.axis("words").edges
     return edges[-1] - 1, edges[-2] - 1
 
 

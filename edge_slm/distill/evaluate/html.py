@@ -20,9 +20,9 @@ from edge_slm.distill.evaluate.tables import (
     scorer_names,
     task_table,
 )
-from edge_slm.distill.files import write_text
 from edge_slm_bench.page import Card, Figure, Section, Tile, render_page
 from edge_slm_bench.plots import Curve, Interval, curves, forest, matrix, scatter
+from edge_slm_runtime.files import write_text
 from edge_slm_runtime.length import tolerance
 
 Result = Mapping[str, Any]

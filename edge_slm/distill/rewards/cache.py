@@ -1,4 +1,4 @@
-"""What was computed once is kept on disk, under the digest of what it was computed from."""
+"""Results of expensive computations on disk, under the digest of their inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from edge_slm_runtime.files import lock
 
 
 def digest(*parts: str) -> bytes:
@@ -21,8 +23,8 @@ def digest(*parts: str) -> bytes:
 class RowCache:
     """Rows of 20-byte key + `width` numbers, append-only; in memory only if file is None.
 
-    A writer may die at any moment: a torn last row is never read, and the next row
-    is written over it. Several processes may share the file.
+    Resumable after a crash: an incomplete last row is never read, and the next row is
+    written over it. Several processes may share the file.
     """
 
     def __init__(self, file: Path | None, width: int, dtype: npt.DTypeLike) -> None:
@@ -44,21 +46,12 @@ class RowCache:
         return self._known[key]
 
     def add(self, rows: Iterable[tuple[bytes, npt.ArrayLike]]) -> None:
-        """Durable against the death of the process when it returns."""
+        """The rows survive the end of this process when it returns."""
         block = np.array([(key, values) for key, values in rows], self._row)
         self._known.update((row["key"].tobytes(), row["values"]) for row in block)
         if self._file is not None:
             with self._file.open("ab") as file:
-                _lock(file)
+                lock(file, self._file, wait=True)
                 size = file.seek(0, os.SEEK_END)
                 file.truncate(size - size % self._row.itemsize)
                 file.write(block.tobytes())
-
-
-def _lock(file: BinaryIO) -> None:
-    """Waits for other writers; closing the file lets go."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)

@@ -16,13 +16,8 @@ import numpy as np
 from edge_slm.distill.rewards.base import Array, Progress
 from edge_slm.distill.rewards.keywords import WORD, stem, words_of
 from edge_slm.distill.samples import Sample
+from edge_slm_runtime.words import UNFINISHED_SAMPLE
 
-# A text that ends in one of these was cut in the middle of a phrase.
-_DANGLING = frozenset(
-    "a an the and or but nor of at from with without into onto upon between among his its their "
-    "your our my is are was were be been has have had which who whose that than as if because "
-    "while very toward towards including featuring".split()
-)
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*(?=\s|$)")
 _CLAUSE_END = re.compile(r"[,;:.!?]+(?=\s|$)")
 _BRACKETS = (("(", ")"), ("[", "]"), ("{", "}"), ("“", "”"), ("«", "»"))
@@ -105,7 +100,7 @@ def _truncation(text: str) -> float:
     open, or three sentences end and the last one does not. Lists and titles need no end."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     finished = bool(ends) and ends[-1] == len(text)
-    if not finished and (text[-1] in ",;:-–—" or text.rsplit(maxsplit=1)[-1] in _DANGLING):
+    if not finished and (text[-1] in ",;:-–—" or text.rsplit(maxsplit=1)[-1] in UNFINISHED_SAMPLE):
         return 0.2
     open_mark = text.count('"') % 2 or any(text.count(a) != text.count(b) for a, b in _BRACKETS)
     return 0.5 if open_mark or (len(ends) >= 3 and not finished) else 1.0

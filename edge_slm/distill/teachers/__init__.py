@@ -15,11 +15,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from edge_slm.distill.files import write_jsonl
-from edge_slm.distill.journal import Journal
-from edge_slm_runtime.errors import BadSetting, DataError, TeacherError
+from edge_slm.journal import Journal
+from edge_slm_runtime.errors import BadSetting, TeacherError
+from edge_slm_runtime.files import write_jsonl
 
 if TYPE_CHECKING:
     from edge_slm.distill.prepare import Report
@@ -128,13 +128,7 @@ def teach(
     path = out.with_name(out.name + ".journal")
     samples: list[dict[str, str]] = []
     with Journal(path) as journal:
-        if not journal.rows:
-            journal.append(begun)
-        elif journal.rows[0] != begun:
-            raise DataError(
-                f"{path} was begun with another teacher, recipe, seed or data",
-                "remove it to start afresh",
-            )
+        journal.begin(begun)
         for task in tasks:
             wanted = given.get(task)
             if wanted is None:
@@ -167,7 +161,7 @@ def teach(
 def _invented(
     teacher: Teacher, task: str, count: int, seed: int, *, journal: Journal, report: Report
 ) -> list[str]:
-    for row in journal.rows:
+    for row in journal.rows():
         if row.get("task") == task and "invented" in row:
             return list(row["invented"])
     report("invent", 0, count, task)
@@ -181,10 +175,9 @@ def _answers(
     teacher: Teacher, asks: Sequence[Ask], candidates: int, journal: Journal, report: Report
 ) -> dict[str, list[str]]:
     """Texts by request; what the journal holds in whole batches is not asked again."""
-    rows: list[dict[str, Any]] = journal.rows
     texts: dict[str, list[str]] = {
         row["request"]: row["texts"]
-        for row in rows
+        for row in journal.rows()
         if "texts" in row and asks and row["task"] == asks[0].task
     }
     done = len(texts) // BATCH * BATCH if len(texts) < len(asks) else len(asks)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from edge_slm_runtime.answer import END_ID, Answer, Step
+from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.engines.base import Engine, EngineOptions, Native, first_line
 from edge_slm_runtime.errors import EngineError, ManifestInvalid, NotSupportedByEngine
@@ -105,7 +105,7 @@ class CTranslate2Engine(Engine):
                 return True
             if result.step < replayed:
                 return False
-            if result.token_id == END_ID and not answer.may_end():
+            if result.token_id in answer.ends and not answer.may_end():
                 steps.put(None)
                 return True
             step = answer.accept(result.token_id)
@@ -121,6 +121,7 @@ class CTranslate2Engine(Engine):
                 max_length=replayed + answer.plan.budget - len(answer.ids),
                 min_length=replayed + 1 if not answer.may_end() else 0,
                 include_prompt_in_result=replayed > 0,
+                end_token=[self._tokens[i] for i in answer.ends],
                 suppress_sequences=[[self._tokens[i]] for i in answer.banned(len(self._tokens))],
                 **_sampling_options(answer.plan.sampling, len(self._tokens)),
             )

@@ -46,7 +46,7 @@ class NumbaEngine(SteppingEngine):
     def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
         options = replace(options, threads=min(options.threads, _THREADS_MAX))
         self._weights = Weights(folder / self.main_file, decoder)
-        self.team = ThreadTeam(options.threads, self._weights.table)
+        self.team = ThreadTeam(options.threads, self._weights.table, decoder.traits)
         self._buffers: list[Tensor] = []
         self._rows = 0
         super().__init__(Native(self.team), decoder, options)
@@ -57,11 +57,12 @@ class NumbaEngine(SteppingEngine):
 
     @classmethod
     def preload(cls, decoder: Decoder) -> None:
-        kernels()
+        kernels(decoder.traits)
 
     @classmethod
     def work_floats(cls, decoder: Decoder, rows: int, prefill: int, tokens: int) -> int:
-        return prefill * 7 * decoder.width  # activations as floats and as bytes
+        # Activations as floats and as bytes, of the residual and of the widest product.
+        return prefill * (3 * decoder.width + decoder.layer_matrices()["up"][1])
 
     def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
         return self._pass(cache, [width] * cache.shape[1], kept)
@@ -113,9 +114,10 @@ class NumbaEngine(SteppingEngine):
             return
         w, table = self._weights, self.team.table
         sizes = {
-            t.RESIDUAL: (np.float32, rows * w.width),
+            t.RESIDUAL: (np.float32, rows * self.decoder.width),
             t.PRODUCT: (np.float32, rows * w.widest),
-            t.ATTENDED: (np.float32, rows * w.width),
+            t.GATED: (np.float32, rows * w.gated),
+            t.ATTENDED: (np.float32, rows * w.attended),
             t.LEVELS: (np.int8, 2 * rows * w.inputs),
             t.SCALES: (np.float32, 2 * rows * w.blocks),
             t.SUMS: (np.int32, 2 * rows * w.blocks),
@@ -177,7 +179,7 @@ class _Pass:
         for row, start, width in zip(ids, starts, self._widths, strict=True):
             tokens += row
             places += range(start, start + width)
-        # The kernels look at nothing: what they are told to read and write must be there.
+        # The kernels check nothing: the memory that they read and write must be there.
         vocab_size, positions = self._limits
         if not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise EngineError("a token id is not in the vocabulary")

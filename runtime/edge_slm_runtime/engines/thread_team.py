@@ -1,4 +1,4 @@
-"""Threads that compute one pass after another together (`kernels.forward`)."""
+"""Threads that compute one pass after another together (`kernels.schedule`)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from weakref import finalize
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_slm_runtime.decoder import Traits
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.compiled import Entry, kernels
 
 
 class ThreadTeam:
-    """`threads` of them, the caller being the first. The others wait in a loop for some
-    milliseconds, as threads of compute libraries do, and then sleep."""
+    """Persistent compute threads, the caller being the first. The others wait in a loop for
+    some milliseconds, as threads of compute libraries do, and then sleep."""
 
-    def __init__(self, threads: int, model: NDArray[np.int64]) -> None:
+    def __init__(self, threads: int, model: NDArray[np.int64], traits: Traits) -> None:
         """model: its table (`kernels.layout`)."""
-        self._entry = kernels()
+        self._entry = kernels(traits)
         self._control = np.zeros(t.SLEEPERS + t.LINE * (threads + 1), np.int64)
         self._control[t.THREADS] = threads
         self._control[t.YIELD] = _yield_address()

@@ -1,4 +1,4 @@
-"""The weights of the numba engine in memory, and the table by which its kernels find them."""
+"""Weights of the numba engine in memory, and the table of their addresses for its kernels."""
 
 from __future__ import annotations
 
@@ -10,68 +10,103 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.decoder import ACTIVATIONS, Decoder
 from edge_slm_runtime.errors import EngineError, ManifestInvalid, shown
 from edge_slm_runtime.kernels import layout as t
-from edge_slm_runtime.panels import ALIGNMENT, LANES, SHAPE, STRIP, UNIT
+from edge_slm_runtime.panels import ALIGNMENT, LANES, STRIP, UNIT, file_metadata, stored_name
 
 _HEADER_LIMIT = 16 << 20  # bytes
-_MOST = 1 << 20  # of anything that a model has; what there really is, its tensors tell
+_OF_THE_FILE = ("activation", "layer_norm_epsilon")  # older manifests do not have them
 _DTYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32, "U8": np.uint8}
 Tensor = NDArray[Any]
 
 
 class Weights:
-    """A file of Hugging Face's safetensors format, mapped into memory, and the table of it."""
+    """A file of Hugging Face's safetensors format, mapped into memory, and the table of it.
 
-    def __init__(self, path: Path, facts: Decoder) -> None:
+    Sizes of the buffers that a token needs, in values: `widest` of a product, `gated` of a
+    gated feed-forward layer, `attended` of a normalised row or of attention's output; `inputs`
+    and `blocks` of quantised activations.
+    """
+
+    def __init__(self, path: Path, decoder: Decoder) -> None:
         """Raises EngineError, ManifestInvalid."""
         try:
             self._header, self._data = _read(path)
             settings = self._header["__metadata__"]
-            activation = t.ACTIVATIONS.index(settings["activation"])
+            activation = ACTIVATIONS.index(settings["activation"])
             epsilon = _share(settings["layer_norm_epsilon"])
-            found = [int(settings[name]) for name in SHAPE]
         except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError) as error:
             raise EngineError(f"{path.parent.name} cannot be read: {error}") from None
-        told = [getattr(facts, name) for name in SHAPE]
-        if found != told or min(told) < 1 or max(told) > _MOST or facts.width % facts.heads:
-            raise ManifestInvalid(
-                f"{path.parent.name} has {', '.join(SHAPE)} {found}, the manifest says {told}"
-            )
-        self._tensors: list[Tensor] = []
-        self.width, self.widest, self.inputs, self.blocks = facts.width, 0, 0, 0
-        table = self.table = np.zeros(t.FIRST_LAYER + t.LAYER * facts.layers, np.int64)
-        table[t.LAYERS], table[t.HEADS] = facts.layers, facts.heads
-        table[t.HEAD_SIZE], table[t.WIDTH] = facts.width // facts.heads, facts.width
-        table[t.POSITIONS], table[t.ACTIVATION] = facts.positions, activation
-        table[t.EPSILON : t.EPSILON + 1].view(np.float32)[0] = epsilon
-        table[t.POSITION_TABLE] = self._vector("wpe", facts.positions * facts.width)
-        table[t.FINAL_WEIGHT] = self._vector("ln_f.weight", facts.width)
-        table[t.FINAL_BIAS] = self._vector("ln_f.bias", facts.width)
-        tied = "lm_head.levels" not in self._header
-        head = "wte" if tied else "lm_head"
-        self._matrix(t.EMBEDDING, "wte", facts.width, facts.vocab_size, bits=8)
-        self._matrix(t.LM_HEAD, head, facts.width, facts.vocab_size)
-        for i in range(facts.layers):
-            start, layer = t.FIRST_LAYER + t.LAYER * i, f"h.{i}."
-            for place, name in (
-                (t.NORM_1, "ln_1.weight"),
-                (t.NORM_1_BIAS, "ln_1.bias"),
-                (t.NORM_2, "ln_2.weight"),
-                (t.NORM_2_BIAS, "ln_2.bias"),
-            ):
-                table[start + place] = self._vector(layer + name, facts.width)
-            width = facts.width
-            self._matrix(start + t.C_ATTN, layer + "attn.c_attn", width, 3 * width)
-            self._matrix(start + t.C_PROJ, layer + "attn.c_proj", width, width)
-            inner = self._matrix(start + t.C_FC, layer + "mlp.c_fc", width, None)
-            self._matrix(start + t.MLP_PROJ, layer + "mlp.c_proj", inner, width)
+        for name, value in file_metadata(decoder).items():
+            if name not in _OF_THE_FILE and settings.get(name) != value:
+                raise ManifestInvalid(
+                    f"{path.parent.name} has {name} {shown(settings.get(name))}, "
+                    f"the manifest says {value}"
+                )
+        self.decoder = decoder
+        self.widest, self.inputs, self.blocks = 0, 0, 0
+        self.attended = max(decoder.width, decoder.attention_width)
+        self.table = np.zeros(t.FIRST_LAYER + t.LAYER * decoder.layers, np.int64)
+        for place, number in (
+            (t.LAYERS, decoder.layers),
+            (t.HEADS, decoder.heads),
+            (t.KV_HEADS, decoder.kv_heads),
+            (t.HEAD_WIDTH, decoder.head_width),
+            (t.WIDTH, decoder.width),
+            (t.POSITIONS, decoder.positions),
+            (t.ACTIVATION, activation),
+        ):
+            self.table[place] = number
+        self.table[t.EPSILON : t.EPSILON + 1].view(np.float32)[0] = epsilon
+        self._enter_positions()
+        self._enter_norm("final_norm", t.FINAL_WEIGHT, t.FINAL_BIAS)
+        head = "head" if f"{stored_name('head')}.levels" in self._header else "embedding"
+        self._matrix(t.EMBEDDING, "embedding", decoder.width, decoder.vocab_size, bits=8)
+        self._matrix(t.LM_HEAD, head, decoder.width, decoder.vocab_size)
+        self.gated = 0
+        for i in range(decoder.layers):
+            self._enter_layer(i)
+
+    def _enter_positions(self) -> None:
+        decoder = self.decoder
+        if decoder.position == "learned":
+            count = decoder.positions * decoder.width
+            self.table[t.POSITION_TABLE] = self._vector("positions", count)
+            return
+        self._rotary = np.concatenate(decoder.rotary_table(), axis=1)  # kept alive
+        self.table[t.POSITION_TABLE] = self._rotary.ctypes.data
+
+    def _enter_norm(self, name: str, weight: int, bias: int) -> None:
+        self.table[weight] = self._vector(f"{name}.weight", self.decoder.width)
+        if self.decoder.norm == "layer":
+            self.table[bias] = self._vector(f"{name}.bias", self.decoder.width)
+
+    def _enter_layer(self, i: int) -> None:
+        start, layer, decoder = t.FIRST_LAYER + t.LAYER * i, f"layers.{i}", self.decoder
+        self._enter_norm(f"{layer}.attention_norm", start + t.NORM_1, start + t.NORM_1_BIAS)
+        self._enter_norm(f"{layer}.mlp_norm", start + t.NORM_2, start + t.NORM_2_BIAS)
+        shapes = decoder.layer_matrices()
+        self._matrix(start + t.LAYER_QKV, f"{layer}.qkv", *shapes["qkv"], bias=True)
+        self._matrix(start + t.LAYER_OUT, f"{layer}.out", *shapes["out"], bias=True)
+        inner = self._matrix(start + t.LAYER_UP, f"{layer}.up", decoder.width, None, bias=True)
+        if decoder.mlp == "gated":
+            inner //= 2
+            self.gated = max(self.gated, inner)
+        self._matrix(start + t.LAYER_DOWN, f"{layer}.down", inner, decoder.width, bias=True)
 
     def _matrix(
-        self, place: int, name: str, inputs: int, outputs: int | None, bits: int | None = None
+        self,
+        place: int,
+        name: str,
+        inputs: int,
+        outputs: int | None,
+        *,
+        bits: int | None = None,
+        bias: bool = False,
     ) -> int:
         """Enters a matrix into the table; returns its outputs, filled up to a UNIT."""
+        name = stored_name(name)
         levels = self._tensor(f"{name}.levels", "U8")
         panels, blocks, block_bytes = levels.shape
         found = 4 if f"{name}.zero" in self._header else 8
@@ -94,20 +129,17 @@ class Weights:
         row[t.SCALE] = self._tensor(f"{name}.scale", "F16", lines).ctypes.data
         if found == 4:
             row[t.ZERO] = self._tensor(f"{name}.zero", "U8", lines).ctypes.data
-        if f"{name}.bias" in self._header:
+        if bias:
             row[t.BIAS] = self._tensor(f"{name}.bias", "F32", (panels * LANES,)).ctypes.data
-        elif ".c_" in name:
-            raise ManifestInvalid(f"{name} has no bias")
-        row[t.BLOCKS], row[t.SIZE], row[t.BITS], row[t.PANELS] = blocks, size, found, panels
-        if ".c_" in name:
             self.widest = max(self.widest, panels * LANES)
+        row[t.BLOCKS], row[t.SIZE], row[t.BITS], row[t.PANELS] = blocks, size, found, panels
         self.inputs = max(self.inputs, blocks * size)
         self.blocks = max(self.blocks, blocks)
         return int(panels) * LANES
 
     def _vector(self, name: str, count: int) -> int:
         filled = -(-count // UNIT) * UNIT
-        return int(self._tensor(name, "F32", (filled,)).ctypes.data)
+        return int(self._tensor(stored_name(name), "F32", (filled,)).ctypes.data)
 
     def _tensor(self, name: str, dtype: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """shape: what it must be; None is any of three dimensions."""
@@ -126,7 +158,6 @@ class Weights:
             right = False
         if not right:
             raise ManifestInvalid(f"the tensor {name} is {shown(entry)}")
-        self._tensors.append(tensor)
         return tensor
 
 

@@ -1,4 +1,4 @@
-"""Causal self-attention of one head over its keys and values in the cache."""
+"""Causal self-attention of a head over keys and values in the cache."""
 
 from __future__ import annotations
 
@@ -30,35 +30,85 @@ def halve(source: int, count: int, target: int) -> None:
         y[i] = to_half(x[i])
 
 
-def make_attend(usual: int) -> Callable[..., None]:
+@jit
+def rotate(values: int, size: int, table: int) -> None:
+    """Rotates each pair of dimensions (i, i + size / 2) by the angle of a position (Su et al.,
+    arXiv 2104.09864). table: size / 2 cosines, then as many sines."""
+    half = size // 2
+    x, y = floats(values, half), floats(values + half * _FLOAT, half)
+    cosine, sine = floats(table, half), floats(table + half * _FLOAT, half)
+    for i in range(half):
+        a, b = x[i], y[i]
+        x[i] = a * cosine[i] - b * sine[i]
+        y[i] = b * cosine[i] + a * sine[i]
+
+
+@jit
+def keys_of(table: Any, answer: int, layer: int, head: int) -> Any:
+    """Addresses of the keys and of the values of a key-value head of an answer in a layer."""
+    job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
+    size, positions = model[t.HEAD_WIDTH], model[t.POSITIONS]
+    width = model[t.KV_HEADS] * size
+    part = words(job[t.PARTS] + answer * t.PART * 8, t.PART)
+    half = job[t.CACHE_ROWS] * width * positions * _HALF  # keys of all rows, or values
+    keys = job[t.CACHE] + 2 * layer * half
+    keys += (part[t.ROW] * width + head * size) * positions * _HALF
+    return keys, keys + half
+
+
+@jit
+def store_keys_and_values(table: Any, layer: int, stride: int, thread: int, threads: int) -> None:
+    """Rotates this thread's share of the new queries in place, and writes its share of the
+    new keys, rotated, and values to the cache."""
+    job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
+    size, heads, kv_heads = model[t.HEAD_WIDTH], model[t.HEADS], model[t.KV_HEADS]
+    slots = heads + kv_heads
+    for answer in range(job[t.ANSWERS]):
+        part = words(job[t.PARTS] + answer * t.PART * 8, t.PART)
+        start = words(job[t.STARTS], job[t.ANSWERS])[answer]
+        count = part[t.NEW] * slots
+        for index in range(count * thread // threads, count * (thread + 1) // threads):
+            i, slot = index // slots, index % slots
+            row = table[t.PRODUCT] + (part[t.FIRST] + i) * stride * _FLOAT
+            place = row + slot * size * _FLOAT
+            rotate(place, size, model[t.POSITION_TABLE] + (start + i) * size * _FLOAT)
+            if slot >= heads:
+                keys, values = keys_of(table, answer, layer, slot - heads)
+                halve(place, size, keys + (start + i) * size * _HALF)
+                place += kv_heads * size * _FLOAT
+                halve(place, size, values + (start + i) * size * _HALF)
+
+
+def make_attend(usual: int, stored: bool) -> Callable[..., None]:
     """attend(table, answer, layer, head, stride, kept_only, thread): for heads of the `usual`
-    size, whose loops the compiler then unrolls; 0 is for all."""
+    size, whose loops the compiler then unrolls; 0 is for all. stored: the new keys and values
+    are in the cache; else each head has its own and writes them."""
     score, mix = _make_score(usual), _make_mix(usual)
 
     @jit
     def attend(
         table: Any, answer: int, layer: int, head: int, stride: int, kept_only: bool, thread: int
     ) -> None:
-        """Writes a head's new keys and values of a part of the pass, then attends from its
-        new positions, or from those whose logits are wanted.
+        """Attends from the new positions of a part of the pass, or from those whose logits are
+        wanted, with one query head.
 
         The queries come scaled: the converter has put the factor into the weights.
         """
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
-        size, width, positions = model[t.HEAD_SIZE], model[t.WIDTH], model[t.POSITIONS]
+        size, positions = model[t.HEAD_WIDTH], model[t.POSITIONS]
+        group = model[t.HEADS] // model[t.KV_HEADS]  # query heads that share keys
+        width = model[t.HEADS] * size
         part = words(job[t.PARTS] + answer * t.PART * 8, t.PART)
         start, new = words(job[t.STARTS], job[t.ANSWERS])[answer], part[t.NEW]
-        half = job[t.CACHE_ROWS] * width * positions * _HALF  # keys of all rows, or values
-        keys = job[t.CACHE] + 2 * layer * half
-        keys += (part[t.ROW] * width + head * size) * positions * _HALF
-        values = keys + half
+        keys, values = keys_of(table, answer, layer, head // group)
         qkv = table[t.PRODUCT] + (part[t.FIRST] * stride + head * size) * _FLOAT
-        for i in range(new):
-            place = (start + i) * size * _HALF
-            halve(qkv + (i * stride + width) * _FLOAT, size, keys + place)
-            halve(qkv + (i * stride + 2 * width) * _FLOAT, size, values + place)
+        if not stored:
+            for i in range(new):
+                place = (start + i) * size * _HALF
+                halve(qkv + (i * stride + width) * _FLOAT, size, keys + place)
+                halve(qkv + (i * stride + 2 * width) * _FLOAT, size, values + place)
         # The next head's, or the next answer's first: no processor foresees that.
-        ahead = positions * size * _HALF if new == 1 else 0
+        ahead = positions * size * _HALF if new == 1 and (head + 1) % group == 0 else 0
         scores = floats(table[t.SCORES] + thread * positions * _FLOAT, positions)
         first, row = (new - part[t.KEPT], part[t.FIRST_KEPT]) if kept_only else (0, part[t.FIRST])
         for i in range(first, new):
@@ -81,8 +131,8 @@ def make_attend(usual: int) -> Callable[..., None]:
 def _make_score(usual: int) -> Callable[..., Any]:
     @jit
     def score(q: Any, keys: int, count: int, any_size: int, ahead: int, scores: Any) -> Any:
-        """Products of a query and its first `count` keys; returns the largest. What lies
-        `ahead` bytes further will be needed next."""
+        """Products of a query and its first `count` keys; returns the largest. Memory `ahead`
+        bytes further will be needed next."""
         size = usual if usual else max(any_size, 1)  # no loop of it is empty
         largest = _LEAST
         for j in range(count):

@@ -13,7 +13,6 @@ import mmap
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -22,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from edge_slm_runtime.decoder import Traits
+from edge_slm_runtime.files import write_aside
 from edge_slm_runtime.kernels.elf import flat_image
 
 _NAME = "entry"
@@ -32,23 +33,24 @@ _alive: list[Any] = []  # what holds the code in memory
 
 
 @cache
-def kernels() -> Entry:
-    """entry(address of a table, thread) of `forward.make_entry`; it lets go of the GIL.
+def kernels(traits: Traits) -> Entry:
+    """entry(address of a table, thread) of `schedule.make_entry`, for models with these traits;
+    it releases the GIL.
 
     Raises ImportError without numba when there is no code yet.
     """
     with suppress(OSError, ValueError):  # none yet, altered, or where no code may run
-        return _mapped(_cache_file(".image"))
+        return _mapped(_cache_file(traits, ".image"))
     try:
-        code = _read(_cache_file(".o"))
+        code = _read(_cache_file(traits, ".o"))
     except (OSError, ValueError):
-        code = _compile()
+        code = _compile(traits)
         with suppress(OSError, ValueError):  # no place to keep it, another system
-            image = _cache_file(".image")
+            image = _cache_file(traits, ".image")
             _write(image, flat_image(code, _NAME))
             return _mapped(image)
         with suppress(OSError):  # compiled again next time
-            _write(_cache_file(".o"), code)
+            _write(_cache_file(traits, ".o"), code)
     return _linked(code)
 
 
@@ -85,7 +87,7 @@ def _function(address: int) -> Entry:
     return kind(address)
 
 
-def _compile() -> bytes:
+def _compile(traits: Traits) -> bytes:
     from logging import getLogger
 
     from numba import cfunc, types
@@ -93,9 +95,10 @@ def _compile() -> bytes:
     getLogger("edge_slm").warning(
         "compiling the kernels for this processor, once: about 20 seconds"
     )
-    from edge_slm_runtime.kernels.forward import make_entry
+    from edge_slm_runtime.kernels.forward import make_forward
+    from edge_slm_runtime.kernels.schedule import make_entry
 
-    entry = make_entry(has_vnni())
+    entry = make_entry(make_forward(has_vnni(), traits))
 
     def call(table: int, thread: int) -> int:
         return entry(table, thread)
@@ -103,7 +106,7 @@ def _compile() -> bytes:
     start = cfunc(types.int64(types.int64, types.int64))(call)
     llvm, target = _target()
     module = llvm.parse_assembly(start.inspect_llvm())
-    # Seen as one whole, no function raises, and what would tell Python of it falls away.
+    # Internal linkage lets LLVM see that no function raises, and drop the error paths.
     for item in (*module.functions, *module.global_variables):
         if item.name == start.native_name:
             item.name = _NAME
@@ -130,11 +133,14 @@ def _target() -> Any:
     )
 
 
-def _key() -> str:
-    """Of the code: its sources and its processor."""
+def _key(traits: Traits) -> str:
+    """Of the code: its sources, its traits and its processor."""
     here = Path(__file__).parent
-    sources = [*sorted(here.glob("*.py")), here.parent / "panels.py"]
-    parts = [source.read_bytes() for source in sources] + [_processor().encode()]
+    sources = [*sorted(here.glob("*.py")), here.parent / "panels.py", here.parent / "decoder.py"]
+    parts = [source.read_bytes() for source in sources] + [
+        "/".join(traits).encode(),
+        _processor().encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
@@ -149,7 +155,7 @@ def _processor() -> str:
     return "\n".join(line for line in first.splitlines() if line.startswith(told))
 
 
-def _cache_file(suffix: str) -> Path:
+def _cache_file(traits: Traits, suffix: str) -> Path:
     """Raises OSError for a user without a home."""
     windows = sys.platform == "win32"
     if not (folder := os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")):
@@ -157,7 +163,7 @@ def _cache_file(suffix: str) -> Path:
             folder = str(Path.home() / ".cache")
         except RuntimeError as error:
             raise FileNotFoundError(str(error)) from None
-    return Path(folder) / "edge-slm" / (_key() + suffix)
+    return Path(folder) / "edge-slm" / (_key(traits) + suffix)
 
 
 def _read(file: Path) -> bytes:
@@ -174,13 +180,5 @@ def _read(file: Path) -> bytes:
 def _write(file: Path, code: bytes) -> None:
     """For this user alone: it is going to be run."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(code + hashlib.sha256(code).digest())
-            out.flush()
-            os.fsync(out.fileno())
-        Path(aside).replace(file)
-    except BaseException:
-        Path(aside).unlink()
-        raise
+    with write_aside(file, mode=0o600) as aside:
+        aside.write_bytes(code + hashlib.sha256(code).digest())

@@ -51,6 +51,22 @@ def normalise(
 
 
 @jit
+def rms_normalise(
+    source: int, row: int, width: int, weight: int, epsilon: float, target: int
+) -> None:
+    """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467) of a row."""
+    x = floats(source + row * width * _FLOAT, width)
+    y = floats(target + row * width * _FLOAT, width)
+    w = floats(weight, width)
+    total = _ZERO
+    for i in range(width):
+        total += x[i] * x[i]
+    factor = _ONE / np.sqrt(total / np.float32(width) + epsilon)
+    for i in range(width):
+        y[i] = x[i] * factor * w[i]
+
+
+@jit
 def add_bias(values: int, n: int, stride: int, bias: int, first: int, last: int) -> None:
     """To the panels first … last of n rows."""
     b = floats(bias, stride)
@@ -75,26 +91,49 @@ def add_to(
 
 @jit
 def activate(values: int, n: int, stride: int, bias: int, first: int, last: int, kind: int) -> None:
-    """The activation of x + bias, of these panels; kind: an index of `layout.ACTIVATIONS`."""
+    """The activation of x + bias, of these panels; kind: an index of `decoder.ACTIVATIONS`."""
     count = (last - first) * LANES
     b = floats(bias + first * LANES * _FLOAT, count)
     for row in range(n):
-        x = floats(values + (row * stride + first * LANES) * _FLOAT, count)
-        if kind == 0:
-            for i in range(count):
-                y = x[i] + b[i]
-                x[i] = y / (_ONE + exp(-_GELU_SCALE * (y + _GELU_CUBE * y * y * y)))
-        elif kind == 1:
-            for i in range(count):
-                y = x[i] + b[i]
-                x[i] = _HALF * y * (_ONE + erf(y * _SQRT_HALF))
-        elif kind == 2:
-            for i in range(count):
-                x[i] = max(x[i] + b[i], _ZERO)
-        elif kind == 3:
-            for i in range(count):
-                y = x[i] + b[i]
-                x[i] = y / (_ONE + exp(-y))
-        else:
-            for i in range(count):
-                x[i] = _TWO / (_ONE + exp(-_TWO * (x[i] + b[i]))) - _ONE
+        _apply(floats(values + (row * stride + first * LANES) * _FLOAT, count), b, count, kind)
+
+
+@jit
+def gate(
+    values: int, n: int, stride: int, bias: int, first: int, last: int, kind: int, out: int
+) -> None:
+    """The activation of x + bias, times y + bias (Shazeer, arXiv 2002.05202), of these panels:
+    the panels of x, the gate, and of y alternate. out: float32 [n, stride / 2]."""
+    for panel in range(first, last, 2):
+        start = panel * LANES
+        b, c = floats(bias + start * _FLOAT, LANES), floats(bias + (start + LANES) * _FLOAT, LANES)
+        for row in range(n):
+            place = values + (row * stride + start) * _FLOAT
+            x, y = floats(place, LANES), floats(place + LANES * _FLOAT, LANES)
+            z = floats(out + (row * stride + start) // 2 * _FLOAT, LANES)
+            _apply(x, b, LANES, kind)
+            for i in range(LANES):
+                z[i] = x[i] * (y[i] + c[i])
+
+
+@jit
+def _apply(x: Any, b: Any, count: int, kind: int) -> None:
+    """x = activation(x + b)"""
+    if kind == 0:
+        for i in range(count):
+            y = x[i] + b[i]
+            x[i] = y / (_ONE + exp(-_GELU_SCALE * (y + _GELU_CUBE * y * y * y)))
+    elif kind == 1:
+        for i in range(count):
+            y = x[i] + b[i]
+            x[i] = _HALF * y * (_ONE + erf(y * _SQRT_HALF))
+    elif kind == 2:
+        for i in range(count):
+            x[i] = max(x[i] + b[i], _ZERO)
+    elif kind == 3:
+        for i in range(count):
+            y = x[i] + b[i]
+            x[i] = y / (_ONE + exp(-y))
+    else:
+        for i in range(count):
+            x[i] = _TWO / (_ONE + exp(-_TWO * (x[i] + b[i]))) - _ONE

@@ -1,33 +1,47 @@
-"""Where the kernels find what: int64 arrays of counts and addresses, by index.
+"""Offsets of fields in the int64 tables of counts and addresses that are passed to kernels.
 
 Kept apart from the kernels so that a process that only runs them does not import numba.
 """
 
-# The table that every call is given. CONTROL: see below; MODEL: the model's table; JOB: the
-# pass to be computed. The others are buffers: X float32 [n, D], the residual; WIDE float32
-# [n, widest], what a product gives; ATTENDED float32 [n, D]; LEVELS int8, STEPS float32 and
-# SUMS int32, activations as `tile` takes them, of two matrices; SCORES float32 [threads,
-# positions]; CLAIMS: see below.
-CONTROL, MODEL, JOB, RESIDUAL, PRODUCT, ATTENDED, LEVELS, SCALES, SUMS, SCORES, CLAIMS, TABLE = (
-    range(12)
-)
+# The table of every call. CONTROL: see below; MODEL: the model's table; JOB: the pass to be
+# computed. The others are buffers, n the new tokens of a pass: RESIDUAL float32 [n, width];
+# PRODUCT float32 [n, widest], results of products; GATED float32 [n, inner], of gated
+# feed-forward layers; ATTENDED float32 [n, the wider of residual and attention]; LEVELS int8,
+# SCALES float32 and SUMS int32, activations as `tile` takes them, of two matrices; SCORES
+# float32 [threads, positions]; CLAIMS: see below.
+(
+    CONTROL,
+    MODEL,
+    JOB,
+    RESIDUAL,
+    PRODUCT,
+    GATED,
+    ATTENDED,
+    LEVELS,
+    SCALES,
+    SUMS,
+    SCORES,
+    CLAIMS,
+    TABLE,
+) = range(13)
 
 # Shared by the threads, each in a cache line of its own: the number of the job, whether one is
-# coming, the barriers
-# passed so far, whether to stop, the barriers passed when the job began, the threads, the C
-# function that gives the core to another thread, and per thread whether it sleeps.
+# coming, the barriers passed so far, whether to stop, the barriers passed when the job began,
+# the threads, the C function that yields the core, and per thread whether it sleeps.
 LINE = 8  # int64s
 EPOCH, COMING, BARRIER, STOP, BASE, THREADS, YIELD, SLEEPERS = (LINE * i for i in range(8))
 
-# How many pieces of what the threads do together have been claimed: in a layer, of the four
-# products and of the heads; QKV of the layer behind the last is the LM head.
-QKV, HEAD, OUT, FC, MLP, CLAIM = range(6)
+# Pieces of the shared work of a layer that have been claimed: of its four products and of
+# attention's heads; QKV of the layer after the last is the LM head.
+QKV, HEAD, OUT, UP, DOWN, CLAIM = range(6)
 
-# The model: its shape, then addresses.
+# The model: its shape, then addresses. POSITION_TABLE: float32 [positions, width] learned
+# embeddings, or [positions, head width] rotary cosines, then sines, of each position.
 (
     LAYERS,
     HEADS,
-    HEAD_SIZE,
+    KV_HEADS,
+    HEAD_WIDTH,
     WIDTH,
     POSITIONS,
     ACTIVATION,
@@ -36,28 +50,27 @@ QKV, HEAD, OUT, FC, MLP, CLAIM = range(6)
     FINAL_WEIGHT,
     FINAL_BIAS,
     EMBEDDING,
-) = range(11)
+) = range(12)
 
 # A matrix.
 LEVEL, SCALE, ZERO, BIAS, BLOCKS, SIZE, BITS, PANELS, MATRIX = range(9)
 LM_HEAD = EMBEDDING + MATRIX
 FIRST_LAYER = LM_HEAD + MATRIX
 
-# A layer: two normalisations and four matrices.
-NORM_1, NORM_1_BIAS, NORM_2, NORM_2_BIAS, C_ATTN = range(5)
-C_PROJ, C_FC, MLP_PROJ = (C_ATTN + MATRIX * i for i in (1, 2, 3))
-LAYER = C_ATTN + 4 * MATRIX
+# A layer: two normalisations (no biases for RMS) and four matrices.
+NORM_1, NORM_1_BIAS, NORM_2, NORM_2_BIAS, LAYER_QKV = range(5)
+LAYER_OUT, LAYER_UP, LAYER_DOWN = (LAYER_QKV + MATRIX * i for i in (1, 2, 3))
+LAYER = LAYER_QKV + 4 * MATRIX
 
 # A pass: some new tokens of some answers. IDS and PLACES int64 [n]: tokens and their positions;
-# STARTS int64 [answers]: tokens before; WANTED int64 [k], ascending: those behind which logits
-# are asked for. PARTS: see below. CACHE float16 [2 · layers, CACHE_ROWS, heads, positions,
-# head]; LOGITS float32 [k, padded vocabulary].
+# STARTS int64 [answers]: tokens before; WANTED int64 [k], ascending: those after which logits
+# are asked for. PARTS: see below. CACHE float16 [2 · layers, CACHE_ROWS, kv heads, positions,
+# head width]; LOGITS float32 [k, padded vocabulary].
 (TOKENS, IDS, PLACES, LAST, WANTED, ANSWERS, STARTS, PARTS, CACHE, CACHE_ROWS, LOGITS, PASS) = (
     range(12)
 )
 
-# An answer's part of a pass: its row of the cache, which of the pass's tokens is its first,
-# how many it has, and of how many logits are wanted, the first of them being which of all.
+# An answer's part of a pass: its row of the cache, the index of its first token in the pass,
+# its number of tokens, the number of its logits that are wanted, and the index of the first of
+# them among all that are wanted.
 ROW, FIRST, NEW, KEPT, FIRST_KEPT, PART = range(6)
-
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")

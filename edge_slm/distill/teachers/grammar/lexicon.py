@@ -16,6 +16,8 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
+from edge_slm_runtime.words import AFTER_A_NOUN, UNFINISHED_PHRASE
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -130,11 +132,6 @@ def words_of(text: str) -> list[str]:
 # ---- what a request is about
 
 _IRREGULAR = "people men women children wolves leaves geese mice sheep mothers sisters".split()
-_BEFORE = frozenset(  # what ends a noun phrase's head
-    "in on at with of and or from to into under over near by beside behind between through "
-    "across along inside outside above below around during after before like for who that which "
-    "while as is are was were has have full made wearing holding without among against".split()
-)
 _FINITE = frozenset("is are was were has have had can will does do did am be".split())
 _COUNTS = frozenset("two three four five six several many some both".split())
 _FLAT = frozenset("logo icon poster emblem sticker pattern label badge font typography".split())
@@ -256,7 +253,8 @@ def _noun_phrase(request: str, tokens: list[str]) -> tuple[bool, str, bool, int]
     many = tokens[0] in _COUNTS
     inner = words_of(re.split(r"[,;:(\"“]", request)[0])
     end = next(
-        (i for i, t in enumerate(inner) if i and (t in _BEFORE or t.endswith("ing"))), len(inner)
+        (i for i, t in enumerate(inner) if i and (t in AFTER_A_NOUN or t.endswith("ing"))),
+        len(inner),
     )
     if not 2 <= end <= 5 or re.search(r"[.!?;:]", request):
         return nothing
@@ -269,13 +267,10 @@ def _noun_phrase(request: str, tokens: list[str]) -> tuple[bool, str, bool, int]
     return not clause, last, many or (tokens[0] == "the" and last.endswith("s")), end
 
 
-_DANGLING = _BEFORE | {"a", "an", "the", "its", "their", "his", "her", "very", "but", "not"}
-
-
 def without_tail(text: str) -> str:
     """The text without last words that point at something cut off."""
     words = text.split()
-    while len(words) > 1 and words[-1].lower().strip(",;:") in _DANGLING:
+    while len(words) > 1 and words[-1].lower().strip(",;:") in UNFINISHED_PHRASE:
         words.pop()
     return " ".join(words).rstrip(",;:")
 
@@ -284,7 +279,7 @@ def first_part(text: str) -> str:
     """Its first phrase: what is left when one stops listening."""
     words = text.split()
     for i, word in enumerate(words[1:], 1):
-        if i > 1 and (word.lower() in _BEFORE or word.lower().endswith("ing")):
+        if i > 1 and (word.lower() in AFTER_A_NOUN or word.lower().endswith("ing")):
             return without_tail(" ".join(words[:i]))
         if word.endswith((",", ".", ";", ":")) and i + 1 < len(words):
             return without_tail(" ".join(words[: i + 1]).rstrip(".,;:"))

@@ -1,0 +1,115 @@
+"""Files and folders that are complete or not there: written aside, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from edge_slm_runtime.errors import DataError, TargetExists
+
+
+@contextmanager
+def write_aside(target: Path, *, replace: bool = True, mode: int = 0o666) -> Iterator[Path]:
+    """Yields the path of an empty file beside `target`; on success it takes the target's place.
+
+    On any error it is removed and `target` stays as it was. mode: permissions of the file,
+    less the umask. Raises TargetExists when `target` exists and `replace` is False.
+    """
+    if not replace:
+        refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = _beside(target)
+    try:
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        yield aside
+        _flush(aside)
+        if not replace:
+            refuse_existing(target)
+        aside.replace(target)
+        _flush_folder(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder_aside(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`; on success it is renamed to `target`.
+
+    On any error it is removed. Raises TargetExists when `target` exists.
+    """
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = _beside(target)
+    try:
+        folder.mkdir()
+        yield folder
+        for path in folder.rglob("*"):
+            _flush_folder(path) if path.is_dir() else _flush(path)
+        _flush_folder(folder)
+        refuse_existing(target)  # rename would replace an empty folder
+        folder.rename(target)
+        _flush_folder(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(text: str, target: Path) -> None:
+    """UTF-8, in the place of what `target` held before."""
+    with write_aside(target) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(data: Any, target: Path) -> None:
+    """JSON for people to read, in the place of what `target` held before."""
+    write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", target)
+
+
+def write_jsonl(rows: Iterable[Any], target: Path) -> None:
+    """One JSON value per line, in the place of what `target` held before."""
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), target)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises TargetExists for anything at `target`, a broken link too."""
+    if target.exists() or target.is_symlink():
+        raise TargetExists(f"{target} exists already", "remove it or choose another name")
+
+
+def lock(file: IO[Any], path: Path, *, wait: bool = False) -> None:
+    """Locks an open file for this process until it is closed (POSIX; elsewhere no lock).
+
+    The kernel releases the lock of a process that ends. path: for the message. Raises
+    DataError when another process holds the lock, unless `wait`.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise DataError(f"another process is writing {path}", "wait for it to end") from None
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.urandom(4).hex()}")
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename in `folder` durable (POSIX; elsewhere a folder cannot be opened)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_slm_runtime.errors import TargetExists
+from edge_slm_runtime.files import write_aside, write_folder_aside, write_json, write_text
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file.txt"
+    write_text("one", target)
+    with write_aside(target) as aside:
+        aside.write_text("two")
+        assert target.read_text() == "one"
+    assert target.read_text() == "two"
+    write_json({"a": "é"}, target)
+    assert target.read_bytes().decode() == '{\n "a": "é"\n}\n'
+    assert names(target.parent) == {"file.txt"}
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_text("one", target)
+
+    def stop_a_file() -> None:
+        with write_aside(target) as aside:
+            aside.write_text("half")
+            raise KeyboardInterrupt
+
+    def stop_a_folder() -> None:
+        with write_folder_aside(tmp_path / "folder") as folder:
+            (folder / "part").write_text("half")
+            raise KeyboardInterrupt
+
+    for stop in (stop_a_file, stop_a_folder):
+        with pytest.raises(KeyboardInterrupt):
+            stop()
+    assert target.read_text() == "one"
+    assert names(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
+def test_what_exists_is_not_replaced_unasked(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    if kind == "file":
+        target.write_text("precious")
+    elif kind == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TargetExists), write_folder_aside(target):
+        pass
+    with pytest.raises(TargetExists), write_aside(target, replace=False):
+        pass
+    late = tmp_path / "late"
+    with pytest.raises(TargetExists), write_folder_aside(late):
+        late.mkdir()
+    assert names(tmp_path) == {"target", "late"}
+
+
+def test_a_folder_appears_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with write_folder_aside(target) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("content")
+        assert not target.exists()
+    assert (target / "inner" / "file").read_text() == "content"
+    assert names(tmp_path) == {"folder"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from edge_slm_runtime.files import *\n"
+        "os.umask(0o027); folder = Path(sys.argv[1])\n"
+        "write_text('', folder / 'usual')\n"
+        "with write_aside(folder / 'private', mode=0o600): pass\n"
+        "with write_folder_aside(folder / 'folder'): pass"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"usual": 0o640, "private": 0o600, "folder": 0o750}
