@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_slm_bench.metrics.examples import Example, Scored, to_scored
 from edge_slm_converters import adherence, gate
-from edge_slm_converters.adherence import Answers, Judge
+from edge_slm_converters.adherence import AnswerJudge, Answers
 from edge_slm_converters.bit_allocation import int4
 from edge_slm_converters.bundle_writer import write_manifest
 from edge_slm_converters.calibration_texts import sampled_answers
@@ -76,7 +76,7 @@ def convert(
     *,
     name: str | None = None,
     evaluation: Sequence[Example] | None = None,
-    judge: Judge | None = None,
+    judge: AnswerJudge | None = None,
     accept: bool = False,
     progress: Report | None = None,
 ) -> Manifest:
@@ -177,7 +177,7 @@ def _measure(
     source: Checkpoint,
     folder: Path,
     evaluation: Sequence[Example] | None,
-    judge: Judge | None,
+    judge: AnswerJudge | None,
     steps: Progress,
 ) -> list[Candidate]:
     """Fidelity and adherence of each variant. The first is the reference: it has no fidelity."""

@@ -60,8 +60,8 @@ def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path
 
 
 def write_all_logits(folder: Path) -> Path:
-    """Writes, beside `model.onnx` and over the same weights, the graph whose logits are
-    [B,S,V], one row per position: what fidelity is measured on."""
+    """Writes, next to `model.onnx` and with the same weights, the graph whose logits are
+    [B,S,V], one row per position: fidelity is measured on them."""
     onnx = import_onnx()
     model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
     for node in model.graph.node:

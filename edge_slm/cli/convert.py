@@ -16,7 +16,7 @@ from edge_slm_runtime.errors import DataError, DependencyMissing
 
 if TYPE_CHECKING:
     from edge_slm_bench.metrics.examples import Example
-    from edge_slm_converters.adherence import Judge
+    from edge_slm_converters.adherence import AnswerJudge
     from edge_slm_converters.checkpoint import Checkpoint
     from edge_slm_runtime.bundle import Manifest, Variant
 
@@ -82,7 +82,7 @@ def convert_with_bar(
     *,
     name: str | None = None,
     evaluation: Sequence[Example] | None = None,
-    judge: Judge | None = None,
+    judge: AnswerJudge | None = None,
     accept: bool = False,
 ) -> Manifest:
     """`edge_slm_converters.convert` with a progress bar on stderr."""
@@ -134,7 +134,7 @@ def held_out(
     ]
 
 
-def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> Judge | None:
+def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> AnswerJudge | None:
     """A judge of relevance and tasks, from the training side of `data`; None, with a
     warning, when its packages are not installed."""
     from edge_slm.distill.evaluate.scorers import TextJudge
