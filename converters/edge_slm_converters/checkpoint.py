@@ -9,7 +9,7 @@ as float32 numpy arrays whatever they were stored as. Pickled weights are never 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +69,28 @@ class Checkpoint:
         return {file.name: file_entry(file).sha256 for file in self.files}
 
 
-def read_checkpoint(path: str | Path, prompt: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, prompt: str | None = None, context: int | None = None
+) -> Checkpoint:
     """Reads and checks a checkpoint folder or a GGUF file.
 
     prompt: a form of `prompts.NAMES` for a model without command.json; by default its chat
-    template is recognised. Raises CheckpointError (it names everything that is wrong with
-    the tensors at once), DependencyMissing.
+    template is recognised. context: positions to keep of those that the model has, by
+    default all. Raises CheckpointError (it names everything that is wrong with the tensors
+    at once), DependencyMissing.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path, prompt)
-    if path.suffix == ".gguf":
-        model = read_gguf(path)
-        text = of_gguf(model.metadata.values, prompt)
-        return _checked(path, model.decoder, model.tensors, model.parameters, text, (path,))
-    raise CheckpointError(f"{path} is not a checkpoint folder or a .gguf file")
+        found = _read_folder(path, prompt)
+    elif path.suffix == ".gguf":
+        found = _read_gguf(path, prompt)
+    else:
+        raise CheckpointError(f"{path} is not a checkpoint folder or a .gguf file")
+    if len(found.tokens) > found.decoder.vocab_size:
+        raise CheckpointError(
+            f"{TOKENIZER} has {len(found.tokens)} tokens, the model {found.decoder.vocab_size}"
+        )
+    return found if context is None else _shortened(found, context)
 
 
 def _read_folder(path: Path, prompt: str | None) -> Checkpoint:
@@ -94,7 +101,7 @@ def _read_folder(path: Path, prompt: str | None) -> Checkpoint:
     stored = _stored_tensors(path, architecture, layout)
     text = of_folder(path, prompt)
     files = dict.fromkeys((CONFIG, *text.files, *(file.name for file in weight_files(path))))
-    return _checked(
+    return Checkpoint(
         path,
         decoder,
         canonical(layout, decoder, stored),
@@ -104,19 +111,28 @@ def _read_folder(path: Path, prompt: str | None) -> Checkpoint:
     )
 
 
-def _checked(
-    path: Path,
-    decoder: Decoder,
-    tensors: Mapping[str, Float32],
-    parameters: int,
-    text: TextSide,
-    files: tuple[Path, ...],
-) -> Checkpoint:
-    if len(text.tokens) > decoder.vocab_size:
+def _read_gguf(path: Path, prompt: str | None) -> Checkpoint:
+    model = read_gguf(path)
+    text = of_gguf(model.metadata.values, prompt)
+    return Checkpoint(path, model.decoder, model.tensors, model.parameters, text, (path,))
+
+
+def _shortened(source: Checkpoint, context: int) -> Checkpoint:
+    """With a context of `context` positions: less memory for keys and values on the device."""
+    if not 0 < context <= source.decoder.positions:
         raise CheckpointError(
-            f"{TOKENIZER} has {len(text.tokens)} tokens, the model {decoder.vocab_size}"
+            f"a context of {context} tokens is not within the model's {source.decoder.positions}"
         )
-    return Checkpoint(path, decoder, tensors, parameters, text, files)
+    tensors, removed = dict(source.tensors), 0
+    if source.decoder.position == "learned":
+        tensors["positions"] = source.tensors["positions"][:context]
+        removed = source.tensors["positions"].size - tensors["positions"].size
+    return replace(
+        source,
+        decoder=replace(source.decoder, positions=context),
+        tensors=tensors,
+        parameters=source.parameters - removed,
+    )
 
 
 def weight_files(path: Path) -> list[Path]:

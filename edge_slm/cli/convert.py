@@ -38,6 +38,18 @@ if TYPE_CHECKING:
     help="Samples as in training: fidelity and adherence are measured on their held-out pairs.  "
     "[default: the fp32 model's own answers to built-in requests]",
 )
+@click.option(
+    "--prompt",
+    metavar="FORM",
+    help="Prompt form of a model that knows no commands: chatml, llama3, zephyr or plain.  "
+    "[default: recognised by its chat template; without one, plain]",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Longest prompt and answer together, in tokens: what memory is needed for.  "
+    "[default: what the model has]",
+)
 @click.option("--accept", is_flag=True, help="Ship variants outside their budget too.")
 @json_option
 def convert(
@@ -47,10 +59,14 @@ def convert(
     variants: str | None,
     name: str | None,
     data: tuple[Path, ...],
+    prompt: str | None,
+    context: int | None,
     accept: bool,
     as_json: bool,
 ) -> None:
-    """Convert the Hugging Face GPT-2 folder CHECKPOINT to the bundle folder OUT.
+    """Convert CHECKPOINT, a Hugging Face folder or a GGUF file, to the bundle folder OUT.
+
+    GPT-2 and the Llama family can be converted.
 
     Each variant's predictions and its obedience are measured against fp32. Without --variants those
     outside their budget are left out with a warning; one asked for by name is refused
@@ -59,7 +75,7 @@ def convert(
     from edge_slm_converters import read_checkpoint
 
     names = variants.split(",") if variants else None
-    source = read_checkpoint(checkpoint)
+    source = read_checkpoint(checkpoint, prompt, context)
     evaluation = held_out_examples(source, data) if data else None
     judge = judge_of(source, data) if data else None
     manifest = convert_with_bar(
