@@ -155,8 +155,8 @@ class _Graph:
 
     def _rotated(self, x: Any, cos: Any, sin: Any) -> Any:
         """Queries or keys [B,heads,S,head width], each turned by its position."""
-        ops = self._ops
-        first, second = ops.split(x, self._ints(-1), 2).outputs()
+        ops, half = self._ops, self._decoder.head_width // 2
+        first, second = ops.variadic_split(x, self._ints(3), self._ints(half, half)).outputs()
         turned = ops.concat([ops.multiply(second, ops.constant(-1, np.float32)), first], -1)
         return ops.add(ops.multiply(x, cos), ops.multiply(turned, sin))
 
