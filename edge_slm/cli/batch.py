@@ -27,8 +27,8 @@ _NEEDED = ("id", "request", "task")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One input line: a request, or the error that it is."""
+class InputLine:
+    """One line of the input: a request, or its error."""
 
     line: int
     id: str | int | None = None
@@ -37,8 +37,8 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """How lines become answers. defaults: `Request` settings of lines without their own."""
+class BatchRun:
+    """Answers lines. defaults: `Request` settings of lines without their own."""
 
     slm: edge_slm.SLM
     defaults: dict[str, Any]
@@ -46,7 +46,7 @@ class Run:
     batch_size: int
 
     def record(self, input_sha256: str) -> dict[str, Any]:
-        """All that the answers depend on."""
+        """Everything that the answers depend on."""
         return {
             "input_sha256": input_sha256,
             "bundle": self.slm.manifest.digest,
@@ -68,8 +68,8 @@ class Run:
             for row in rows:
                 yield _failure(row, row.error) if row.error else _answer(row, next(results))
 
-    def _row(self, number: int, line: bytes) -> Row:
-        row = Row(number)
+    def _row(self, number: int, line: bytes) -> InputLine:
+        row = InputLine(number)
         try:
             data = _parse(line)
             row = replace(row, id=_id_of(data))
@@ -137,7 +137,7 @@ def batch(
                 "ctranslate2 has no seeds, so a sampled batch could not be continued",
                 "use --engine onnxruntime, or temperature 0",
             )
-        run = Run(slm, defaults, seed, batch_size)
+        run = BatchRun(slm, defaults, seed, batch_size)
         if output is None:
             lines, bad = _to_stdout(run, stream)
         else:
@@ -147,8 +147,8 @@ def batch(
     note(f"{lines} lines, {bad} of them errors")
 
 
-def _to_stdout(run: Run, stream: BinaryIO) -> tuple[int, int]:
-    """(lines, errors). Groups are small, so that a live pipe gets its answers soon."""
+def _to_stdout(run: BatchRun, stream: BinaryIO) -> tuple[int, int]:
+    """(lines, errors). In small groups, so that a pipe gets its answers early."""
     lines = bad = 0
     with progress_bar(visible=not sys.stdout.isatty()) as progress:
         task = progress.add_task("writing", total=None)
@@ -159,10 +159,10 @@ def _to_stdout(run: Run, stream: BinaryIO) -> tuple[int, int]:
     return lines, bad
 
 
-def _to_file(run: Run, stream: BinaryIO, output: Path) -> tuple[int, int]:
-    """(lines, errors) of the whole file, whoever wrote them."""
+def _to_file(run: BatchRun, stream: BinaryIO, output: Path) -> tuple[int, int]:
+    """(lines, errors) of the whole file, of earlier runs too."""
     digest, total = _digest_and_count(stream)
-    group = 4 * run.batch_size  # what a kill costs at most; larger groups fill batches better
+    group = 4 * run.batch_size  # a crash repeats at most these; larger ones fill batches better
     with ResumableOutput(output, run.record(digest), group) as part, progress_bar() as progress:
         if part.complete:
             note(f"{output} is complete already")
@@ -214,15 +214,15 @@ def _check_shape(data: dict[str, Any]) -> None:
 
 
 def _seed_of(seed: int, line: int) -> int:
-    """A seed that depends on the run and the line only, so that a resumed run repeats it."""
+    """A seed from the run's seed and the line alone, so that a resumed run has the same."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{line}".encode()).digest()[:4], "big")
 
 
-def _failure(row: Row, error: EdgeSlmError) -> dict[str, Any]:
+def _failure(row: InputLine, error: EdgeSlmError) -> dict[str, Any]:
     return {"line": row.line, "id": row.id, "error": {"code": error.code, "message": str(error)}}
 
 
-def _answer(row: Row, result: edge_slm.Generation) -> dict[str, Any]:
+def _answer(row: InputLine, result: edge_slm.Generation) -> dict[str, Any]:
     """No timings, so that two runs over the same input are equal."""
     return {
         "id": row.id,

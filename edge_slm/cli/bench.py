@@ -228,7 +228,8 @@ def _models(bundles: Sequence[Path], options: dict[str, Any], scratch: Path) -> 
 
 
 def _made_from(checkpoint: Path, models: Sequence[Model]) -> int:
-    """Peers must run the same weights: the bundle's manifest has the digest of its own."""
+    """Index of the model whose manifest has the digest of the checkpoint: peers must run the
+    same weights."""
     from edge_slm_converters.checkpoint import read_checkpoint
 
     digests = read_checkpoint(checkpoint).digests()
@@ -258,8 +259,8 @@ def _prepared(checkpoint: Path, scratch: Path, names: Sequence[str] | None) -> A
 
 
 def _examples(model: Model, options: dict[str, Any]) -> list[Example]:
-    """Held-out pairs of --data, as the bundle's own recipe holds them out; an untrained
-    model has none, and has seen nothing."""
+    """Pairs of --data that the recipe of the bundle holds out; for an untrained model, those
+    that a default recipe does."""
     from edge_slm.cli.convert import held_out
     from edge_slm.distill.split import HOLDOUT_PERCENT
 
@@ -288,12 +289,12 @@ def _compare(before: Path, after: Path, tolerance: float, as_json: bool) -> None
     from edge_slm_bench.compare import compare, show
     from edge_slm_bench.results import Report
 
-    found = compare(Report.read(before), Report.read(after), tolerance)
+    comparison = compare(Report.read(before), Report.read(after), tolerance)
     if as_json:
-        emit_json(found.as_dict())
+        emit_json(comparison.as_dict())
     else:
-        show(found, stdout_console())
-    if found.regressions:
+        show(comparison, stdout_console())
+    if comparison.regressions:
         raise BenchRegression(
-            f"{len(found.regressions)} figures are worse by more than {tolerance:.0%}"
+            f"{len(comparison.regressions)} figures are worse by more than {tolerance:.0%}"
         )

@@ -1,4 +1,4 @@
-"""What all subcommands share: the group that reports errors, and the two streams.
+"""Shared by all subcommands: the group that reports errors, and the two streams.
 
 Results go to stdout. Progress, statistics and errors go to stderr; progress bars
 only when stderr is a terminal. An error is one line, `error[code]: problem (hint)`.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from edge_slm.distill.prepare import Report
+    from edge_slm.progress import StageProgress
 
 EXIT_CODES = """\b
 Exit codes:
@@ -49,7 +49,7 @@ class Commands(click.Group):
     """A group whose failures are one line on stderr and a documented exit code."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        click_main: Any = super().main  # its overloads know no *args
+        click_main: Any = super().main  # its overloads have no *args
         if not extra.pop("standalone_mode", True):
             return click_main(*args, **extra, standalone_mode=False)
         try:
@@ -68,7 +68,7 @@ class Commands(click.Group):
             fail("usage", error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             fail("interrupted", "stopped by Ctrl-C", 130)
-        except BrokenPipeError:  # the reader of stdout left, which is its right
+        except BrokenPipeError:  # the reader of stdout has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
@@ -77,6 +77,7 @@ class Commands(click.Group):
 
 
 def fail(code: str, message: str, exit_code: int) -> NoReturn:
+    """Ends the process with one line on stderr."""
     click.echo(f"error[{code}]: {' '.join(message.split())}", err=True)
     sys.exit(exit_code)
 
@@ -87,10 +88,12 @@ def note(message: str) -> None:
 
 
 def warn(message: str) -> None:
+    """One line on stderr."""
     click.echo(f"warning: {message}", err=True)
 
 
 def emit_json(data: Any) -> None:
+    """The result of a command as JSON on stdout."""
     click.echo(json.dumps(data, ensure_ascii=False, indent=2))
 
 
@@ -106,6 +109,7 @@ def stdout_console() -> Console:
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Progress]:
+    """A progress bar on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -129,8 +133,8 @@ def progress_bar(visible: bool = True) -> Iterator[Progress]:
 
 
 @contextmanager
-def reporter() -> Iterator[Report]:
-    """A bar per stage on a terminal; on anything else a line when a stage begins or says more."""
+def reporter() -> Iterator[StageProgress]:
+    """A bar per stage on a terminal, otherwise a line per stage and minute."""
     with progress_bar() as bar:
         stages: dict[str, TaskID] = {}
         lines: dict[str, float] = {}

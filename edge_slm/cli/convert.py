@@ -85,7 +85,7 @@ def convert_with_bar(
     judge: AnswerJudge | None = None,
     accept: bool = False,
 ) -> Manifest:
-    """`edge_slm_converters.convert`, its steps shown on stderr."""
+    """`edge_slm_converters.convert` with a progress bar on stderr."""
     from edge_slm_converters.convert import convert as run
 
     with progress_bar() as progress:
@@ -122,8 +122,8 @@ def held_out_examples(checkpoint: Checkpoint, data: Sequence[Path]) -> list[Exam
 def held_out(
     data: Sequence[Path], tasks: Sequence[str], recipe: Mapping[str, Any], count: int
 ) -> list[Example]:
-    """`count` pairs that training by `recipe` (a checkpoint's recipe.json) held out, under
-    the task and length that they have. Raises KeyError when it does not say which."""
+    """`count` pairs that training by `recipe` (recipe.json of a checkpoint) held out, each
+    with its task and length as the command. Raises KeyError when the recipe lacks them."""
     from edge_slm.distill.samples import held_out_samples
     from edge_slm_bench.metrics.examples import Example
 
@@ -135,8 +135,8 @@ def held_out(
 
 
 def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> AnswerJudge | None:
-    """Of relevance and tasks, from the training side of `data`; None, with a warning, when
-    its packages are not installed."""
+    """A judge of relevance and tasks, from the training side of `data`; None, with a
+    warning, when its packages are not installed."""
     from edge_slm.distill.evaluate.scorers import TextJudge
     from edge_slm.distill.samples import divide, read_samples
 
@@ -151,14 +151,14 @@ def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> AnswerJudge | None
 
 
 def _measured(variant: Variant) -> str:
-    told = ""
+    text = ""
     if variant.fidelity is not None:
-        told = (
+        text = (
             ", top-1 {top1:.2%}, perplexity ratio {perplexity_ratio:.4f}, mean KL {kl_mean:.5f} "
             "over {positions} positions".format(**variant.fidelity)
         )
     if variant.adherence is None:
-        return told
+        return text
     names = {
         "within": "{:.1%} in tolerance",
         "length_mae": "off by {:.2f} words",
@@ -170,4 +170,4 @@ def _measured(variant: Variant) -> str:
         for name, form in names.items()
         if name in variant.adherence
     ]
-    return f"{told}; {variant.adherence['answers']:.0f} answers: {', '.join(parts)}"
+    return f"{text}; {variant.adherence['answers']:.0f} answers: {', '.join(parts)}"

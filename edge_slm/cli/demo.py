@@ -22,7 +22,7 @@ Cell = dict[str, Any]  # a variant's `Spec`, and what it answered
 
 REFERENCE = Path(edge_slm.__file__).parents[1] / "models" / "reference"
 
-# (task, request, words); what the model does not know, or has no room for, is left out.
+# (task, request, words); those that the model does not support are left out.
 REQUESTS = (
     ("image", "a red fox in the snow", 12),
     ("image", "a red fox in the snow", 24),

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from edge_slm.cli.console import emit_json, json_option, note, reporter
+from edge_slm.cli.console import emit_json, json_option, note, reporter, stdout_console
 from edge_slm.cli.convert import convert_with_bar, held_out_examples
 from edge_slm.cli.evaluate import measure
 from edge_slm.cli.options import folder
@@ -108,19 +108,19 @@ def distill(
     else:
         from edge_slm.distill.evaluate import show
 
-        show(result)
+        show(result, stdout_console())
         note(f"{out / 'bundle'}, {out / 'evaluation.json'}, {out / 'evaluation.html'}")
 
 
 def _is_first_process() -> bool:
-    """Under torchrun, one process of several does what is not training."""
+    """Under torchrun, the first process does everything but training."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _evaluated(
     runs: Iterable[Path], data: Sequence[Path], requests: int, server: str | None
 ) -> dict[str, Any]:
-    """The bundles of the runs and the evaluation of the first; what is there is kept."""
+    """Converts the runs and evaluates the first; results that exist are not computed again."""
     from edge_slm.distill.evaluate import write_html
     from edge_slm_converters import read_checkpoint
     from edge_slm_runtime.files import write_json
@@ -131,9 +131,9 @@ def _evaluated(
             examples = held_out_examples(checkpoint, data)
             convert_with_bar(checkpoint, run / "bundle", None, name=run.name, evaluation=examples)
     out, *others = runs
-    kept = out / "evaluation.json"
-    if kept.exists():
-        result: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+    stored = out / "evaluation.json"
+    if stored.exists():
+        result: dict[str, Any] = json.loads(stored.read_text("utf-8"))
         return result
     result = measure(
         out / "bundle",
@@ -142,7 +142,7 @@ def _evaluated(
         baselines={run.name: str(run / "bundle") for run in others},
         server=server,
     )
-    (out / "evaluation.html").unlink(missing_ok=True)  # of a run that was killed here
+    (out / "evaluation.html").unlink(missing_ok=True)  # of a run that ended here
     write_html(result, out / "evaluation.html")
-    write_json(result, kept)
+    write_json(result, stored)
     return result

@@ -1,4 +1,4 @@
-"""`edge-slm evaluate`: does a bundle obey its commands, and is what it writes any good?"""
+"""`edge-slm evaluate`: obedience of a bundle to its commands, and quality of its texts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, reporter
+from edge_slm.cli.console import emit_json, json_option, reporter, stdout_console
 from edge_slm.cli.options import model_options
 from edge_slm_runtime.errors import DataError, TargetExists
 
 if TYPE_CHECKING:
-    from edge_slm.distill.prepare import Report
     from edge_slm.distill.samples import Sample
+    from edge_slm.progress import StageProgress
 
 _OTHERS = 3  # sets of answers to compare with
 
@@ -119,7 +119,7 @@ def evaluate(
     if as_json:
         emit_json(result)
     else:
-        show(result)
+        show(result, stdout_console())
     if html:
         write_html(result, html)
 
@@ -139,7 +139,7 @@ def measure(
     """`edge_slm.distill.evaluate.evaluate` of a bundle, on what its recipe held out of `data`.
 
     settings: of `edge_slm.load`. Raises DataError when the bundle does not say what was
-    held out, or nothing was.
+    held out, or there are too few held-out requests.
     """
     from edge_slm.distill.evaluate import evaluate as run
     from edge_slm.distill.recipe import RewardRecipe
@@ -181,7 +181,9 @@ def measure(
         )
 
 
-def _answers(name: str, source: str, samples: Sequence[Sample], report: Report) -> dict[str, str]:
+def _answers(
+    name: str, source: str, samples: Sequence[Sample], report: StageProgress
+) -> dict[str, str]:
     """Request → text, of a JSONL file or of the server at an address."""
     from edge_slm.distill.recipe import TeacherRecipe
     from edge_slm.distill.samples import read_jsonl
@@ -192,14 +194,14 @@ def _answers(name: str, source: str, samples: Sequence[Sample], report: Report) 
             TeacherRecipe(kind="server", model=name, temperature=0), server=source, journal=None
         )
         asks = [Ask(s.task, s.request, words=s.words) for s in samples]
-        said = teacher.answer(asks, 1, lambda i, n: report(f"ask {name}", i, n, ""))
-        return {ask.request: texts[0] for ask, texts in said if texts}
+        answered = teacher.answer(asks, 1, lambda i, n: report(f"ask {name}", i, n, ""))
+        return {ask.request: texts[0] for ask, texts in answered if texts}
     wanted = {(s.task, s.request) for s in samples}
-    found = {
+    texts_of = {
         folded: response
         for request, response, task in read_jsonl([source])
         if request and (task, folded := " ".join(request.split())) in wanted
     }
-    if not found:
+    if not texts_of:
         raise DataError(f"{source} answers none of the evaluated requests", "see --data")
-    return found
+    return texts_of

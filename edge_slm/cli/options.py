@@ -1,4 +1,4 @@
-"""Options that several subcommands take, spelled once."""
+"""Options that several subcommands have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-folder = click.Path(path_type=Path)  # whether it is a bundle is for its reader to say
+folder = click.Path(path_type=Path)  # its reader reports what is wrong with it
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:

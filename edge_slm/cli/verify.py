@@ -1,4 +1,4 @@
-"""`edge-slm verify`: is the bundle what it says, and does it still answer as it did?"""
+"""`edge-slm verify`: checks the files of a bundle, and its golden answers."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def verify(bundle: Path, goldens: bool, as_json: bool) -> None:
         return
     click.echo(f"{manifest.name}: {len(manifest.files)} files, {size} bytes, {manifest.digest}")
     for name, count in checked.items():
-        told = "engine not installed" if count is None else f"{count} goldens match"
-        click.echo(f"{name}: {told}")
+        status = "engine not installed" if count is None else f"{count} goldens match"
+        click.echo(f"{name}: {status}")
 
 
 def _run_goldens(bundle: Path, manifest: Manifest, name: str) -> int | None:
-    """How many goldens matched; None when the engine is not installed."""
+    """The number of goldens, which all match; None when the engine is not installed."""
     variant = next(v for v in manifest.variants if v.name == name)
     goldens = [golden for golden in manifest.goldens if name in golden.ids]
     try:

@@ -1,4 +1,4 @@
-"""The episodes that training learns from: sorted by reward, bounded per task."""
+"""The samples that training uses: sorted by reward, bounded per task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Buffer:
         self._by_task: dict[str, list[Scored]] = defaultdict(list)
 
     def add(self, samples: Sequence[Sample], rewards: Sequence[float]) -> None:
-        """A text that answers the same request again is not added again."""
+        """A pair of request and response that is there already is not added again."""
         for sample, reward in zip(samples, rewards, strict=True):
             self._by_task[sample.task].append((sample, float(reward)))
         for task, rows in self._by_task.items():
@@ -32,7 +32,7 @@ class Buffer:
                 if key not in seen:
                     seen.add(key)
                     unique.append(row)
-            # The sort is stable: of equal rewards the older one stays.
+            # The sort is stable: of equal rewards the older sample stays.
             self._by_task[task] = sorted(unique, key=lambda r: -r[1])[: self._capacity]
 
     def samples(self) -> list[Sample]:
@@ -43,10 +43,8 @@ class Buffer:
         return np.array([r for rows in self._by_task.values() for _, r in rows], np.float32)
 
     def best(self, task: str, count: int, bands: int = 1) -> list[list[Scored]]:
-        """The `count` best of a task in each of `bands` equally filled bands of length.
-
-        A band that stays empty, because many samples are of one length, is left out.
-        """
+        """The `count` best samples of a task in each of `bands` bands of length, which hold
+        about equally many samples; empty bands are left out."""
         rows = self._by_task[task]
         words = np.array([sample.words for sample, _ in rows])
         band = np.searchsorted(np.quantile(words, np.arange(1, bands) / bands), words, "right")

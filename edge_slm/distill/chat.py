@@ -1,9 +1,8 @@
 """A client of OpenAI-compatible chat servers for many prompts at once.
 
-Every answer is kept in a journal, so that work that was stopped goes on where it
-was. What may pass (a dropped connection, a time-out, 408, 409, 429, 5xx, an
-unreadable body) is tried again after a growing, jittered pause; what will not
-pass (any other refusal) stops the work at once.
+Every answer goes to a journal, so that stopped work continues where it was. Failures that
+may be temporary (a dropped connection, a time-out, 408, 409, 429, 5xx, an unreadable body)
+are retried after a growing, jittered pause; any other refusal stops the work at once.
 """
 
 from __future__ import annotations
@@ -26,17 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm.journal import Journal
+from edge_slm.progress import Progress
 from edge_slm_runtime.errors import BadSetting, DataError, DependencyMissing, TeacherError, shown
 
-Progress = Callable[[int, int], None]  # (done, total); total 0: unknown
-
-_AHEAD = 4  # prompts taken from the caller, as a multiple of the concurrency
+_AHEAD = 4  # requests taken from the caller in advance, as a multiple of the concurrency
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # s
 _LONGEST_WAIT = 600.0  # s; a server that asks for more is given up
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ChatRequest:
     """messages: (role, content) pairs, the last one the user's."""
 
     messages: tuple[tuple[str, str], ...]
@@ -45,22 +43,22 @@ class Prompt:
     seed: int = 0
 
     def key(self, model: str) -> str:
-        """Digest of all that decides the answer."""
+        """Digest of everything that decides the answer."""
         canonical = json.dumps([model, asdict(self)], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """cut: the answer reached max_tokens."""
+    """The text of an answer. cut: it reached max_tokens."""
 
-    prompt: Prompt
+    prompt: ChatRequest
     text: str
     cut: bool = False
 
 
-class _TryAgain(Exception):
-    """A failure that may pass; wait: what the server asked for, in seconds."""
+class _Retry(Exception):
+    """A failure that may be temporary; wait: seconds that the server asked for."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -70,9 +68,9 @@ class _TryAgain(Exception):
 class Chat:
     """One model behind one server.
 
-    base_url: such as http://127.0.0.1:8000/v1. api_key: of $OPENAI_API_KEY if None.
-    timeout: seconds until an answer must be whole. retries: after the first try.
-    journal: a JSONL file of raw answers; what it holds is never asked again.
+    base_url: such as http://127.0.0.1:8000/v1. api_key: None takes $OPENAI_API_KEY.
+    timeout: seconds until an answer must be complete. retries: after the first attempt.
+    journal: a JSONL file of raw answers; a request in it is not sent again.
     """
 
     def __init__(
@@ -108,18 +106,18 @@ class Chat:
         self._known: dict[str, tuple[str, bool]] = {}  # key → (text, cut)
 
     def ask(
-        self, prompts: Iterable[Prompt], progress: Progress | None = None
+        self, prompts: Iterable[ChatRequest], progress: Progress | None = None
     ) -> Generator[Reply, None, None]:
-        """The replies in the order of the prompts, as they come.
+        """The replies in the order of the prompts, as they arrive.
 
-        Raises TeacherError, which names the server; what was answered until then is
-        in the journal. Leaving the iteration (Ctrl-C too) drops what is under way. Raises
-        DataError when another process is writing the journal.
+        Leaving the iteration (Ctrl-C too) cancels the requests under way. Raises TeacherError,
+        which names the server (answers until then are in the journal), and DataError when
+        another process is writing the journal.
         """
         total = len(prompts) if isinstance(prompts, (list, tuple)) else 0
         source = iter(prompts)
         with self._session() as submit:
-            window: deque[tuple[Prompt, str, Future[None] | None]] = deque()
+            window: deque[tuple[ChatRequest, str, Future[None] | None]] = deque()
             asked: dict[str, Future[None]] = {}
             done = 0
             while True:
@@ -143,8 +141,8 @@ class Chat:
                 yield Reply(prompt, text, cut)
 
     @contextmanager
-    def _session(self) -> Iterator[Callable[[Prompt, str], Future[None]]]:
-        """An event loop in a thread of its own: the caller may take its time."""
+    def _session(self) -> Iterator[Callable[[ChatRequest, str], Future[None]]]:
+        """An event loop in a thread of its own: requests go on while the caller is busy."""
         from openai import AsyncOpenAI
 
         loop = asyncio.new_event_loop()
@@ -155,7 +153,7 @@ class Chat:
         )
         slots = asyncio.Semaphore(self._concurrency)
 
-        async def answer(prompt: Prompt, key: str) -> None:
+        async def answer(prompt: ChatRequest, key: str) -> None:
             async with slots:
                 await self._answer(client, prompt, key)
 
@@ -185,14 +183,14 @@ class Chat:
                 self._journal.close()
                 self._journal = None
 
-    async def _answer(self, client: Any, prompt: Prompt, key: str) -> None:
-        """Asks until there is an answer, then keeps it."""
+    async def _answer(self, client: Any, prompt: ChatRequest, key: str) -> None:
+        """Sends a prompt until there is an answer, and stores that."""
         for attempt in range(self._retries + 1):
             await self._turn()
             try:
                 text, cut, raw = await self._send(client, prompt)
                 break
-            except _TryAgain as error:
+            except _Retry as error:
                 if error.wait > _LONGEST_WAIT:
                     raise TeacherError(
                         f"{self.base_url} asks to wait {error.wait:.0f} s", "start again then"
@@ -200,9 +198,9 @@ class Chat:
                 if attempt == self._retries:
                     raise TeacherError(
                         f"{self.base_url} failed {attempt + 1} times in a row, last: {error}",
-                        "see the server's log; answers so far are kept, start again to go on",
+                        "see the server's log; answers so far are kept, start again to continue",
                     ) from None
-                # Everyone waits where the server asked for it, one alone otherwise.
+                # All requests wait if the server asked for it, else this one alone.
                 self._next_turn = max(self._next_turn, time.monotonic() + error.wait)
                 pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
                 await asyncio.sleep(max(error.wait, random.uniform(pause / 2, pause)))
@@ -213,13 +211,13 @@ class Chat:
         self._known[key] = (text, cut)
 
     async def _turn(self) -> None:
-        """Waits until the rate limit, or the server, lets the next request go."""
+        """Waits until the rate limit and the server allow the next request."""
         while (wait := self._next_turn - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         self._next_turn = time.monotonic() + self._interval
 
-    async def _send(self, client: Any, prompt: Prompt) -> tuple[str, bool, Any]:
-        """(text, cut, raw answer). Raises _TryAgain, or TeacherError for good."""
+    async def _send(self, client: Any, prompt: ChatRequest) -> tuple[str, bool, Any]:
+        """(text, cut, raw answer). Raises _Retry, and TeacherError for a permanent failure."""
         import openai
 
         call = client.chat.completions.with_raw_response.create(
@@ -230,18 +228,18 @@ class Chat:
             seed=prompt.seed,
         )
         try:
-            # The client's own time-out is between two bytes; this one is for all.
+            # The time-out of the client is between two bytes; this one is for the answer.
             response = await asyncio.wait_for(call, self._timeout)
         except (openai.APITimeoutError, asyncio.TimeoutError, TimeoutError):
-            raise _TryAgain(f"no answer within {self._timeout:g} s") from None
+            raise _Retry(f"no answer within {self._timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise _TryAgain(f"no connection: {error.__cause__ or error}") from None
+            raise _Retry(f"no connection: {error.__cause__ or error}") from None
         except openai.APIStatusError as error:
             status = error.status_code
             message = error.message.removeprefix(f"Error code: {status}").lstrip(" -")
             reason = f"{status} {shown(message)}" if message else str(status)
             if status in (408, 409, 429) or status >= 500:
-                raise _TryAgain(reason, _retry_after(error.response.headers)) from None
+                raise _Retry(reason, _retry_after(error.response.headers)) from None
             raise TeacherError(
                 f"{self.base_url} refused a prompt for model {self.model!r}: {reason}",
                 "check the address (it usually ends in /v1), the model's name and the key",
@@ -252,7 +250,7 @@ class Chat:
 def _read(body: bytes) -> tuple[str, bool, Any]:
     """(text, cut, raw) of a chat completion.
 
-    Also of an event stream: `transformers serve` sends one, asked or not.
+    Also of an event stream: `transformers serve` always sends one.
     """
     try:
         if body.lstrip().startswith(b"data:"):
@@ -260,17 +258,17 @@ def _read(body: bytes) -> tuple[str, bool, Any]:
             raw: Any = [json.loads(line) for line in lines if line != b"[DONE]"]
             choices = [event["choices"][0] for event in raw if event["choices"]]
             text = "".join(choice["delta"].get("content") or "" for choice in choices)
-            reason = choices[-1]["finish_reason"]  # missing: the stream broke off
+            reason = choices[-1]["finish_reason"]  # missing: the stream was interrupted
         else:
             raw = json.loads(body)
             choice = raw["choices"][0]
-            # null when a model spent all tokens on thinking
+            # null when a model spent all tokens on reasoning
             text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
         if not isinstance(text, str):
             raise TypeError(text)  # noqa: TRY301
         text.encode()  # no half characters
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise _TryAgain(f"an unreadable answer: {shown(body)}") from None
+        raise _Retry(f"an unreadable answer: {shown(body)}") from None
     return text, reason == "length", raw
 
 

@@ -1,9 +1,9 @@
-"""An exploration round: ask for a little more than the best had, and learn from what comes.
+"""An exploration round: command a little more than the best episodes achieved.
 
-After Srivastava et al., arXiv 1912.02877, section 2.2: from the N best episodes, the
-horizon asked for is their mean length, the return is drawn from U[M, M + S], the
-mean and standard deviation of their returns. What is generated is scored and
-joins the buffer under what it really achieved.
+After Srivastava et al., arXiv 1912.02877, section 2.2: of the N best episodes, the mean
+length is the commanded horizon, and the commanded return is drawn from U[M, M + S], M and S
+being the mean and standard deviation of their returns. The generated episodes are scored
+and join the buffer with the outcomes that they achieved.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from edge_slm.distill.buffer import Scored
-from edge_slm.distill.generate import Episode, Sampler
+from edge_slm.distill.generate import Episode, EpisodeGenerator
 from edge_slm.distill.hindsight import Edges, level_of
-from edge_slm.distill.prepare import Prepared, Report
+from edge_slm.distill.prepare import Prepared
 from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample
 from edge_slm.journal import Journal
+from edge_slm.progress import StageProgress
 from edge_slm_runtime.command import WORD_EDGES, Command, count_words
 from edge_slm_runtime.files import write_jsonl
 
@@ -32,7 +33,7 @@ _CHUNK = 512  # episodes generated together; a killed round repeats at most thes
 def command(
     task: str, best: Sequence[Scored], edges: Sequence[float], rng: random.Random
 ) -> Command:
-    """What to ask of a task next, after its best episodes."""
+    """The next command for a task, derived from its best episodes."""
     horizon = round(float(np.mean([sample.words for sample, _ in best])))
     returns = [reward for _, reward in best]
     mean, deviation = float(np.mean(returns)), float(np.std(returns))
@@ -41,8 +42,8 @@ def command(
 
 
 def plan(prepared: Prepared, edges: Edges, number: int) -> list[Episode]:
-    """The episodes of round `number`: requests of the training side, each under a command
-    after the best episodes of a random length band."""
+    """The episodes of round `number`: requests of the training side, each with a command
+    derived from the best episodes of a random length band."""
     recipe = prepared.recipe.explore
     episodes = []
     for task in prepared.recipe.data.tasks:
@@ -64,15 +65,15 @@ def explore(
     checkpoint: Path,
     reward: Reward,
     out: Path,
-    report: Report,
+    report: StageProgress,
 ) -> dict[str, Any]:
-    """Plays round `number` and adds it to the buffer; returns what it achieved.
+    """Generates round `number` and adds it to the buffer; returns its figures.
 
-    out: JSONL of the episodes with their rewards. A finished one is read instead;
-    a killed round continues after its last chunk.
+    out: JSONL of the episodes with their rewards; a finished one is read instead. A killed
+    round continues after its last chunk.
     """
     if not out.exists():
-        _play(prepared, plan(prepared, edges, number), number, checkpoint, reward, out, report)
+        _generate(prepared, plan(prepared, edges, number), number, checkpoint, reward, out, report)
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     ended = [row for row in rows if row["ended"]]
     own = [Sample(row["request"], row["text"], row["task"], "own") for row in ended]
@@ -90,23 +91,23 @@ def explore(
     }
 
 
-def _play(
+def _generate(
     prepared: Prepared,
     episodes: Sequence[Episode],
     number: int,
     checkpoint: Path,
     reward: Reward,
     out: Path,
-    report: Report,
+    report: StageProgress,
 ) -> None:
     recipe = prepared.recipe
-    path = out.with_suffix(".journal")
+    path, bf16 = out.with_suffix(".journal"), recipe.train.precision == "bf16"
     with Journal(path, group=_CHUNK) as journal:
-        sampler = None
+        generator = None
         for start in range(journal.count, len(episodes), _CHUNK):
-            sampler = sampler or Sampler(checkpoint, bf16=recipe.train.precision == "bf16")
+            generator = generator or EpisodeGenerator(checkpoint, bf16=bf16)
             chunk = episodes[start : start + _CHUNK]
-            answers = sampler(chunk, temperature=recipe.explore.temperature)
+            answers = generator(chunk, temperature=recipe.explore.temperature)
             for episode, answer in zip(chunk, answers, strict=True):
                 ended = answer.ended and count_words(answer.text) > 0
                 row = {"request": episode.request, **episode.command.as_dict()}

@@ -39,14 +39,14 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Outcome:
     """The text; `ended` is False where the context was full before `<|end|>`."""
 
     text: str
     ended: bool
 
 
-class Sampler:
+class EpisodeGenerator:
     """Writes answers with the checkpoint folder `checkpoint` of a training.
 
     device: None is the GPU where there is one. batch: rows at once; None is 64, on a
@@ -88,7 +88,7 @@ class Sampler:
         *,
         temperature: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Answer]:
+    ) -> list[Outcome]:
         """One answer per episode, in order. temperature 0 is greedy.
 
         Raises a RequestError for a request or command that cannot be honoured.
@@ -101,7 +101,7 @@ class Sampler:
             return episodes[i].command.words or 0, len(prompts[i])
 
         order = sorted(range(len(episodes)), key=size, reverse=True)
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Outcome] = {}
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
             written = self._write(
@@ -124,7 +124,7 @@ class Sampler:
 
     def _write(
         self, prompts: list[list[int]], seeds: list[int], temperature: float
-    ) -> list[Answer]:
+    ) -> list[Outcome]:
         """The answers of one batch; rows that have ended leave it, some at a time."""
         import torch
 
@@ -192,8 +192,8 @@ class Sampler:
         steps = (logits / temperature).softmax(1).cumsum(1, dtype=torch.float64)
         return torch.searchsorted(steps, (draws * steps[:, -1])[:, None], right=True)[:, 0]
 
-    def _answer(self, ids: list[int]) -> Answer:
+    def _answer(self, ids: list[int]) -> Outcome:
         (end,) = self.codec.ends
         ended = end in ids
         text = self.codec.decode(ids[: ids.index(end)] if ended else ids)
-        return Answer(text.strip(), ended)
+        return Outcome(text.strip(), ended)

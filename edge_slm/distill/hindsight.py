@@ -1,8 +1,8 @@
-"""Hindsight: what a sample really achieved becomes the command it is trained under.
+"""Hindsight: the outcome that a sample achieved becomes its command in training.
 
-Rewards become levels by per-task quantiles (as in Quark, Lu et al., arXiv
-2205.13636); words are counted; and command dropout replaces single values by
-"any", so that the model also answers under-specified commands.
+Rewards become levels by per-task quantiles (as in Quark, Lu et al., arXiv 2205.13636);
+words are counted; command dropout replaces single values by "any", so that the model also
+answers commands that leave an axis open.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Edges = Mapping[str, list[float]]  # task → the inner quantiles of its rewards
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A training record: the sample and the command that it obeys."""
+    """A request, its response, and the command that the response obeys."""
 
     request: str
     response: str
@@ -43,8 +43,10 @@ def level_edges(
     levels: int = RELEVANCE_LEVELS,
     scope: Literal["task", "global"] = "task",
 ) -> Edges:
-    """Per task the levels - 1 inner quantiles of the reward (level k starts at edge k - 1);
-    scope "global": those of all tasks together, for each of them."""
+    """Per task the `levels` - 1 inner quantiles of the reward; level k begins at edge k - 1.
+
+    scope "global": every task has the quantiles of all rewards together.
+    """
     by_task: dict[str, list[float]] = defaultdict(list)
     for sample, reward in zip(samples, rewards, strict=True):
         by_task[sample.task].append(float(reward))
@@ -54,6 +56,7 @@ def level_edges(
 
 
 def level_of(reward: float, edges: Sequence[float]) -> int:
+    """The level of a reward, 0 … len(edges)."""
     return int(np.searchsorted(edges, reward, "right"))
 
 
@@ -64,7 +67,7 @@ def relabel(
     *,
     plain: bool = False,
 ) -> list[Record]:
-    """Each sample under the command that it achieved; plain: under its task alone."""
+    """Each sample with the command that it achieved; plain: with its task alone."""
 
     def achieved(sample: Sample, reward: float) -> Command:
         if plain:
@@ -83,7 +86,7 @@ def build_schema(
     levels: int = RELEVANCE_LEVELS,
     position: Position = "bottom",
 ) -> CommandSchema:
-    """The grammar with the support that these records give."""
+    """The command grammar; its support is counted in these records."""
     axes = default_axes(tasks, levels)
     counts: dict[str, dict[str, dict[str, int]]] = {
         task: {axis.name: {} for axis in axes if axis.kind != "category"} for task in tasks

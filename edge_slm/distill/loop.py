@@ -1,14 +1,14 @@
-"""The whole of upside-down reinforcement learning, from samples to a checkpoint.
+"""Upside-down reinforcement learning from samples to a checkpoint.
 
-Every step leaves a whole file in the run's folder, so a run that was stopped or
-killed continues behind its last step, and inside a training stage behind its last
-saved state:
+Every step leaves a complete file in the folder of the run, so a run that was stopped or
+killed continues after its last step, and within a training stage after its last saved
+state:
 
-    teacher.jsonl        what the teacher wrote
+    teacher.jsonl        samples of the teacher
     stage-1.pt …         weights after each stage of the recipe
     round-1.jsonl …      episodes of each exploration round, with their rewards
     round-1.pt …         weights after each round
-    state.pt             the stage under way
+    state.pt             state of the current stage
     metrics-*.jsonl, tensorboard/
     checkpoint/          the result, in the Hugging Face layout
 """
@@ -29,19 +29,18 @@ from edge_slm.distill.model import fresh_model, grown_model, weights_digest
 from edge_slm.distill.prepare import (
     Labelled,
     Prepared,
-    Report,
     bare_schema,
     label,
     new_tokenizer,
     prepare,
     read_text,
-    silent,
     text_records,
 )
 from edge_slm.distill.recipe import Recipe, StageRecipe
 from edge_slm.distill.rewards import Reward, make_reward
 from edge_slm.distill.samples import load_samples
 from edge_slm.distill.teachers import make_teacher, teach
+from edge_slm.progress import StageProgress, silent
 from edge_slm_runtime.errors import DataError, DependencyMissing, TargetExists
 
 
@@ -53,18 +52,18 @@ def distill(
     text: Sequence[str | Path] = (),
     cache: str | Path | None = None,
     server: str | None = None,
-    report: Report = silent,
+    report: StageProgress = silent,
     max_steps: int | None = None,
 ) -> Path:
-    """Runs the recipe to its end; returns the checkpoint (or state.pt, when stopped).
+    """Runs the recipe; returns the checkpoint (or state.pt, when stopped before the end).
 
     data: JSONL files or folders of samples; may be empty when the recipe has a teacher.
-    text: general text, for stages of kind "text". out: the run's folder; a run found
-    there is continued, the checkpoint of a finished one returned. cache: folder of the
-    rewards' caches (default: `out`/cache). server: address of the OpenAI-compatible
-    server of teacher and judge. max_steps: of training, then stop. Ctrl-C saves after
-    the step under way. Raises DataError (what cannot be used, by name), TargetExists,
-    DependencyMissing, CheckpointError (`model.init`), TeacherError, OutOfMemory.
+    text: general text, for stages of kind "text". out: folder of the run; a run in it is
+    continued, and the checkpoint of a finished one returned. cache: folder of the rewards'
+    caches (default: `out`/cache). server: address of the OpenAI-compatible server of
+    teacher and judge. max_steps: training steps until it stops. Ctrl-C saves the state
+    after the current step. Raises DataError, TargetExists, DependencyMissing,
+    CheckpointError (`model.init`), TeacherError, OutOfMemory.
     """
     try:
         import accelerate
@@ -104,14 +103,14 @@ def distill(
         )
         prepared = prepare(recipe, data, reward, report)
     general = read_text(text) if text else ""
-    run = _Run(recipe, prepared, general, reward, out, accelerator, report, max_steps)
-    return run.all()
+    training = _Training(recipe, prepared, general, reward, out, accelerator, report, max_steps)
+    return training.run()
 
 
 def _taught(
-    recipe: Recipe, data: Sequence[str | Path], out: Path, server: str | None, report: Report
+    recipe: Recipe, data: Sequence[str | Path], out: Path, server: str | None, report: StageProgress
 ) -> Path:
-    """The teacher's samples: answers to requests of its own, or to those of the data."""
+    """The samples of the teacher, which answers requests of its own or those of the data."""
     assert recipe.teacher is not None
     tasks, requests = recipe.data.tasks, None
     if recipe.teacher.source == "data":
@@ -124,8 +123,8 @@ def _taught(
     return teach(teacher, tasks, recipe.teacher, target, recipe.seed, report, requests)
 
 
-class _Run:
-    """The training half: stages, rounds, checkpoint."""
+class _Training:
+    """Stages, exploration rounds, checkpoint."""
 
     def __init__(
         self,
@@ -135,7 +134,7 @@ class _Run:
         reward: Reward,
         out: Path,
         accelerator: Any,
-        report: Report,
+        report: StageProgress,
         max_steps: int | None,
     ) -> None:
         from edge_slm.distill.objective import Learner
@@ -155,7 +154,7 @@ class _Run:
         self.labelled = label(prepared, self.tokenizer)
         self.history: list[dict[str, Any]] = []  # of stages and rounds, for the model card
 
-    def all(self) -> Path:
+    def run(self) -> Path:
         for i, stage in enumerate(self.recipe.stages, 1):
             if not self.trained(f"stage-{i}", stage):
                 return self.out / "state.pt"
@@ -189,7 +188,7 @@ class _Run:
     def trained(
         self, name: str, stage: StageRecipe, achieved: Mapping[str, Any] | None = None, **extra: Any
     ) -> bool:
-        """Trains a stage, or loads what a finished one left. False: stopped before its end."""
+        """Trains a stage, or loads the weights of a finished one. False: stopped before its end."""
         import torch
 
         from edge_slm.distill.trainer import Stage, Trainer, interrupts_deferred
@@ -256,7 +255,7 @@ class _Run:
         )
 
     def save(self, target: Path) -> Path:
-        """A checkpoint of the present weights, with all that is known about how it was made."""
+        """A checkpoint of the present weights, with a record of how they were made."""
         if not self.accelerator.is_main_process:
             return target
         recipe, facts = self.recipe, dict(self.prepared.facts)
@@ -276,6 +275,4 @@ class _Run:
             **origin,
             "history": self.history,
         }
-        return save_checkpoint(
-            self.learner.gpt, self.tokenizer, self.labelled.schema, about, target
-        )
+        return save_checkpoint(self.learner.lm, self.tokenizer, self.labelled.schema, about, target)

@@ -1,10 +1,10 @@
-"""What training minimises: response-only cross-entropy, and what may be added to it.
+"""The loss of training: cross-entropy of response tokens, and optional terms.
 
-- KL to the model before the round, and an entropy bonus (Quark, Lu et al.,
-  arXiv 2205.13636), per response token;
-- the *countdown*: two linear heads read, from the hidden state, how many words are
-  begun and how many remain. `<|end|>` teaches length once per record; the countdown
-  does so at every token. The heads are dropped from the checkpoint. (Our own.)
+- KL to the model before the round, and an entropy bonus (Quark, Lu et al., arXiv
+  2205.13636), per response token;
+- the *countdown*: two linear heads predict, from the hidden state, how many words have begun
+  and how many remain. `<|end|>` teaches length once per record, the countdown at every
+  token. The heads are not part of the checkpoint. (Our own.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 from edge_slm.distill.packing import IGNORED, Batch
 from edge_slm_runtime.command import WORD_EDGES
 
-_BUCKETS = len(WORD_EDGES) + 1  # those of WORD_EDGES, none at all, and more
+_BUCKETS = len(WORD_EDGES) + 1  # the buckets of WORD_EDGES, with one below and one above
 
 
 def attention_mask(segment: torch.Tensor) -> torch.Tensor:
@@ -29,28 +29,31 @@ def attention_mask(segment: torch.Tensor) -> torch.Tensor:
 
 
 class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
-    """A GPT-2 with its losses: `forward` gives their weighted sum over a batch."""
+    """A causal language model of transformers with its loss.
 
-    def __init__(self, gpt: Any, *, countdown: float = 0.0, compile: bool = False) -> None:  # noqa: A002
+    countdown: weight of the countdown's loss. compile: of the layers, by torch.compile.
+    """
+
+    def __init__(self, lm: Any, *, countdown: float = 0.0, compile: bool = False) -> None:  # noqa: A002
         super().__init__()
-        self.gpt = gpt
+        self.lm = lm
         self.countdown = countdown
         self.kl = self.entropy = 0.0
-        self._before: list[Any] = []  # in a list: no submodule, not saved, not trained
+        self._before: list[Any] = []  # in a list, so that it is no submodule
         if countdown:
-            width = gpt.config.n_embd
+            width = lm.config.hidden_size
             self.so_far = torch.nn.Linear(width, _BUCKETS)
             self.remaining = torch.nn.Linear(width, _BUCKETS)
-        body = gpt.transformer
+        body = lm.base_model
         self._body = [torch.compile(body) if compile else body]
 
-    def stay_near(self, *, kl: float, entropy: float) -> None:
-        """Weights of the KL to the present weights, and of the entropy bonus."""
+    def set_regularisers(self, *, kl: float, entropy: float) -> None:
+        """Weights of the KL to the model as it is now, and of the entropy bonus."""
         self.kl, self.entropy = kl, entropy
-        self._before = [copy.deepcopy(self.gpt).eval().requires_grad_(False)] if kl else []
+        self._before = [copy.deepcopy(self.lm).eval().requires_grad_(False)] if kl else []
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums over the bearing tokens: `loss` (weighted), `cross_entropy` and the parts in use.
+        """Sums over the labelled tokens: `loss` (weighted), `cross_entropy` and the terms in use.
 
         batch: the arrays of `tensors`, [rows, length].
         """
@@ -60,12 +63,12 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             "attention_mask": attention_mask(batch["segment"]),
             "use_cache": False,
         }
-        bearing = batch["labels"] != IGNORED  # only these reach the LM head
-        hidden = self._body[0](**inputs).last_hidden_state[bearing]
-        logits = self.gpt.lm_head(hidden).float()
+        labelled = batch["labels"] != IGNORED  # only these reach the LM head
+        hidden = self._body[0](**inputs).last_hidden_state[labelled]
+        logits = self.lm.get_output_embeddings()(hidden).float()
         parts = {
             "cross_entropy": functional.cross_entropy(
-                logits, batch["labels"][bearing], reduction="sum"
+                logits, batch["labels"][labelled], reduction="sum"
             )
         }
         loss = parts["cross_entropy"]
@@ -73,7 +76,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             log_p = logits.log_softmax(-1)
             if self._before:
                 with torch.no_grad():
-                    before = self._before[0](**inputs).logits[bearing].float().log_softmax(-1)
+                    before = self._before[0](**inputs).logits[labelled].float().log_softmax(-1)
                 parts["kl"] = (log_p.exp() * (log_p - before)).sum()
                 loss = loss + self.kl * parts["kl"]
             parts["entropy"] = -(log_p.exp() * log_p).sum()
@@ -82,7 +85,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             counted = [
                 functional.cross_entropy(
                     head(hidden).float(),
-                    batch[name][bearing],
+                    batch[name][labelled],
                     ignore_index=IGNORED,
                     reduction="sum",
                 )
@@ -94,7 +97,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
 
 
 def tensors(batch: Batch, device: Any) -> dict[str, torch.Tensor]:
-    """The batch on the device, word counts as buckets of WORD_EDGES."""
+    """The batch on the device, with word counts as buckets of WORD_EDGES."""
     arrays = {name: getattr(batch, name) for name in batch.__slots__}
     for name in ("so_far", "remaining"):
         counts = arrays[name]

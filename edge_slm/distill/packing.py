@@ -1,8 +1,8 @@
 """Records as token ids, packed into rows of fixed length with exact boundaries.
 
-Several records share a row; each has its own positions from 0, attends only to
-itself, and only its response (with `<|end|>`) bears loss. A packed row gives the
-same logits as its records alone (tests/distill/test_packing.py).
+Several records share a row. Each has its own positions from 0 and attends only to itself,
+and only its response (with `<|end|>`) has labels. A packed row gives the same logits as its
+records alone (tests/distill/test_packing.py).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One record; the command is rendered per epoch (dropout).
+    """One record; its command is rendered anew in each epoch, with dropout.
 
-    record None is a piece of general text: no command, `<|end|>` stands before it.
+    record None: a piece of general text, which has no command and follows `<|end|>`.
     """
 
     request: list[int]
@@ -53,7 +53,7 @@ def encode_records(
 
 
 def _words_begun(tokens: Sequence[str]) -> list[int]:
-    """Before each token, and at the end. A leading space (Ġ) begins a word, as does the start."""
+    """Words begun before each token, and in all. A leading space (Ġ) or the start begins one."""
     counts = [0]
     for i, token in enumerate(tokens):
         counts.append(counts[-1] + (i == 0 or token.startswith("Ġ")))
@@ -71,10 +71,10 @@ def encode_text(text: str, tokenizer: Any, positions: int) -> list[Encoded]:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Arrays [rows, length]. `segment` numbers the records of a row; -1 is padding.
+    """Arrays [rows, length]. segment: number of the record in its row; -1 is padding.
 
-    so_far, remaining: words of the response begun before, and still to begin at,
-    the labelled token; IGNORED where unknown (`remaining`: where no length is asked).
+    so_far, remaining: words of the response begun before the labelled token, and from it on;
+    IGNORED where unknown (`remaining`: where the command has no length).
     """
 
     ids: Ids
@@ -85,16 +85,17 @@ class Batch:
     remaining: Ids
 
     def rows(self, which: slice) -> Batch:
+        """A batch of these rows."""
         return Batch(*(getattr(self, name)[which] for name in self.__slots__))
 
     @property
-    def bearing(self) -> int:
-        """Tokens that bear loss."""
+    def loss_tokens(self) -> int:
+        """Tokens that have a label."""
         return int((self.labels != IGNORED).sum())
 
 
 class Packer:
-    """Deterministic batches: (seed, epoch, batch number) says exactly what is in one."""
+    """Deterministic batches: (seed, epoch, batch number) decides what is in one."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Packer:
         """The plan of an epoch: batches of rows of record indices.
 
         First-fit over a small window of open rows: about 97% of the positions are used.
-        partial: the last batch may have fewer rows, so that no record is left out.
+        partial: with a last batch of fewer rows, so that no record is left out.
         """
         order = list(range(len(self._records)))
         random.Random(f"{self._seed}/{number}").shuffle(order)
@@ -151,23 +152,23 @@ class Packer:
             at = 0
             for s, index in enumerate(row):
                 encoded = self._records[index]
-                prompt, told = [0], False  # END is id 0
+                prompt, has_length = [0], False  # END is id 0
                 if encoded.record:
                     command = drop(encoded.record.command, self._dropout, rng)
                     prompt = self._schema.frame(encoded.request, command)
-                    told = command.words is not None
+                    has_length = command.words is not None
                 tokens = prompt + encoded.response
                 stop = at + len(tokens)
                 ids[r, at:stop] = tokens
                 positions[r, at:stop] = np.arange(len(tokens))
                 segment[r, at:stop] = s
                 # The last prompt token predicts the first response token.
-                bearing = slice(at + len(prompt) - 1, stop - 1)
-                labels[r, bearing] = encoded.response
+                labelled = slice(at + len(prompt) - 1, stop - 1)
+                labels[r, labelled] = encoded.response
                 if encoded.begun:
                     begun = np.asarray(encoded.begun)
-                    so_far[r, bearing] = begun
-                    if told:
-                        remaining[r, bearing] = begun[-1] - begun
+                    so_far[r, labelled] = begun
+                    if has_length:
+                        remaining[r, labelled] = begun[-1] - begun
                 at = stop
         return Batch(ids, positions, labels, segment, so_far, remaining)

@@ -1,10 +1,10 @@
-"""From sample files to what training needs: read, vary, score, relabel, tokenise."""
+"""Prepares training data: read samples, vary, score, relabel, tokenise."""
 
 from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,17 @@ from edge_slm.distill.hindsight import Edges, build_schema, level_edges, relabel
 from edge_slm.distill.packing import Encoded, encode_records, encode_text
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.rewards import Reward
-from edge_slm.distill.samples import Sample, load_samples, vary
+from edge_slm.distill.samples import Sample, load_samples
 from edge_slm.distill.tokenizer import train_tokenizer
+from edge_slm.distill.variants import vary
+from edge_slm.progress import StageProgress, silent
 from edge_slm_runtime.command import CommandSchema, default_axes
 from edge_slm_runtime.errors import DataError
-
-# (stage, done, total, remark): the one way in which long work tells how far it is.
-Report = Callable[[str, int, int, str], None]
-
-
-def silent(stage: str, done: int, total: int, remark: str = "") -> None:
-    """A Report that says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What the data gives; the same recipe and data give the same object."""
+    """The scored samples; the same recipe and data give the same object."""
 
     recipe: Recipe
     pairs: list[Sample]  # of the training side
@@ -44,7 +39,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """The buffer under the commands that its samples achieved, as token ids."""
+    """The samples of the buffer as token ids, each with the command that it achieved."""
 
     schema: CommandSchema
     edges: Edges
@@ -54,7 +49,7 @@ class Labelled:
 
 
 def prepare(
-    recipe: Recipe, data: Sequence[str | Path], reward: Reward, report: Report = silent
+    recipe: Recipe, data: Sequence[str | Path], reward: Reward, report: StageProgress = silent
 ) -> Prepared:
     """Raises DataError (unusable data, by file and line) and DependencyMissing."""
     report("read", 0, 1, "")
@@ -77,7 +72,7 @@ def prepare(
 
 
 def label(prepared: Prepared, tokenizer: Any) -> Labelled:
-    """Levels from the buffer as it is now, and all samples under them."""
+    """Levels from the present buffer, and all samples labelled with them."""
     recipe, h = prepared.recipe, prepared.recipe.hindsight
     samples, rewards = prepared.buffer.samples(), prepared.buffer.rewards()
     edges = level_edges(samples, rewards, h.levels, h.quantiles)
@@ -91,7 +86,7 @@ def label(prepared: Prepared, tokenizer: Any) -> Labelled:
 
 
 def bare_schema(recipe: Recipe) -> CommandSchema:
-    """The grammar before any sample is labelled: all that the control tokens need."""
+    """The grammar without support; it has all control tokens."""
     return CommandSchema(
         default_axes(recipe.data.tasks, recipe.hindsight.levels),
         position=recipe.hindsight.position,
@@ -99,10 +94,10 @@ def bare_schema(recipe: Recipe) -> CommandSchema:
 
 
 def new_tokenizer(prepared: Prepared, general: str = "") -> Any:
-    """A tokenizer of the recipe's size, of the pairs and (a part of) the general text."""
+    """A tokenizer of the recipe's size, trained on the pairs and a part of the general text."""
     recipe = prepared.recipe
     texts = [text for sample in prepared.pairs for text in (sample.request, sample.response)]
-    share = general[: sum(map(len, texts)) // 2]  # prompts are what it must be good at
+    share = general[: sum(map(len, texts)) // 2]  # most of it is to be prompts
     return train_tokenizer(
         [*texts, *share.split("\n\n")], bare_schema(recipe), recipe.model.vocab_size
     )

@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_slm.distill.generate import Episode, Sampler
-from edge_slm.distill.rewards import Progress, Reward
+from edge_slm.distill.generate import Episode, EpisodeGenerator
+from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import Progress
 from edge_slm_converters.checkpoint import read_schema
 from edge_slm_runtime import errors
 from edge_slm_runtime.command import Command
@@ -48,14 +49,14 @@ def sample_with_ray(
     temperature: float = 1.0,
     progress: Progress | None = None,
 ) -> Path:
-    """The answers of `Sampler(checkpoint)` as JSONL, one row per episode, in order:
+    """The answers of `EpisodeGenerator(checkpoint)` as JSONL, one row per episode, in order:
     request, task, words, relevance, seed, text, ended.
 
     workers: processes, each with a GPU where the cluster has some, else with a core.
     The checkpoint must be readable under this path on every machine. Uses the cluster
     of RAY_ADDRESS, else starts Ray here for the time being. Raises TargetExists,
     DependencyMissing, BadSetting (more workers than the cluster has room for), what
-    `Sampler` raises, and EngineError when workers keep dying.
+    `EpisodeGenerator` raises, and EngineError when workers keep dying.
     """
     read_schema(Path(checkpoint))  # raises here what would kill every worker there
     rows = [{"request": e.request, **e.command.as_dict(), "seed": e.seed} for e in episodes]
@@ -87,7 +88,7 @@ def score_with_ray(
 
 
 def _sampling(checkpoint: str, temperature: float) -> Work:
-    sampler = Sampler(checkpoint)
+    generator = EpisodeGenerator(checkpoint)
 
     def work(rows: list[Row]) -> list[Row]:
         episodes = [
@@ -96,7 +97,7 @@ def _sampling(checkpoint: str, temperature: float) -> Work:
             )
             for row in rows
         ]
-        answers = sampler(episodes, temperature=temperature)
+        answers = generator(episodes, temperature=temperature)
         return [{**row, **asdict(answer)} for row, answer in zip(rows, answers, strict=True)]
 
     return work

@@ -110,7 +110,7 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
         trainer.step(batch)  # reads the loss back: the device is done
         if number >= _WARM_UP:
             seconds.append(time.perf_counter() - started)
-            labelled += batch.bearing
+            labelled += batch.loss_tokens
             filled += int((batch.segment >= 0).sum())
     batches.close()  # type: ignore[attr-defined]  # a generator
     on_gpu = accelerator.device.type == "cuda"

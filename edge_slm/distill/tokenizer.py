@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of a model: control tokens first, then bytes, then merges."""
+"""The byte-level BPE tokenizer of a new model: control tokens, then bytes, then merges."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from edge_slm_runtime.command import END, CommandSchema
 def train_tokenizer(texts: Iterable[str], schema: CommandSchema, vocab_size: int) -> Any:
     """A `tokenizers.Tokenizer`. Control tokens are ids 0 … n-1 in the schema's order.
 
-    A leading space belongs to the word (GPT-2's pre-tokenizer); any text
-    round-trips exactly.
+    A leading space is a part of its word (the pre-tokenizer of GPT-2); decoding inverts
+    encoding for any text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], schema: CommandSchema, vocab_size: int
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes tokenizer.json and the small config that transformers' AutoTokenizer reads."""
+    """Writes tokenizer.json, and the config that the AutoTokenizer of transformers reads."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -1,9 +1,9 @@
-"""One stage of training: from a model and records to the model after so many tokens.
+"""One stage of training.
 
-The state of a stage is one file (weights, optimizer, position in the data), written
-aside and renamed; random numbers follow from the seed and the step, so a killed run
-continues to the same result as an undisturbed one. Devices, mixed precision and
-several processes (`torchrun`) are accelerate's.
+The state of a stage is one file (weights, optimizer, position in the data), written aside
+and renamed; random numbers depend on the seed and the step alone, so a killed run continues
+to the same result as an undisturbed one. accelerate does devices, mixed precision and
+several processes (`torchrun`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import torch
 from edge_slm.distill.checkpoint import save_state
 from edge_slm.distill.objective import Learner, tensors
 from edge_slm.distill.packing import Batch, Encoded, Packer
-from edge_slm.distill.prepare import Report
 from edge_slm.distill.recipe import Recipe
+from edge_slm.progress import StageProgress
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError, OutOfMemory
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What one stage trains on, and for how long."""
+    """Data and length of one stage."""
 
     name: str
     train: Sequence[Encoded]
@@ -57,7 +57,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
 
 @contextlib.contextmanager
 def interrupts_deferred() -> Iterator[list[int]]:
-    """Ctrl-C fills the list instead of tearing a step apart; a second one does as ever.
+    """Defers SIGINT to the end of the step: it fills the list; a second one acts at once.
 
     Signals reach the main thread only; elsewhere the list stays empty.
     """
@@ -78,8 +78,8 @@ def interrupts_deferred() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def memory_named(recipe: Recipe) -> Iterator[None]:
-    """An allocation that fails becomes OutOfMemory, with the setting to change."""
+def translate_out_of_memory(recipe: Recipe) -> Iterator[None]:
+    """Turns a failed allocation into OutOfMemory, which names the setting to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -96,8 +96,8 @@ def memory_named(recipe: Recipe) -> Iterator[None]:
 class Trainer:
     """A learner, its optimizer and the data of one stage.
 
-    accelerator: one `accelerate.Accelerator` for all stages of a process. out: the
-    run's folder, or None to keep no files (throughput).
+    accelerator: one `accelerate.Accelerator` for all stages of a process. out: folder of the
+    run, or None to keep no files.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Trainer:
         t, length = recipe.train, recipe.model.positions
         self.recipe, self.stage, self.accelerator, self.out = recipe, stage, accelerator, out
         self.plain = learner.to(accelerator.device)
-        learner.stay_near(kl=stage.kl, entropy=stage.entropy)
+        learner.set_regularisers(kl=stage.kl, entropy=stage.entropy)
         decayed = [p for p in learner.parameters() if p.dim() >= 2]
         rest = [p for p in learner.parameters() if p.dim() < 2]
         optimizer = torch.optim.AdamW(
@@ -146,7 +146,7 @@ class Trainer:
     # -- the data ---------------------------------------------------------------
 
     def batches(self) -> Iterator[Batch]:
-        """Endless; continues at (epoch, batch_number). The next one is made meanwhile."""
+        """Endless, from (epoch, batch_number) on. The next batch is made in the background."""
         plan = self.packer.epoch(self.epoch)
         if not plan:
             raise DataError("too few samples for one batch", "lower train.batch_tokens or add data")
@@ -172,41 +172,41 @@ class Trainer:
     # -- one step ---------------------------------------------------------------
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step; per bearing token the losses, and the `gradient_norm`.
+        """One optimizer step; returns the losses per labelled token and the `gradient_norm`.
 
-        This process takes its share of the rows, in passes of `micro` rows. Raises
-        OutOfMemory, and DataError when the loss is no number.
+        This process computes its share of the rows, `micro` rows at a time. Raises
+        OutOfMemory, and DataError when the loss is not finite.
         """
         a, t = self.accelerator, self.recipe.train
         self.learner.train()
-        # Dropout follows from seed, step and process: nothing else to save.
+        # Dropout depends on seed, step and process, so no state of it needs saving.
         drawn = f"{self.recipe.seed}/{self.stage.name}/{self.at}/{a.process_index}"
         torch.manual_seed(zlib.crc32(drawn.encode()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 self.at, self.total_steps, self.stage.learning_rate, t.warmup_steps
             )
-        bearing = max(1, batch.bearing)
+        tokens = max(1, batch.loss_tokens)
         mine = batch.rows(slice(a.process_index, None, a.num_processes))
         sums: dict[str, torch.Tensor] = {}
         starts = range(0, len(mine.ids), self.micro)
-        with memory_named(self.recipe):
+        with translate_out_of_memory(self.recipe):
             for start in starts:
                 last = start == starts[-1]
                 with contextlib.nullcontext() if last else a.no_sync(self.learner):
                     parts = self.forward(self.learner, mine.rows(slice(start, start + self.micro)))
-                    # Gradients are averaged over processes; the sum is meant.
-                    a.backward(parts.pop("loss") * (a.num_processes / bearing))
+                    # Gradients are averaged over processes; this makes it their sum.
+                    a.backward(parts.pop("loss") * (a.num_processes / tokens))
                 for name, part in parts.items():
                     sums[name] = sums.get(name, torch.zeros_like(part)) + part
             norm = a.clip_grad_norm_(self.learner.parameters(), t.clip)
         if a.num_processes > 1:
             sums = a.reduce(sums, "sum")
-        losses = {name: value.item() / bearing for name, value in sums.items()}
+        losses = {name: value.item() / tokens for name, value in sums.items()}
         if not math.isfinite(losses["cross_entropy"]):
             raise DataError(
                 f"the loss is {losses['cross_entropy']} at step {self.at + 1}",
-                "lower the stage's learning_rate; the last saved state is sound",
+                "lower the stage's learning_rate; the last saved state is intact",
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,14 +214,18 @@ class Trainer:
         return {**losses, "gradient_norm": float(norm)}
 
     def forward(self, learner: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        """The losses of a batch in the precision of the recipe."""
         device = self.accelerator.device
         bf16 = self.recipe.train.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             parts: dict[str, torch.Tensor] = learner(tensors(batch, device))
         return parts
 
-    def run(self, report: Report, max_steps: int | None, interrupted: list[int]) -> bool:
-        """Trains to the end of the stage (True), or until stopped with its state saved."""
+    def run(self, report: StageProgress, max_steps: int | None, interrupted: list[int]) -> bool:
+        """Trains to the end of the stage (True), or until it is stopped; saves the state.
+
+        max_steps: None trains to the end. interrupted: not empty stops after the step.
+        """
         t, name = self.recipe.train, f"train {self.stage.name}"
         left = self.total_steps if max_steps is None else max_steps
         stop = min(self.total_steps, self.at + left)
@@ -247,17 +251,18 @@ class Trainer:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def evaluate(self) -> dict[str, float]:
-        """`valid_loss`: nats per response token of the held-out samples, under the
-        commands that they achieved. Empty when nothing is held out."""
+        """`valid_loss`: nats per response token of the held-out samples, each with the command
+        that it achieved. Empty when there are none."""
         self.plain.eval()
         total, count = 0.0, 0
         for i, rows in enumerate(self.valid.epoch(0, partial=True)):
             batch = self.valid.batch(0, i, rows)
             total += self.forward(self.plain, batch)["cross_entropy"].item()
-            count += batch.bearing
+            count += batch.loss_tokens
         return {"valid_loss": round(total / count, 4)} if count else {}
 
     def remark(self) -> str:
+        """The last figures, for the progress bar."""
         valid = f", held-out {self.last['valid_loss']}" if "valid_loss" in self.last else ""
         return (
             f"loss {self.last['cross_entropy']}{valid}, {self.last['tokens_per_second']} tokens/s"
@@ -266,7 +271,7 @@ class Trainer:
     # -- files ------------------------------------------------------------------
 
     def log(self) -> None:
-        """A line of metrics.jsonl, and the same to TensorBoard."""
+        """Appends the last figures to metrics-*.jsonl and to TensorBoard."""
         if self.out is None or not self.accelerator.is_main_process:
             return
         row = {"step": self.at, "tokens": self.at * self.tokens_per_step, "epoch": self.epoch}
@@ -282,6 +287,7 @@ class Trainer:
             self._board.add_scalar(name, value, self.at)
 
     def save(self) -> None:
+        """Writes `out`/state.pt, from which `resume` continues."""
         if self.out is None or not self.accelerator.is_main_process:
             return
         state = {
@@ -298,9 +304,9 @@ class Trainer:
         return {"recipe": self.recipe.digest(), "data": self.stage.data_digest}
 
     def resume(self) -> None:
-        """Continues from `out`/state.pt if there is one of this stage.
+        """Continues from `out`/state.pt if it is of this stage.
 
-        Raises DataError for one of another recipe or other data.
+        Raises DataError when it is of another recipe or other data.
         """
         assert self.out is not None
         path = self.out / "state.pt"

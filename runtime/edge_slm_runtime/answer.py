@@ -1,4 +1,5 @@
-"""One answer being written: chooses ids, keeps the promises, says what may be shown."""
+"""State of one answer while it is decoded: chooses ids, keeps the length promise, and decides
+how much of the text may be shown."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ FinishReason = Literal["stop", "length", "stop_sequence", "max_tokens", "context
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked request: what the model is given and what is to be kept.
+    """A checked request: the prompt of the model, and the limits of the answer.
 
     budget: tokens that may be generated; `limit` is the finish reason when they
-    are used up. `words` is None unless the length is to be kept.
+    are used up. `words` is None unless the length promise holds.
     """
 
     request: str
@@ -37,7 +38,7 @@ class Plan:
 
 
 class Step(NamedTuple):
-    """What one token did to an answer: the text that became sure, and whether it was the last."""
+    """The effect of one token on an answer: the text that became final, and whether it ended."""
 
     answer: Answer
     text: str

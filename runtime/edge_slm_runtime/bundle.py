@@ -1,4 +1,4 @@
-"""The bundle: a plain folder that is refused unless it is exactly what its manifest says.
+"""The bundle: a plain folder that is refused unless it matches its manifest exactly.
 
     manifest.json   model, prompt form, variants, goldens, provenance, digests
     tokenizer.json

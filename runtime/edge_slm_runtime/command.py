@@ -1,4 +1,4 @@
-"""The command grammar: what a caller may ask for, as special tokens.
+"""The command grammar: the outcomes that a caller may ask for, as special tokens.
 
 Upside-down reinforcement learning (Schmidhuber, arXiv 1912.02875; Srivastava et
 al., arXiv 1912.02877) trains on "what was really achieved" and asks for it at
@@ -52,12 +52,12 @@ RELEVANCE_LEVELS = 10  # unless the schema says otherwise
 Position = Literal["bottom", "top", "both"]  # of the command, seen from the request
 
 _CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
-_VALUE = re.compile(r"[A-Za-z0-9_-]+")  # what may stand behind the colon
+_VALUE = re.compile(r"[A-Za-z0-9_-]+")  # allowed after the colon
 _KINDS = [("task", "category"), ("words", "bucket"), ("relevance", "level")]
 
 
 def count_words(text: str) -> int:
-    """Words are what white space separates; this is the only definition."""
+    """Words are separated by white space; this is the only definition."""
     return len(text.split())
 
 
@@ -152,7 +152,7 @@ def default_axes(tasks: Sequence[str], levels: int = RELEVANCE_LEVELS) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A validated command: what was asked, what the model is told, and why they differ."""
+    """A validated command: as asked, as given to the model, and why they differ."""
 
     asked: Command
     commanded: Command

@@ -1,4 +1,4 @@
-"""What a model is: the one description of a decoder that everything but its reader uses.
+"""The one description of a model: all but the reader of its checkpoint uses this.
 
 GPT-2 and the Llama family differ in four traits: how rows are normalised, how positions
 enter, whether the feed-forward layer is gated, and how many key-value heads there are.
@@ -90,7 +90,7 @@ class Decoder:
         }
 
     def check(self) -> None:
-        """Raises ValueError or TypeError, naming the field, for what no decoder can be."""
+        """Raises ValueError or TypeError, naming the field, for values that do not fit."""
         for name in _SIZES:
             size = getattr(self, name)
             if type(size) is not int or not 1 <= size <= LARGEST:
@@ -127,7 +127,7 @@ class Decoder:
 
     @property
     def attention_width(self) -> int:
-        """Width of all query heads, and of what attention hands on."""
+        """Width of all query heads, and of the output of attention."""
         return self.heads * self.head_width
 
     @property

@@ -68,7 +68,7 @@ __all__ = [
 
 
 class EdgeSlmError(Exception):
-    """Base of all errors. `problem` says what and where, `hint` what to do."""
+    """Base of all errors. `problem`: the fault and its place; `hint`: the remedy."""
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
@@ -138,7 +138,7 @@ class BadSetting(RequestError):
 
 
 class BundleError(EdgeSlmError):
-    """The bundle is not what its manifest says; nothing of it was loaded."""
+    """The bundle differs from its manifest; nothing of it was loaded."""
 
     code = "bundle"
     exit_code = 4

@@ -59,18 +59,18 @@ def write_folder_aside(target: Path) -> Iterator[Path]:
 
 
 def write_text(text: str, target: Path) -> None:
-    """UTF-8, in the place of what `target` held before."""
+    """UTF-8, replaces `target`."""
     with write_aside(target) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(data: Any, target: Path) -> None:
-    """JSON for people to read, in the place of what `target` held before."""
+    """JSON for people to read, replaces `target`."""
     write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", target)
 
 
 def write_jsonl(rows: Iterable[Any], target: Path) -> None:
-    """One JSON value per line, in the place of what `target` held before."""
+    """One JSON value per line, replaces `target`."""
     write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), target)
 
 

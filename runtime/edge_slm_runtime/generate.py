@@ -207,7 +207,7 @@ class SLM:
     def _budget(
         self, prompt: int, asked: int | None, words: int | None
     ) -> tuple[int, Literal["max_tokens", "context"]]:
-        """Tokens that may be generated, and what ends the answer when they are used up."""
+        """Tokens that may be generated, and the finish reason when they are used up."""
         positions = self.manifest.model.positions
         room = positions - prompt
         if asked is None:

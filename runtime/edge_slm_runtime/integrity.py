@@ -1,4 +1,4 @@
-"""Whether a bundle's folder is what its manifest says.
+"""Compares a bundle's folder with its manifest.
 
 Every byte that a native loader will see is read and compared first: the engines load
 a flipped weight byte without a word, and their parsers are the attack surface.

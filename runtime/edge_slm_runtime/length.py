@@ -95,7 +95,7 @@ class LengthKeeper:
 
 
 def _ending(text: str) -> int:
-    """3 after a sentence, 2 after a clause, 1 anywhere else, 0 behind a dangling word."""
+    """3 after a sentence, 2 after a clause, 1 anywhere else, 0 after a dangling word."""
     bare = text.rstrip(_CLOSERS)
     if bare.endswith(_SENTENCE_ENDS):
         return 3

@@ -47,7 +47,7 @@ def load(
     None is the cores that this process may use, at most 8. verify: names, kinds and
     sizes of all files and the sha256 sums of those that are loaded; `verify` of the
     package checks every file. verify=False leaves out the sums, which read every byte;
-    only for a folder that was verified before and that nobody else can write.
+    only for a folder that was verified before and that no other user can write.
     prefix_cache_mb: MiB of keys and values kept for prompts that begin alike
     (not for ctranslate2); 0 keeps none, and the last answer's are kept however long.
     speculate: guess tokens and check several at once, which pays when answers repeat what

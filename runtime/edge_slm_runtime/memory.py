@@ -58,7 +58,7 @@ def memory_estimate(
     cached = (
         rows * 2 * model.layers * tokens * model.kv_width * np.dtype(engine.cache_dtype).itemsize
     )
-    # Logits, and what a sampler makes of them.
+    # Logits, and a copy for the sampler.
     work = 2 * rows * model.vocab_size
     work += engine.work_floats(model, rows, min(tokens, PREFILL), tokens)
     used = (cached + work * _FLOAT) / _MB

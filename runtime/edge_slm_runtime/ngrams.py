@@ -1,4 +1,4 @@
-"""Guesses of the next tokens, from what followed the same tokens before.
+"""Guesses of the next tokens, from the tokens that followed the same tokens before.
 
 The answer of speculative decoding: a guess costs some microseconds and is checked by the
 model, so it may be wrong and is never harmful (Leviathan et al., arXiv 2211.17192; answers
@@ -18,7 +18,7 @@ _MOST_VOTES, _TELLING_VOTES = 8, 3
 # A guess is worth its cost when it is right this often: an additional token costs 0.1 to 0.3
 # of a step. Rates begin below it, so that only proven n-grams are used.
 _WORTH, _FIRST_RATE = 0.35, 0.2
-_RATE_STEP = 1 / 64  # how fast the rates follow what happens
+_RATE_STEP = 1 / 64  # weight of the newest outcome
 
 
 class _Entry(NamedTuple):

@@ -1,4 +1,4 @@
-"""How the numba engine keeps a matrix, for those who write it and those who multiply with it.
+"""The storage format of matrices of the numba engine, for its writer and its kernels.
 
 Outputs are taken 16 at a time, a panel; a panel's inputs in strips of 32. A strip holds, of
 four inputs after four, the levels of the 16 outputs, input by input within an output: what
@@ -57,7 +57,7 @@ def stored_name(name: str) -> str:
 def file_metadata(decoder: Decoder) -> dict[str, str]:
     """What a file's metadata says about the model. Traits and sizes that a GPT-2 of the same
     width has too are left out."""
-    told = {
+    data = {
         "activation": decoder.activation,
         "layer_norm_epsilon": repr(decoder.norm_epsilon),
         **{
@@ -76,8 +76,8 @@ def file_metadata(decoder: Decoder) -> dict[str, str]:
     }
     for name, value in usual.items():
         if (found := getattr(decoder, name)) != value:
-            told[name] = ",".join(map(repr, found)) if name == "rope_factors" else str(found)
-    return told
+            data[name] = ",".join(map(repr, found)) if name == "rope_factors" else str(found)
+    return data
 
 
 def pack_levels(levels: UInt8, bits: int, size: int) -> UInt8:

@@ -71,7 +71,7 @@ class PromptForm:
         return tuple(self.schema.special_tokens()) if self.schema else self.ends
 
     def check(self, command: Command) -> Checked:
-        """Validates a command; without a grammar the model is told nothing.
+        """Validates a command; without a grammar the model gets none.
 
         Raises as `CommandSchema.check`, NoCommandGrammar for a task or a relevance.
         """

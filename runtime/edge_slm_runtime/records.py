@@ -68,8 +68,8 @@ class Stats:
     of each later token, (last − first) / (new_tokens − 1); None below 2 tokens.
     total_ms: submission → end of the answer; with new_tokens it gives
     tokens_per_second. In a stream, the time that the reader takes between pieces
-    is left out. cached_tokens: of the prompt_tokens, those whose keys and values an
-    earlier prompt left behind. new_tokens: without end-of-text. guessed_tokens: of these,
+    is left out. cached_tokens: of the prompt_tokens, those whose keys and values were
+    computed for an earlier prompt. new_tokens: without end-of-text. guessed_tokens: of these,
     those that speculative decoding guessed right, so that they took no step of their own.
     peak_rss_mb: of this process so far.
     """

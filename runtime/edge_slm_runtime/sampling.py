@@ -24,7 +24,7 @@ Logits = NDArray[np.float32]
 # (three to four words) is hardly ever meant in a text of at most 160 words.
 NO_REPEAT_NGRAM_SIZE = 5
 _BLOCK = 128  # tokens
-_INT_MAX = 2**31 - 1  # what the engines count with
+_INT_MAX = 2**31 - 1  # the engines count in int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one answer. `seed` is what reproduces it (None when greedy)."""
+    """Draws the tokens of one answer. `seed` reproduces it (None when greedy)."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
@@ -81,7 +81,9 @@ class Sampler:
             self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._seen = set(prompt)
         self._answer: list[int] = []
-        self._after: dict[tuple[int, ...], list[int]] = {}  # n - 1 tokens → what followed them
+        self._after: dict[
+            tuple[int, ...], list[int]
+        ] = {}  # n - 1 tokens → the tokens that followed
 
     def pick(self, logits: Logits) -> int:
         """The next token of `logits` [V]; masked entries are -inf. Changes `logits`."""

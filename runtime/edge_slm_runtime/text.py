@@ -168,7 +168,7 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop sequence in growing text, and holds back what may become one."""
+    """Finds the first stop sequence in growing text, and holds back a beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)

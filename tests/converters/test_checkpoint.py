@@ -194,7 +194,7 @@ def test_shards_stay_in_the_folder(copy: Path, name: Any) -> None:
 
 def test_tokenizer_must_carry_the_control_tokens(copy: Path) -> None:
     command = json.loads((copy / "command.json").read_text())
-    command["axes"][0]["values"][0] = "unseen"
+    command["axes"][0]["values"][0] = "poem"
     (copy / "command.json").write_text(json.dumps(command))
     with pytest.raises(CheckpointError, match="control token"):
         read_checkpoint(copy)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edge_slm.distill import chat
-from edge_slm.distill.chat import Chat, Prompt
+from edge_slm.distill.chat import Chat, ChatRequest
 from edge_slm.journal import Journal
 from edge_slm_runtime.errors import BadSetting, DataError, TeacherError
 
@@ -30,8 +30,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
         yield running
 
 
-def prompts(count: int) -> list[Prompt]:
-    return [Prompt((("user", f"question {i}"),), 0.5, 20, i) for i in range(count)]
+def prompts(count: int) -> list[ChatRequest]:
+    return [ChatRequest((("user", f"question {i}"),), 0.5, 20, i) for i in range(count)]
 
 
 def test_replies_come_in_order_and_are_never_asked_again(
@@ -62,13 +62,13 @@ def test_equal_prompts_are_asked_once(server: ChatServer) -> None:
 
 
 def test_everything_that_decides_the_answer_is_in_the_key() -> None:
-    base = Prompt((("user", "a"),), 0.5, 20, 1)
+    base = ChatRequest((("user", "a"),), 0.5, 20, 1)
     others = [
-        Prompt((("user", "b"),), 0.5, 20, 1),
-        Prompt((("assistant", "a"),), 0.5, 20, 1),
-        Prompt((("user", "a"),), 0.6, 20, 1),
-        Prompt((("user", "a"),), 0.5, 21, 1),
-        Prompt((("user", "a"),), 0.5, 20, 2),
+        ChatRequest((("user", "b"),), 0.5, 20, 1),
+        ChatRequest((("assistant", "a"),), 0.5, 20, 1),
+        ChatRequest((("user", "a"),), 0.6, 20, 1),
+        ChatRequest((("user", "a"),), 0.5, 21, 1),
+        ChatRequest((("user", "a"),), 0.5, 20, 2),
     ]
     assert len({prompt.key("m") for prompt in [base, *others]} | {base.key("n")}) == 7
 
@@ -181,7 +181,7 @@ def test_the_rate_limit_holds(server: ChatServer) -> None:
 
 def test_an_endless_source_is_read_a_little_ahead(server: ChatServer) -> None:
     taken = itertools.count()
-    endless = (Prompt((("user", f"{next(taken)}"),)) for _ in itertools.repeat(0))
+    endless = (ChatRequest((("user", f"{next(taken)}"),)) for _ in itertools.repeat(0))
     replies = Chat(server.url, "m", concurrency=2).ask(endless)
     for _ in range(3):
         next(replies)
@@ -213,8 +213,8 @@ def test_an_address_must_be_one(address: str) -> None:
 def test_ctrl_c_stops_at_once(server: ChatServer) -> None:
     server.troubles.extend(["hang"] * 50)
     code = (
-        "import sys; from edge_slm.distill.chat import Chat, Prompt\n"
-        "list(Chat(sys.argv[1], 'm').ask(Prompt((('user', str(i)),)) for i in range(50)))"
+        "import sys; from edge_slm.distill.chat import Chat, ChatRequest\n"
+        "list(Chat(sys.argv[1], 'm').ask(ChatRequest((('user', str(i)),)) for i in range(50)))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, server.url], stderr=subprocess.PIPE, text=True

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import edge_slm
+from edge_slm.cli.console import stdout_console
 from edge_slm.distill.evaluate import evaluate, show, write_html
 from edge_slm.distill.evaluate.grid import build_grid, generate
 from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
-from edge_slm.distill.prepare import silent
 from edge_slm.distill.rewards import Fluency, Relevance, Weighted
 from edge_slm.distill.samples import Sample, held_out_samples
 from edge_slm.distill.split import held_out
+from edge_slm.progress import silent
 from edge_slm_runtime import SLM
 from edge_slm_runtime.errors import DataError, UnknownTask
 
@@ -249,7 +250,7 @@ def test_static_embeddings_know_what_belongs_together() -> None:
 def test_tables_and_page(
     result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    show(result)
+    show(result, stdout_console())
     printed = capsys.readouterr().out
     for said in (
         "with the promise",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import edge_slm
-from edge_slm.distill.generate import Answer, Episode, Sampler
+from edge_slm.distill.generate import Episode, EpisodeGenerator, Outcome
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError, RequestTooLong, UnknownTask
 
@@ -41,8 +41,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def sampler(tiny_checkpoint: Path) -> Sampler:
-    return Sampler(tiny_checkpoint, device="cpu")
+def generator(tiny_checkpoint: Path) -> EpisodeGenerator:
+    return EpisodeGenerator(tiny_checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,13 @@ def willing(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def test_greedy_is_what_the_runtime_says(sampler: Sampler, tiny_bundle: Path) -> None:
+def test_greedy_is_what_the_runtime_says(generator: EpisodeGenerator, tiny_bundle: Path) -> None:
     asked = [replace(e, command=replace(e.command, words=None)) for e in episodes(12)]
     with edge_slm.load(tiny_bundle, engine="onnxruntime", precision="fp32", threads=1) as slm:
-        for episode, answer in zip(asked, sampler(asked, temperature=0), strict=True):
+        for episode, answer in zip(asked, generator(asked, temperature=0), strict=True):
             room = 128 - len(slm.check(edge_slm.Request(episode.request)).prompt)
             ids = slm.greedy_ids(episode.request, episode.command, room)
-            assert answer.text == sampler.codec.decode(ids).strip()
+            assert answer.text == generator.codec.decode(ids).strip()
             assert answer.ended == (len(ids) < room)
 
 
@@ -76,86 +76,86 @@ def test_a_seed_gives_what_the_runtime_gives_for_it(willing: Path, tmp_path: Pat
     convert(willing, tmp_path / "bundle", ("onnx-fp32",), accept=True)
     asked = episodes(24)
     with edge_slm.load(tmp_path / "bundle", threads=1) as slm:
-        for episode, answer in zip(asked, Sampler(willing, device="cpu")(asked), strict=True):
-            told = episode.command.as_dict()
+        answers = EpisodeGenerator(willing, device="cpu")(asked)
+        for episode, answer in zip(asked, answers, strict=True):
             out = slm.generate(
                 episode.request,
-                **told,
+                **episode.command.as_dict(),
                 temperature=1.0,
                 no_repeat_ngram_size=0,
                 seed=episode.seed,
                 keep_length=False,
             )
-            assert answer == Answer(out.text, out.finish_reason == "stop")
+            assert answer == Outcome(out.text, out.finish_reason == "stop")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_a_row_does_not_depend_on_its_neighbours(willing: Path, batch: int) -> None:
     asked = episodes(18)
-    whole = Sampler(willing, device="cpu", batch=18)(asked)
-    assert Sampler(willing, device="cpu", batch=batch)(asked) == whole
-    assert Sampler(willing, device="cpu", batch=batch)(asked[::-1]) == whole[::-1]
+    whole = EpisodeGenerator(willing, device="cpu", batch=18)(asked)
+    assert EpisodeGenerator(willing, device="cpu", batch=batch)(asked) == whole
+    assert EpisodeGenerator(willing, device="cpu", batch=batch)(asked[::-1]) == whole[::-1]
     ended = [answer.ended for answer in whole]
     assert any(ended)  # rows left the batch while others went on
     assert len({len(answer.text) for answer in whole}) > 6
 
 
-def test_seeds_make_answers_differ_and_repeat(sampler: Sampler) -> None:
+def test_seeds_make_answers_differ_and_repeat(generator: EpisodeGenerator) -> None:
     asked = [Episode("a paper boat", Command("image"), seed) for seed in range(8)]
-    answers = sampler(asked)
+    answers = generator(asked)
     assert len({answer.text for answer in answers}) == 8
-    assert sampler(asked) == answers
-    assert sampler(asked[3:4]) == answers[3:4]
+    assert generator(asked) == answers
+    assert generator(asked[3:4]) == answers[3:4]
 
 
-def test_temperature_zero_ignores_seeds(sampler: Sampler) -> None:
+def test_temperature_zero_ignores_seeds(generator: EpisodeGenerator) -> None:
     asked = [Episode("a paper boat", Command("image"), seed) for seed in range(3)]
-    assert len(set(sampler(asked, temperature=0))) == 1
+    assert len(set(generator(asked, temperature=0))) == 1
 
 
-def test_control_tokens_and_padding_ids_are_never_drawn(sampler: Sampler) -> None:
+def test_control_tokens_and_padding_ids_are_never_drawn(generator: EpisodeGenerator) -> None:
     logits = torch.zeros(2000, 417)
-    logits[:, 1 : len(sampler.codec.controls)] = 50.0
-    logits[:, sampler.codec.size :] = 50.0
-    drawn = sampler._pick(logits, torch.rand(2000, dtype=torch.float64), 1.0)
-    assert set(drawn.tolist()) <= {0, *range(len(sampler.codec.controls), sampler.codec.size)}
+    logits[:, 1 : len(generator.codec.controls)] = 50.0
+    logits[:, generator.codec.size :] = 50.0
+    drawn = generator._pick(logits, torch.rand(2000, dtype=torch.float64), 1.0)
+    assert set(drawn.tolist()) <= {0, *range(len(generator.codec.controls), generator.codec.size)}
 
 
-def test_the_draw_follows_the_softmax(sampler: Sampler) -> None:
-    first = len(sampler.codec.controls)
+def test_the_draw_follows_the_softmax(generator: EpisodeGenerator) -> None:
+    first = len(generator.codec.controls)
     logits = torch.full((20_000, 417), -30.0)
     logits[:, first : first + 3] = torch.tensor([1.0, 0.0, 2.0])
     draws = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    drawn = sampler._pick(logits, draws, 0.5)
+    drawn = generator._pick(logits, draws, 0.5)
     shares = (drawn - first).bincount(minlength=3) / 20_000
     expected = torch.tensor([2.0, 0.0, 4.0]).softmax(0)
     assert torch.allclose(shares, expected, atol=0.01)
 
 
-def test_progress_and_nothing_to_do(sampler: Sampler, tiny_checkpoint: Path) -> None:
+def test_progress_and_nothing_to_do(generator: EpisodeGenerator, tiny_checkpoint: Path) -> None:
     seen: list[tuple[int, int]] = []
-    Sampler(tiny_checkpoint, device="cpu", batch=4)(
+    EpisodeGenerator(tiny_checkpoint, device="cpu", batch=4)(
         episodes(10), progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(4, 10), (8, 10), (10, 10)]
-    assert sampler([]) == []
+    assert generator([]) == []
 
 
-def test_what_cannot_be_honoured_is_told(sampler: Sampler) -> None:
+def test_what_cannot_be_honoured_is_told(generator: EpisodeGenerator) -> None:
     with pytest.raises(RequestTooLong, match="128 positions"):
-        sampler([Episode("fisherman " * 200, Command("image"))])
+        generator([Episode("fisherman " * 200, Command("image"))])
     with pytest.raises(UnknownTask, match="poem"):
-        sampler([Episode("a fox", Command("poem"))])
+        generator([Episode("a fox", Command("poem"))])
 
 
 def test_a_broken_checkpoint_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"command\.json"):
-        Sampler(tmp_path)
+        EpisodeGenerator(tmp_path)
     folder = tmp_path / "without_weights"
     shutil.copytree(tiny_checkpoint, folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="without_weights"):
-        Sampler(folder)
+        EpisodeGenerator(folder)
     (folder / "tokenizer.json").write_text("{}", "utf-8")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
-        Sampler(folder)
+        EpisodeGenerator(folder)

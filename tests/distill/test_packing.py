@@ -102,7 +102,7 @@ def test_general_text_fills_rows_and_bears_loss_everywhere() -> None:
     assert [len(p.response) for p in pieces[:-1]] == [95] * (len(pieces) - 1)
     packer = Packer(pieces, make_schema(), rows=2, length=96, dropout=0.0, seed=1)
     batch = packer.batch(0, 0, packer.epoch(0)[0])
-    assert batch.bearing == sum(len(pieces[i].response) for r in packer.epoch(0)[0] for i in r)
+    assert batch.loss_tokens == sum(len(pieces[i].response) for r in packer.epoch(0)[0] for i in r)
     assert (batch.so_far == IGNORED).all()
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from edge_slm.distill.chat import Chat
 from edge_slm.distill.rewards.cache import RowCache, digest
-from edge_slm.distill.rewards.judge import Judge, parse_score
+from edge_slm.distill.rewards.judge import LlmJudge, parse_score
 from edge_slm.distill.samples import Sample
 from edge_slm_runtime.errors import TeacherError
 
@@ -79,8 +79,8 @@ def server() -> Iterator[Server]:
     server.stop()
 
 
-def judge(url: str, cache: Path | None = None, model: str = "m") -> Judge:
-    return Judge(Chat(url, model, retries=1, timeout=10), cache)
+def judge(url: str, cache: Path | None = None, model: str = "m") -> LlmJudge:
+    return LlmJudge(Chat(url, model, retries=1, timeout=10), cache)
 
 
 def test_scores_are_parsed_and_kept(server: Server, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_parsing_survives_any_answer(answer: str) -> None:
 
 
 def _judge_all(url: str, cache: Path) -> None:
-    Judge(Chat(url, "m", concurrency=1), cache).score(PAIRS)
+    LlmJudge(Chat(url, "m", concurrency=1), cache).score(PAIRS)
 
 
 def test_scores_survive_sigkill_and_a_torn_row(server: Server, tmp_path: Path) -> None:

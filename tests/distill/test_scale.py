@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_slm.distill.generate import Episode, Sampler
+from edge_slm.distill.generate import Episode, EpisodeGenerator
 from edge_slm.distill.recipe import RewardRecipe
 from edge_slm.distill.rewards import Reward, make_reward
 from edge_slm.distill.samples import Sample
@@ -79,7 +79,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(
     assert 0 < seen[0] < seen[-1] == len(EPISODES)  # in the middle
     rows = read(out)
     assert [row["seed"] for row in rows] == list(range(len(EPISODES)))
-    alone = Sampler(tiny_checkpoint, device="cpu")(EPISODES)
+    alone = EpisodeGenerator(tiny_checkpoint, device="cpu")(EPISODES)
     assert [(row["text"], row["ended"]) for row in rows] == [(a.text, a.ended) for a in alone]
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 

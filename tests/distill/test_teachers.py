@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_slm.distill.chat import Chat, Prompt
+from edge_slm.distill.chat import Chat, ChatRequest
 from edge_slm.distill.recipe import TeacherRecipe
 from edge_slm.distill.teachers import BATCH, Ask, make_teacher, teach
 from edge_slm.distill.teachers.few_shot import (
@@ -29,7 +29,7 @@ from edge_slm.distill.teachers.few_shot import (
     idea_messages,
     ideas,
     length,
-    task_prompt,
+    task_brief,
     usable,
 )
 from edge_slm.distill.teachers.local import LocalTeacher
@@ -127,7 +127,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("task", [*TASKS, "default"])
 def test_the_few_shot_texts_keep_their_own_rules(task: str) -> None:
-    prompt = task_prompt(task)
+    prompt = task_brief(task)
     assert 4 <= len(prompt.examples) <= 6
     assert len(set(prompt.ideas)) == len(prompt.ideas) >= 8
     assert not set(prompt.ideas) & {request for request, _ in prompt.examples}
@@ -284,7 +284,7 @@ def transformers_serve(model: Path, tmp_path_factory: pytest.TempPathFactory) ->
             except OSError:
                 time.sleep(0.2)
         # Requests that arrive together while it still loads the model fail in it.
-        list(Chat(f"http://127.0.0.1:{port}/v1", "tiny").ask([Prompt((("user", "hello"),))]))
+        list(Chat(f"http://127.0.0.1:{port}/v1", "tiny").ask([ChatRequest((("user", "hello"),))]))
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.kill()
@@ -314,7 +314,7 @@ def test_a_real_server(transformers_serve: str, tmp_path: Path) -> None:
 TEACH = """
 import sys
 from pathlib import Path
-from edge_slm.distill.chat import Chat, Prompt
+from edge_slm.distill.chat import Chat, ChatRequest
 from edge_slm.distill.recipe import TeacherRecipe
 from edge_slm.distill.teachers import make_teacher, teach
 folder = Path(sys.argv[2])

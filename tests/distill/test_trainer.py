@@ -14,10 +14,10 @@ from edge_slm.distill.hindsight import build_schema, level_edges, relabel
 from edge_slm.distill.model import fresh_model
 from edge_slm.distill.objective import Learner
 from edge_slm.distill.packing import encode_records
-from edge_slm.distill.prepare import silent
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.tokenizer import train_tokenizer
-from edge_slm.distill.trainer import Stage, Trainer, memory_named
+from edge_slm.distill.trainer import Stage, Trainer, translate_out_of_memory
+from edge_slm.progress import silent
 from edge_slm_runtime.errors import DataError, OutOfMemory
 
 from .conftest import made_samples
@@ -131,10 +131,10 @@ def test_rows_that_cannot_be_shared_are_named(recipe: Recipe) -> None:
 def test_memory_that_does_not_suffice_names_the_setting(recipe: Recipe) -> None:
     with (
         pytest.raises(OutOfMemory, match=r"halve train.micro_tokens \(now 384\)"),
-        memory_named(recipe),
+        translate_out_of_memory(recipe),
     ):
         torch.empty(1 << 50)  # a petabyte
-    with pytest.raises(RuntimeError, match="shape"), memory_named(recipe):
+    with pytest.raises(RuntimeError, match="shape"), translate_out_of_memory(recipe):
         torch.zeros(2).view(3)
 
 

@@ -1,4 +1,4 @@
-"""Does the model obey, and is what it writes any good? Measured on held-out requests."""
+"""Evaluation on held-out requests: obedience to commands, and quality of the texts."""
 
 from edge_slm.distill.evaluate.html import write_html
 from edge_slm.distill.evaluate.run import evaluate

@@ -1,4 +1,4 @@
-"""The model beside its baselines, the references and other models' answers."""
+"""The model compared with its baselines, the references and answers of other models."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from edge_slm_bench.metrics.quality import (
 def compare(e: Evidence, embedder: StaticCosine) -> list[dict[str, Any]]:
     """A row per set of answers; the first is the model at its highest level.
 
-    `model_ratio` is the model's figure ÷ the row's, over the requests that the row
-    answered. `obedience` holds the answer against the reference's words and level.
+    model_ratio: figure of the model ÷ figure of the row, over the requests that the row
+    answered. obedience: of the answers to the words and level of the references.
     """
     top = e.levels - 1
     model = e.written["levels"].only(top)

@@ -1,4 +1,4 @@
-"""What the figures are read from: the texts of every command, and their scores.
+"""The data of the figures: the texts for every command, and their scores.
 
 Arrays are [samples, commands], nan where not asked (see `edge_slm_bench.metrics.quality`).
 """
@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from edge_slm.distill.evaluate.grid import Grid
 from edge_slm.distill.hindsight import Edges, level_of
-from edge_slm.distill.prepare import Report
 from edge_slm.distill.rewards import Reward, Weighted
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import StageProgress
 from edge_slm_bench.metrics.quality import Float64
 from edge_slm_runtime.command import count_words
 
@@ -24,7 +24,7 @@ Pair = tuple[Sample, str]
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """[samples][commands] texts, None where there is none; the words that were asked."""
+    """[samples][commands] texts, None where there is none; `asked`: words commanded."""
 
     rows: list[list[str | None]]
     asked: list[list[float]] = field(default_factory=list)
@@ -46,10 +46,10 @@ class Texts:
 
 
 class Scores:
-    """The scores of texts; every different pair of sample and text is scored once.
+    """The scores of texts; every distinct pair of sample and text is scored once.
 
-    names: the training reward, its parts if it is a weighted mean, then the scorers
-    that had no part in training. `training`: how many of the first did.
+    names: the training reward, its parts if it is a weighted mean, then the scorers without
+    part in training. training: the number of the former.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Scores:
         reward: Reward,
         independent: Sequence[Reward],
         pairs: Iterable[Pair],
-        report: Report,
+        report: StageProgress,
     ) -> None:
         unique = list(dict.fromkeys(pairs))
-        # A scorer may have nothing to say about no text at all.
+        # Not every scorer accepts an empty text.
         texts = [Sample(s.request, text or ".", s.task) for s, text in unique]
 
         def progress(done: int, total: int) -> None:
@@ -68,14 +68,14 @@ class Scores:
 
         if isinstance(reward, Weighted):
             parts = reward.components(texts, progress)
-            found = {reward.name: reward.combine(parts), **parts}
+            by_name = {reward.name: reward.combine(parts), **parts}
         else:
-            found = {reward.name: reward.score(texts, progress)}
-        self.training = len(found)
-        found |= {s.name: s.score(texts) for s in independent if s.name not in found}
-        self.names = list(found)
+            by_name = {reward.name: reward.score(texts, progress)}
+        self.training = len(by_name)
+        by_name |= {s.name: s.score(texts) for s in independent if s.name not in by_name}
+        self.names = list(by_name)
         self._known = {
-            name: dict(zip(unique, scores, strict=True)) for name, scores in found.items()
+            name: dict(zip(unique, scores, strict=True)) for name, scores in by_name.items()
         }
 
     def of(self, samples: Sequence[Sample], texts: Texts, name: str | None = None) -> Float64:
@@ -91,7 +91,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """What another model wrote; kind: "baseline" or "answers"."""
+    """Texts of another model; kind: "baseline" or "answers"."""
 
     name: str
     kind: str
@@ -106,7 +106,7 @@ class Evidence:
     written: Mapping[str, Texts]
     others: Sequence[Other]
     scores: Scores
-    edges: Edges  # where the levels of each task begin, in the training reward
+    edges: Edges  # lower bounds of the levels of each task, in the training reward
 
     @property
     def samples(self) -> list[Sample]:
@@ -114,17 +114,17 @@ class Evidence:
 
     @property
     def levels(self) -> int:
-        """How many can be commanded; one more column of "levels" is "any"."""
+        """Number of levels; the block "levels" has one column more, for "any"."""
         return len(self.written["levels"].rows[0]) - 1
 
     @property
     def tasks(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Which samples are of which task."""
+        """Task → mask of its samples."""
         names = np.array([sample.task for sample in self.samples])
         return {str(task): names == task for task in dict.fromkeys(names)}
 
     def score(self, texts: Texts, name: str | None = None) -> Float64:
-        """[samples, commands] under the scorer of that name, or the training reward."""
+        """[samples, commands], by the scorer of that name or the training reward."""
         return self.scores.of(self.samples, texts, name)
 
     def achieved_levels(self, texts: Texts) -> Float64:

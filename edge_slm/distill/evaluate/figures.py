@@ -1,4 +1,4 @@
-"""From the evidence to figures; each function makes one part of the result, JSON-ready."""
+"""Figures computed from the evidence; each function returns one part, JSON-ready."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DRAWS = 200  # of the shuffled baseline
 
 
 def length(e: Evidence) -> dict[str, Any]:
-    """Asked against achieved words: over all, per length, per task; confusion and scatter."""
+    """Commanded and achieved words: in all, per length, per task; confusion and scatter."""
     result: dict[str, Any] = {}
     asked = np.array(e.written["lengths"].asked)
     known = np.isfinite(asked)
@@ -68,7 +68,7 @@ def length(e: Evidence) -> dict[str, Any]:
 
 
 def relevance(e: Evidence) -> dict[str, Any]:
-    """Commanded level against achieved reward and level, at the references' lengths."""
+    """Commanded level, achieved reward and level, at the lengths of the references."""
     texts, count = e.written["levels"], e.levels
     asked = _level_columns(e)
     got = e.achieved_levels(texts)[:, :count]
@@ -105,12 +105,12 @@ def relevance(e: Evidence) -> dict[str, Any]:
 
 
 def cross_talk(e: Evidence) -> dict[str, Any]:
-    """Does commanding one axis move the other? Monotonicity 0.5 is no influence."""
+    """Influence of the command of one axis on the other; monotonicity 0.5 is none."""
     own = np.array([[sample.words] for sample in e.samples], float)
     share = e.written["levels"].words()[:, : e.levels] / own
     asked = np.array(e.written["lengths"].asked)
     rewards = e.score(e.written["lengths"])
-    # Against the request's own mean: different tasks are asked different lengths.
+    # Less the mean of the request, because tasks are commanded different lengths.
     known = np.isfinite(rewards).sum(1, keepdims=True)
     shift = rewards - np.nansum(rewards, 1, keepdims=True) / np.maximum(known, 1)
     shift[known[:, 0] < 2] = np.nan
@@ -134,17 +134,17 @@ def cross_talk(e: Evidence) -> dict[str, Any]:
 
 
 def task(e: Evidence, classifier: TaskClassifier) -> dict[str, Any]:
-    """Every request commanded as every task: what does the classifier take the text for?
+    """Every request commanded as every task, and the tasks that the classifier predicts.
 
-    own_accuracy: only where the request is one of that task. The same classifier on
-    the held-out references says how far it can be trusted.
+    own_accuracy: of the requests of that task alone. references_accuracy: of the same
+    classifier on the held-out references, its upper bound.
     """
     names = classifier.tasks
     size = len(names)
     rows = e.written["tasks"].rows
-    said = classifier.predict([text or "" for row in rows for text in row]).reshape(-1, size)
+    predicted = classifier.predict([text or "" for row in rows for text in row]).reshape(-1, size)
     asked = np.tile(np.arange(size), (len(rows), 1))
-    hits = (said == asked).astype(float)
+    hits = (predicted == asked).astype(float)
     own = np.array([[sample.task == name for name in names] for sample in e.samples])
     known = [sample for sample in e.samples if sample.task in names]
     truth = np.array([names.index(sample.task) for sample in known])
@@ -163,13 +163,13 @@ def task(e: Evidence, classifier: TaskClassifier) -> dict[str, Any]:
             }
             for i, name in enumerate(names)
         },
-        "confusion": {"labels": names, "counts": confusion(asked, said, size).tolist()},
+        "confusion": {"labels": names, "counts": confusion(asked, predicted, size).tolist()},
         "references_confusion": {"labels": names, "counts": confusion(truth, named, size).tolist()},
     }
 
 
 def examples(e: Evidence) -> list[dict[str, Any]]:
-    """Every request with its answer at the highest level and the reference's length."""
+    """Every request with its answer at the highest level and the length of the reference."""
     texts, top = e.written["levels"], e.levels - 1
     rewards = e.score(texts)[:, top]
     return [
@@ -186,7 +186,7 @@ def examples(e: Evidence) -> list[dict[str, Any]]:
 
 
 def diversity(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, Any]:
-    """How varied the texts are, and how much of them is the request's own words."""
+    """Diversity of the texts, and the words that they share with their requests."""
     pairs = [(sample.request, text) for sample, text in zip(samples, texts, strict=True)]
     kept = np.array([copied_words(*pair) for pair in pairs])
     echoed = np.array([echo(*pair) for pair in pairs])
@@ -199,10 +199,10 @@ def diversity(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, Any]
 
 
 def _shuffled(asked: Float64, rewards: Float64) -> dict[str, Any]:
-    """What chance gives: every request's levels dealt out anew, many times.
+    """The chance level: the levels of every request are permuted, many times.
 
-    Its generations are then measured against commands that they were not given. The
-    interval is where 95% of the draws lie.
+    Generations are then measured against commands that they did not get. The interval
+    contains 95% of the draws.
     """
     rng = np.random.default_rng(0)
     draws = [rng.permuted(rewards, axis=1) for _ in range(_DRAWS)]

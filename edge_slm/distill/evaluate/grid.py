@@ -1,7 +1,7 @@
-"""The grid of generations that every figure is read from: each request under many commands.
+"""The grid of generations for all figures: each request under many commands.
 
-Greedy and with the model alone, except where a command says otherwise. What two
-figures need in common is generated once.
+Greedy and by the model alone, except where a block says otherwise. A request that two
+figures need is generated once.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_slm.distill.prepare import Report
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import StageProgress
 from edge_slm_runtime import SLM, Generation, Request
 from edge_slm_runtime.command import Axis
 from edge_slm_runtime.errors import RequestTooLong
 
-LENGTHS = (4, 8, 12, 16, 24, 32, 48, 64)  # words; each task is asked those that training saw
+LENGTHS = (4, 8, 12, 16, 24, 32, 48, 64)  # words; of these, the supported ones of a task
 BATCH = 16
-TEMPERATURE = 0.7  # of best-of-n's candidates; at 1 a small model's draws are worse than greedy
+TEMPERATURE = 0.7  # of best-of-n; at 1, samples of a small model are worse than greedy
 
 Block = list[list[Request | None]]  # [samples][commands]; None: not asked
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is asked of the model about `samples`, in blocks; a column is one command.
+    """Requests to the model about `samples`, in blocks; a column is one command.
 
-    lengths, kept: every length of `words` at the highest level; without and with the
-    length promise. levels: every level, then none, at the reference's own length.
-    own, shuffled, bare: the reference's outcome as the command (words and level), that
-    of another request of the task, no command at all. candidates: what best-of-n
-    chooses from. tasks: every task of `task_words`, at its usual length.
+    lengths, kept: every length of `words` at the highest level, without and with the length
+    promise. levels: every level, then none, at the length of the reference. own, shuffled,
+    bare: words and level of the reference as the command, those of another request of the
+    task, no command. candidates: those of best-of-n. tasks: every task of `task_words`, at
+    its usual length.
     """
 
     samples: list[Sample]
@@ -50,10 +50,10 @@ def build_grid(
     task_words: Mapping[str, int],
     best_of: int,
 ) -> Grid:
-    """own_levels: what the references achieved. task_words: the usual length per task.
+    """own_levels: achieved by the references. task_words: task → its usual length.
 
-    Samples that the context has no room for under one of the commands are left
-    out and counted. Raises UnknownTask for one of a task that the model has not.
+    Samples that do not fit the context under one of the commands are left out and counted.
+    Raises UnknownTask for a sample of a task that the model does not have.
     """
     top = slm.schema.levels - 1
     supported = {task: _supported(slm, task, lengths) for task in {s.task for s in samples}}
@@ -88,18 +88,18 @@ def build_grid(
     blocks = {name: [rows[i][name] for i in chosen] for name in (rows[0] if rows else ())}
     blocks["shuffled"] = []
     for s, other in zip(kept, _partners(kept), strict=True):
-        told = (kept[other].words, own_levels[chosen[other]])
-        request = Request(s.request, s.task, *told, keep_length=False)
+        words, level = kept[other].words, own_levels[chosen[other]]
+        request = Request(s.request, s.task, words, level, keep_length=False)
         blocks["shuffled"].append([request if _fits(slm, request) else None])
     return Grid(kept, tuple(lengths), len(samples) - len(kept), blocks)
 
 
 def generate(
-    slm: SLM, requests: Iterable[Request | None], stage: str, report: Report
+    slm: SLM, requests: Iterable[Request | None], stage: str, report: StageProgress
 ) -> dict[Request, Generation]:
-    """One answer per different request."""
+    """One answer per distinct request."""
     todo = list(dict.fromkeys(request for request in requests if request is not None))
-    # Long answers first: the batch stays full until the end.
+    # Long answers first, so that batches stay full.
     todo.sort(key=lambda request: request.words or 0, reverse=True)
     answers = {}
     for i, (request, out) in enumerate(zip(todo, slm.generate_batch(todo, BATCH), strict=True), 1):
@@ -109,7 +109,7 @@ def generate(
 
 
 def _supported(slm: SLM, task: str, lengths: Sequence[int]) -> set[int]:
-    """Those that the training data of the task had; all, where the bundle does not say."""
+    """The lengths in the training data of the task; all, if the bundle does not list them."""
     axis: Axis = slm.schema.axis("words")
     seen = slm.schema.support.get(task, {}).get("words")
     if seen is None:
@@ -127,7 +127,7 @@ def _fits(slm: SLM, request: Request | None) -> bool:
 
 
 def _partners(samples: Sequence[Sample]) -> list[int]:
-    """For each sample another one of its task (itself only where it is alone)."""
+    """For each sample another one of its task, or itself if there is none."""
     partners = list(range(len(samples)))
     rng = np.random.default_rng(0)
     for task in sorted({s.task for s in samples}):

@@ -30,7 +30,7 @@ _EXAMPLES = 12
 
 
 def write_html(result: Result, path: str | Path) -> None:
-    """One self-contained page, written aside and renamed. Raises DependencyMissing."""
+    """One self-contained page, in the place of an older one. Raises DependencyMissing."""
     sections = [_length(result), _relevance(result)]
     if result["task"]:
         sections.append(_task(result))
@@ -112,9 +112,9 @@ def _relevance(result: Result) -> Section:
     first = next(iter(names))
     plots = []
     for key, name in names.items():
-        found = [row["scores"][key] for row in commanded]
+        scores = [row["scores"][key] for row in commanded]
         series = [
-            Curve("commanded", *([f[end] for f in found] for end in ("value", "low", "high"))),
+            Curve("commanded", *([f[end] for f in scores] for end in ("value", "low", "high"))),
             Curve("references", [references["scores"][key]["value"]]),
             Curve("any level", [free["scores"][key]["value"]]),
         ]

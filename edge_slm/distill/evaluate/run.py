@@ -1,6 +1,6 @@
-"""The evaluation from end to end: generate a grid, score it, read every figure from it.
+"""The evaluation: generate a grid, score it, compute every figure from it.
 
-docs/evaluation.md says what each figure means.
+docs/evaluation.md defines the figures.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from edge_slm.distill.evaluate.evidence import Evidence, Other, Scores, Texts
 from edge_slm.distill.evaluate.grid import LENGTHS, Block, Grid, build_grid, generate
 from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
 from edge_slm.distill.hindsight import Edges, level_of
-from edge_slm.distill.prepare import Report, silent
 from edge_slm.distill.rewards import Keywords, Relevance, Reward
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import StageProgress, silent
 from edge_slm_bench.metrics.quality import RESAMPLES
 from edge_slm_runtime import SLM, Generation, Request
 from edge_slm_runtime.errors import DataError
 
-_UNSCORED = ("kept", "tasks")  # blocks whose texts are only counted, only classified
+_UNSCORED = ("kept", "tasks")  # blocks whose texts are only counted or classified
 
 
 def evaluate(
@@ -37,21 +37,20 @@ def evaluate(
     best_of: int = 4,
     reward: Reward | None = None,
     lengths: Sequence[int] = LENGTHS,
-    report: Report = silent,
+    report: StageProgress = silent,
 ) -> dict[str, Any]:
-    """Every figure, JSON-ready; `show` and `write_html` read it.
+    """Every figure, JSON-ready, for `show` and `write_html`.
 
-    samples: held-out, with the reference answers. train_samples: what the task
-    classifier learns from; without them task accuracy is left out. answers: name →
-    request → text of another model. baselines: models that are asked without a
-    command. best_of: candidates of the best-of-n baseline; below 2 it is left out.
-    reward: the one that the model was trained on (default: MiniLM relevance).
-    lengths: words to command.
+    samples: held-out, with the reference answers. train_samples: to train the task
+    classifier; without them task accuracy is left out. answers: name → request → text of
+    another model. baselines: models that get no command. best_of: candidates of the
+    best-of-n baseline; below 2 it is left out. reward: that of the training (default:
+    MiniLM relevance). lengths: words to command.
 
-    Samples that the context has no room for under one of the commands are counted
-    as `too_long`. Raises DataError (fewer than two samples left; a bundle that does
-    not say where its levels lie), UnknownTask, NotSupportedByEngine (best-of-n on an
-    engine without seeds), DependencyMissing.
+    Samples that do not fit the context under one of the commands are counted as
+    `too_long`. Raises DataError (fewer than two samples left, or a bundle without the
+    edges of its levels), UnknownTask, NotSupportedByEngine (best-of-n on an engine without
+    seeds), DependencyMissing.
     """
     answers, baselines = answers or {}, baselines or {}
     edges = _level_edges(slm, samples)
@@ -136,16 +135,16 @@ def _others(
     grid: Grid,
     baselines: Mapping[str, SLM],
     answers: Mapping[str, Mapping[str, str]],
-    report: Report,
+    report: StageProgress,
 ) -> list[Other]:
     others = []
     for name, slm in baselines.items():
         asked = [Request(sample.request, keep_length=False) for sample in grid.samples]
-        said = generate(slm, asked, f"generate {name}", report)
-        others.append(Other(name, "baseline", Texts([[said[r].text] for r in asked])))
+        outs = generate(slm, asked, f"generate {name}", report)
+        others.append(Other(name, "baseline", Texts([[outs[r].text] for r in asked])))
     for name, texts in answers.items():
-        found = [[texts.get(sample.request)] for sample in grid.samples]
-        others.append(Other(name, "answers", Texts(found)))
+        rows = [[texts.get(sample.request)] for sample in grid.samples]
+        others.append(Other(name, "answers", Texts(rows)))
     return others
 
 

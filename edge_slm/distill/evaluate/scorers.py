@@ -1,4 +1,4 @@
-"""Scorers that no model was trained on, and the classifier that names a text's task."""
+"""Scorers that take no part in training, and the classifier of tasks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_slm.distill.rewards import Array, Progress
+from edge_slm.distill.rewards import Float32
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import Progress
 from edge_slm_runtime.errors import DependencyMissing
 
-_PER_TASK = 4000  # texts that the classifier learns from
+_PER_TASK = 4000  # texts to train the classifier on
 
 
 class StaticCosine:
     """Cosine of request and response under WordLlama's static embeddings.
 
-    Mean-pooled token embeddings of Llama models (Miller 2024, MIT; 256 wide), whose
-    weights come inside the PyPI package: no network, and nothing in common with
-    MiniLM but the text.
+    Mean-pooled token embeddings of Llama models (Miller 2024, MIT; 256 wide); the weights
+    are in the PyPI package, so no network is needed. Independent of MiniLM.
     """
 
     name = "wordllama"
@@ -35,7 +35,7 @@ class StaticCosine:
         """Unit vectors, float32 [len(texts), 256]."""
         return np.asarray(self._model.embed([text or "." for text in texts], norm=True), np.float32)
 
-    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
         """Cosine, float32 [len(samples)]."""
         left = self.embed([sample.request for sample in samples])
         right = self.embed([sample.response for sample in samples])
@@ -52,7 +52,7 @@ def _wordllama() -> Any:
         raise DependencyMissing(
             "the independent scorer needs wordllama", "pip install 'edge-slm[train]'"
         ) from None
-    finally:  # its import turns the program's logging on
+    finally:  # its import configures the logging of the whole program
         root.setLevel(before[0])
         root.handlers[:] = before[1]
     # Version 0.4.0 looks for its packaged tokenizer only in a cache of that layout.
@@ -61,10 +61,10 @@ def _wordllama() -> Any:
 
 
 class TaskClassifier:
-    """Names the task of a text: logistic regression on its words and pairs of words.
+    """Predicts the task of a text: logistic regression on its words and pairs of words.
 
-    Learned from `samples` of the training side, every task weighing the same. Case and
-    punctuation count: a title differs from a caption in little else.
+    Trained on `samples` of the training side, with equal weight for every task. Case and
+    punctuation count, because they are what distinguishes a title from a caption.
     """
 
     def __init__(self, samples: Sequence[Sample], tasks: Sequence[str]) -> None:
@@ -107,7 +107,7 @@ class TaskClassifier:
 
 
 class TextJudge:
-    """What the converters' gate asks about texts: relevance by `StaticCosine`, the task by a
+    """Judges texts for the converters' gate: relevance by `StaticCosine`, the task by a
     classifier."""
 
     def __init__(self, samples: Sequence[Sample], tasks: Sequence[str]) -> None:
@@ -119,10 +119,9 @@ class TextJudge:
         return np.asarray((left * right).sum(1), np.float64)
 
     def of_task(self, tasks: Sequence[str], texts: Sequence[str]) -> npt.NDArray[np.float64]:
-        """1.0, 0.0, or nan where the classifier does not know the task."""
+        """1.0 where the classifier predicts the task, else 0.0; nan for a task unknown to it."""
         named = self._classifier.tasks
         if len(named) < 2:
             return np.full(len(texts), np.nan)
-        found = self._classifier.predict(texts)
-        pairs = zip(tasks, found, strict=True)
+        pairs = zip(tasks, self._classifier.predict(texts), strict=True)
         return np.array([float(named[i] == t) if t in named else np.nan for t, i in pairs])

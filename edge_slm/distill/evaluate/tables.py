@@ -1,24 +1,24 @@
-"""The figures as tables; the terminal and the page show the same ones."""
+"""The figures as tables, for the terminal and the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_slm_bench.page import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Result = Mapping[str, Any]
 
 _SCORERS = {"relevance": "MiniLM", "wordllama": "WordLlama", "keywords": "request kept"}
 
 
-def show(result: Result) -> None:
-    """Prints every table on stdout."""
+def show(result: Result, console: Console) -> None:
+    """Prints every table."""
     from rich.table import Table as RichTable
 
-    from edge_slm.cli.console import stdout_console
-
-    console = stdout_console()
     console.print(about(result))
     for table in tables(result):
         shown = RichTable(title=table.caption, title_justify="left", box=None, pad_edge=False)
@@ -62,8 +62,8 @@ def tables(result: Result) -> list[Table]:
 
 
 def scorer_names(result: Result) -> dict[str, str]:
-    """Scorer → heading, for those that tables show: the training reward, MiniLM and the
-    scorers without part in training."""
+    """Scorer → heading, of the scorers in tables: the training reward, MiniLM and those
+    without part in training."""
     training = [s["name"] for s in result["scorers"] if s["training"]]
     names = {training[0]: _SCORERS.get(training[0], "reward") + "†"}
     if "relevance" in training:
@@ -130,8 +130,8 @@ def level_table(result: Result) -> Table:
     references = next(r for r in result["answers"] if r["kind"] == "references")
     rows.append(row("*references", references["scores"], None, references))
     for title, part in (("Spearman", "spearman_of_means"), ("Monotonicity", "monotonicity")):
-        found = result["relevance"][part]
-        cells = [(figure if key == first else bare)(found[key]) for key in names]
+        by_name = result["relevance"][part]
+        cells = [(figure if key == first else bare)(by_name[key]) for key in names]
         rows.append([f"{title}, level → mean" if title == "Spearman" else title, *cells])
         rows.append(["– shuffled", figure(result["relevance"]["shuffled"][part])])
     width = len(names) + len(ratios) + 4

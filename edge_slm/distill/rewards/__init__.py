@@ -1,7 +1,7 @@
-"""Rewards: what a response is worth as an answer to its request.
+"""Rewards: scores of a response as an answer to its request.
 
 relevance  cosine of their embeddings
-keywords   share of the request's content words that come back
+keywords   share of the content words of the request that the response has
 fluency    guards against repetition, truncation, echo and gibberish
 judge      an LLM's score by a rubric
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_slm.distill.rewards.base import Array, Progress, Reward
+from edge_slm.distill.rewards.base import Float32, Reward
 from edge_slm.distill.rewards.fluency import Fluency
 from edge_slm.distill.rewards.keywords import Keywords
 from edge_slm.distill.rewards.relevance import WIDTH, Relevance, encoder_path
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WIDTH",
-    "Array",
+    "Float32",
     "Fluency",
     "Keywords",
-    "Progress",
     "Relevance",
     "Reward",
     "Weighted",
@@ -40,8 +39,9 @@ def make_reward(
 ) -> Reward:
     """The reward of a recipe: one part as it is, several as their weighted mean.
 
-    cache: a folder for what is expensive. bf16: of the encoder. server: base address of
-    the judge's OpenAI-compatible server. Raises BadSetting when it is needed and missing.
+    cache: a folder for embeddings and the judge's scores. bf16: precision of the encoder.
+    server: base address of the judge's OpenAI-compatible server; raises BadSetting when a
+    judge needs it and it is missing.
     """
     parts: list[tuple[float, Reward]] = []
     if recipe.relevance:
@@ -56,9 +56,9 @@ def make_reward(
                 "reward.judge needs reward.judge_model and the server's address",
                 "give something like http://127.0.0.1:8000/v1, or set reward.judge = 0",
             )
-        # Here, because the teachers import much and only a judge needs them.
+        # Imported here, because only a judge needs a client of servers.
         from edge_slm.distill.chat import Chat
-        from edge_slm.distill.rewards.judge import Judge
+        from edge_slm.distill.rewards.judge import LlmJudge
 
-        parts.append((recipe.judge, Judge(Chat(server, recipe.judge_model), cache)))
+        parts.append((recipe.judge, LlmJudge(Chat(server, recipe.judge_model), cache)))
     return parts[0][1] if len(parts) == 1 else Weighted(parts)

@@ -1,4 +1,4 @@
-"""How the rewards tell samples from their spoilt copies, as a table per task:
+"""Mean rewards of samples and of spoilt copies of them, as a table with a row per task:
 
 python -m edge_slm.distill.rewards SAMPLES... [--rows 100] [--cache FOLDER]
 """
@@ -19,7 +19,7 @@ from edge_slm_runtime.errors import EdgeSlmError
 
 
 def variants(samples: Sequence[Sample], seed: int = 0) -> Iterator[tuple[str, list[Sample]]]:
-    """The samples as they are, then spoilt in five ways; each as (name, samples)."""
+    """(name, samples): as they are, then spoilt in five ways."""
     rng = random.Random(seed)
 
     def of(responses: list[str]) -> list[Sample]:
@@ -49,13 +49,13 @@ def main(data: Sequence[Path], rows: int, cache: Path | None) -> None:
         click.echo(f"Each cell: {', '.join(reward.name for reward in rewards)}.\n")
         for i, (task, samples) in enumerate(by_task.items()):
             chosen = random.Random(0).sample(samples, min(rows, len(samples)))
-            found = dict(variants(chosen))
+            copies = dict(variants(chosen))
             if i == 0:
-                click.echo(f"| task | rows | {' | '.join(found)} |")
-                click.echo("|---" * (len(found) + 2) + "|")
+                click.echo(f"| task | rows | {' | '.join(copies)} |")
+                click.echo("|---" * (len(copies) + 2) + "|")
             cells = [
                 " ".join(f"{reward.score(variant).mean():.2f}" for reward in rewards)
-                for variant in found.values()
+                for variant in copies.values()
             ]
             click.echo(f"| {task} | {len(chosen)} | {' | '.join(cells)} |")
     except EdgeSlmError as error:

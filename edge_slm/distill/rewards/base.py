@@ -1,23 +1,23 @@
-"""What every reward offers: a name and a score per sample."""
+"""What a reward is: a name and a score per sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import Progress
 
-Array = npt.NDArray[np.float32]
-Progress = Callable[[int, int], None]  # (done, total) texts
+Float32 = npt.NDArray[np.float32]
 
 
 class Reward(Protocol):
-    """What a response is worth as an answer to its request."""
+    """Scores a response as an answer to its request."""
 
     name: str
 
-    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
         """float32 [len(samples)], finite; higher is better."""

@@ -1,6 +1,6 @@
-"""Fluency guards: what a reader sees at once is wrong with a text, whatever it says.
+"""Fluency guards: defects of a text that are visible without knowing its subject.
 
-The thresholds are our own, set so that what people wrote passes: see docs/rewards.md.
+The thresholds are our own, set so that texts written by people pass: see docs/rewards.md.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from math import prod
 
 import numpy as np
 
-from edge_slm.distill.rewards.base import Array, Progress
+from edge_slm.distill.rewards.base import Float32
 from edge_slm.distill.rewards.keywords import WORD, stem, words_of
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import Progress
 from edge_slm_runtime.words import UNFINISHED_SAMPLE
 
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*(?=\s|$)")
@@ -32,7 +33,7 @@ _NOISE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """Each 0 … 1; 1 is nothing to complain of."""
+    """Each 0 … 1; 1 is without defect."""
 
     repetition: float
     truncation: float
@@ -46,10 +47,10 @@ class Guards:
 
 
 def guards(request: str, response: str) -> Guards:
-    """All 0 for a response without words."""
+    """The guards of a response; all 0 if it has no words."""
     if not words_of(response):
         return Guards(0.0, 0.0, 0.0, 0.0)
-    # Naming the request again must not mend a torn end or thin out noise.
+    # A repeated request must not hide a truncated end or dilute noise.
     single = once(request, response).strip()
     return Guards(
         _repetition(response),
@@ -65,15 +66,15 @@ def _ramp(value: float, *, good: float, bad: float) -> float:
 
 
 def _repetition(text: str) -> float:
-    """0 for a loop, however long the good text before it."""
+    """0 for a loop, however long the sound text before it."""
     if _LOOP.search(" ".join(words_of(text))):
         return 0.0
     return _ramp(repeated_share(text), good=0.15, bad=0.6)
 
 
 def repeated_share(text: str) -> float:
-    """Share of words that only repeat, 0 … 1: in a trigram seen before (cf. seq-rep-n of
-    Welleck et al., arXiv 1908.04319), in a clause seen before, or the word just before."""
+    """Share of repeated words, 0 … 1: in an earlier trigram (cf. seq-rep-n of Welleck et
+    al., arXiv 1908.04319), in an earlier clause, or equal to the word just before."""
     words: list[str] = []
     repeats: set[int] = set()
     seen: set[tuple[str, ...]] = set()
@@ -96,8 +97,8 @@ def repeated_share(text: str) -> float:
 
 
 def _truncation(text: str) -> float:
-    """0.2: breaks off in the middle of a phrase. 0.5: a bracket or quotation mark stays
-    open, or three sentences end and the last one does not. Lists and titles need no end."""
+    """0.2: ends in the middle of a phrase. 0.5: a bracket or quotation mark stays open, or
+    three sentences end and the last one does not. Lists and titles need no full stop."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     finished = bool(ends) and ends[-1] == len(text)
     if not finished and (text[-1] in ",;:-–—" or text.rsplit(maxsplit=1)[-1] in UNFINISHED_SAMPLE):
@@ -107,9 +108,9 @@ def _truncation(text: str) -> float:
 
 
 def _echo(request: str, response: str) -> float:
-    """0 for a response that keeps all of the request and adds no word; 1 when it adds two,
-    or a fifth of a long request, or keeps at most half (a title, tags). Halved when a
-    request of three words or more stands in it twice."""
+    """0 for a response that has all words of the request and no other; 1 when it adds two
+    words, or a fifth of a long request, or has at most half of the request (a title,
+    tags). Halved when it contains a request of three words or more twice."""
     asked = {stem(word) for word in words_of(request)}
     said = {stem(word) for word in words_of(response)}
     kept = len(asked & said) / max(1, len(asked))
@@ -119,13 +120,13 @@ def _echo(request: str, response: str) -> float:
 
 
 def once(request: str, response: str) -> str:
-    """The response without further mentions of the whole request after the first, if the
-    request has at least three words (shorter ones are named again in good prose)."""
+    """The response with only the first mention of the whole request, if the request has at
+    least three words (good prose repeats shorter ones)."""
     words = words_of(request)
     if len(words) < 3 or " ".join(words_of(response)).count(" ".join(words)) < 2:
         return response
-    found = list(WORD.finditer(response))
-    said = ["".join(words_of(match[0])) for match in found]
+    matches = list(WORD.finditer(response))
+    said = ["".join(words_of(match[0])) for match in matches]
     kept, start, i, mentions = "", 0, 0, 0
     while i < len(said):
         if said[i : i + len(words)] != words:
@@ -133,15 +134,15 @@ def once(request: str, response: str) -> str:
             continue
         mentions += 1
         if mentions > 1:
-            kept += response[start : found[i].start()]
-            start = found[i + len(words) - 1].end()
+            kept += response[start : matches[i].start()]
+            start = matches[i + len(words) - 1].end()
         i += len(words)
     return (kept + response[start:]).rstrip() if mentions > 1 else response
 
 
 def _noise_share(text: str) -> float:
-    """Share of characters that are noise: broken or unassigned ones, marks beyond a
-    quarter of the text, letters of impossible words."""
+    """Share of noise characters: invalid or unassigned ones, marks beyond a quarter of the
+    text, letters of impossible words."""
     kinds = [unicodedata.category(char) for char in text]
     broken = sum(
         char == "\ufffd" or (kind in ("Cc", "Cn", "Co", "Cs") and not char.isspace())
@@ -153,10 +154,10 @@ def _noise_share(text: str) -> float:
 
 
 class Fluency:
-    """Scores samples by the product of the guards, 0 … 1."""
+    """The product of the guards, 0 … 1."""
 
     name = "fluency"
 
-    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
         scores = [guards(sample.request, sample.response).fluency for sample in samples]
         return np.array(scores, np.float32)

@@ -1,4 +1,4 @@
-"""Keyword coverage: how much of what the request names does the response name?"""
+"""Keyword coverage: the share of the content words of a request that its response has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from edge_slm.distill.rewards.base import Array, Progress
+from edge_slm.distill.rewards.base import Float32
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import Progress
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 _STOP = frozenset(
@@ -22,12 +23,12 @@ _STOP = frozenset(
     "through to too towards under until up upon us very was we were what when where which while "
     "who whom whose will with within without would you your".split()
 )
-# With these a prompt is asked for; they need not come back.
+# Words that ask for a prompt; the response need not repeat them.
 _ASKING = frozenset("creat featur generat includ mak pleas us use".split())  # stems
 _IRREGULAR = {
     "men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot",
     "teeth": "tooth", "mice": "mouse", "geese": "goose", "wolves": "wolf", "leaves": "leaf",
-    "knives": "knife", "shelves": "prefix_cache", "ran": "run", "sat": "sit", "stood": "stand",
+    "knives": "knife", "shelves": "shelf", "ran": "run", "sat": "sit", "stood": "stand",
     "flew": "fly", "held": "hold", "wore": "wear", "worn": "wear", "rode": "ride",
 }  # fmt: skip
 
@@ -47,7 +48,7 @@ def stem(word: str) -> str:
 
     Only for comparing: "cities", "city" → "citi"; "running", "runs" → "run".
     """
-    if len(word) > 30:  # no word; the patterns below would take long over it
+    if len(word) > 30:  # not a word, and slow in the patterns below
         return word
     word = re.sub(r"['’]s?$", "", word)
     word = _IRREGULAR.get(word, word)
@@ -57,35 +58,35 @@ def stem(word: str) -> str:
         word = match[1]
         if word[-1] == word[-2] and word[-1] not in "lsz":
             word = word[:-1]
-    # "house" and "housing", "city" and "cities" meet without their last letter.
+    # "house" and "housing", "city" and "cities" are equal without their last letter.
     word = re.sub(r"ie$|y$", "i", word)
     return word[:-1] if len(word) > 3 and word.endswith("e") else word
 
 
 def content_stems(text: str) -> list[str]:
-    """The stems of the words of `text` that carry meaning, each once, in order."""
+    """The stems of the content words of `text`, each once, in order."""
     stems = (stem(word) for word in words_of(text) if word not in _STOP)
     return [s for s in dict.fromkeys(stems) if s not in _ASKING]
 
 
 def coverage(request: str, response: str) -> float:
-    """Share of the request's content words that the response has, in any inflection.
+    """Share of the content words of the request that the response has, in any inflection.
 
-    1 for a request without content words: nothing was left out.
+    1 for a request without content words.
     """
     wanted = content_stems(request)
     have = {stem(word) for word in words_of(response)}
     text = response.lower()
     # Scripts without spaces between words are searched, not split.
-    found = sum(word in have or (not word.isascii() and word in text) for word in wanted)
-    return found / len(wanted) if wanted else 1.0
+    covered = sum(word in have or (not word.isascii() and word in text) for word in wanted)
+    return covered / len(wanted) if wanted else 1.0
 
 
 class Keywords:
-    """Scores samples by `coverage`, 0 … 1."""
+    """`coverage`, 0 … 1."""
 
     name = "keywords"
 
-    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
         scores = [coverage(sample.request, sample.response) for sample in samples]
         return np.array(scores, np.float32)

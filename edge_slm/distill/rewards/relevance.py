@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm.distill.rewards.base import Array, Progress
+from edge_slm.distill.rewards.base import Float32
 from edge_slm.distill.rewards.cache import RowCache
 from edge_slm.distill.rewards.fluency import once
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import Progress
 from edge_slm_runtime.errors import DataError, DependencyMissing
 
 WIDTH = 384  # of all-MiniLM-L6-v2's embeddings
@@ -34,10 +35,10 @@ def encoder_path() -> str:
 
 
 class Relevance:
-    """Scores samples; embeddings are cached on disk by content digest.
+    """Cosine of request and response; embeddings are cached on disk by content digest.
 
-    cache: a folder (made if missing) or None. bf16: on CPUs with AVX512-BF16 two
-    to three times the speed; cosines move by less than 0.003.
+    cache: a folder (made if missing) or None. bf16: two to three times as fast on CPUs
+    with AVX512-BF16; cosines change by less than 0.003.
     """
 
     name = "relevance"
@@ -62,7 +63,7 @@ class Relevance:
             self._model = SentenceTransformer(encoder_path(), device=device, model_kwargs=kwargs)
         return self._model
 
-    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> Array:
+    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> Float32:
         """Unit vectors, float32 [len(texts), 384]."""
         keys = [hashlib.sha1(text.encode()).digest() for text in texts]
         todo = {k: t for k, t in zip(keys, texts, strict=True) if k not in self._vectors}
@@ -88,10 +89,10 @@ class Relevance:
                 progress(start + len(chunk), len(pending))
         return np.stack([self._vectors[key] for key in keys]).astype(np.float32)
 
-    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
         """Cosine of request and response, float32 [len(samples)], -1 … 1."""
         requests = [sample.request for sample in samples]
-        # A second mention of the request would raise the cosine and say nothing.
+        # A second mention of the request would raise the cosine without adding content.
         responses = [once(sample.request, sample.response) for sample in samples]
         both = self.embed(requests + responses, progress)
         left, right = both[: len(samples)], both[len(samples) :]

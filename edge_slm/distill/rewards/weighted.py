@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from edge_slm.distill.rewards.base import Array, Progress, Reward
+from edge_slm.distill.rewards.base import Float32, Reward
 from edge_slm.distill.samples import Sample
+from edge_slm.progress import Progress
 
 
 class Weighted:
-    """parts: (weight above 0, reward) pairs."""
+    """The weighted mean of `parts`: (weight above 0, reward) pairs."""
 
     def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
         self._parts = parts
@@ -19,15 +20,15 @@ class Weighted:
 
     def components(
         self, samples: Sequence[Sample], progress: Progress | None = None
-    ) -> dict[str, Array]:
-        """The score of every part, by its name; each float32 [len(samples)]."""
+    ) -> dict[str, Float32]:
+        """The scores of each part by its name, float32 [len(samples)]."""
         return {reward.name: reward.score(samples, progress) for _, reward in self._parts}
 
-    def combine(self, components: Mapping[str, Array]) -> Array:
-        """The weighted mean of what `components` returned."""
+    def combine(self, components: Mapping[str, Float32]) -> Float32:
+        """The weighted mean of the scores that `components` returned."""
         weights = [weight for weight, _ in self._parts]
         scores = [components[reward.name] for _, reward in self._parts]
         return np.asarray(np.average(scores, axis=0, weights=weights), np.float32)
 
-    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Array:
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
         return self.combine(self.components(samples, progress))

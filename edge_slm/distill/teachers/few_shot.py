@@ -1,33 +1,17 @@
-"""Few-shot prompts for a teacher LLM, and what is left of its answers.
-
-The texts are data: edge_slm/data/teacher/tasks/<task>.toml holds what the task is,
-its usual lengths in words, examples, and ideas; default.toml serves any other task.
-"""
+"""Few-shot prompts for a teacher LLM, and the cleaning of its answers."""
 
 from __future__ import annotations
 
 import math
 import random
 import re
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
 
-from edge_slm.distill.samples import clause_cuts
-from edge_slm.distill.teachers import Ask
+from edge_slm.distill.tasks import task_brief, themes
+from edge_slm.distill.teachers.base import Ask
+from edge_slm.distill.variants import clause_cuts
 from edge_slm_runtime.command import clean_request, count_words
 from edge_slm_runtime.errors import RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-if TYPE_CHECKING:
-    from importlib.abc import Traversable  # Python 3.10's place of it
 
 # (role, content) pairs. There is no system role: several models' templates refuse it.
 Messages = tuple[tuple[str, str], ...]
@@ -42,48 +26,14 @@ _RULES = (
 )
 
 
-@dataclass(frozen=True)
-class TaskPrompt:
-    """words: the usual (least, most). examples: (request, response) pairs."""
-
-    what: str
-    words: tuple[int, int]
-    examples: tuple[tuple[str, str], ...]
-    ideas: tuple[str, ...]
-
-
-@lru_cache
-def task_prompt(task: str) -> TaskPrompt:
-    """The texts of a task; of default.toml where it has none."""
-    folder = files("edge_slm") / "data" / "teacher" / "tasks"
-    file = folder / f"{task}.toml"
-    data = _toml(file if file.is_file() else folder / "default.toml")
-    return TaskPrompt(
-        " ".join(data["what"].split()).replace("{task}", task),
-        (data["words"][0], data["words"][1]),
-        tuple((example["request"], example["response"]) for example in data["examples"]),
-        tuple(data["ideas"]),
-    )
-
-
-@lru_cache
-def _themes() -> tuple[str, ...]:
-    return tuple(_toml(files("edge_slm") / "data" / "teacher" / "themes.toml")["themes"])
-
-
-def _toml(file: Traversable) -> dict[str, Any]:
-    data: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
-    return data
-
-
 def answer_messages(ask: Ask, words: int) -> Messages:
     """The conversation whose next message is the answer, in about `words` words."""
-    prompt = task_prompt(ask.task)
+    brief = task_brief(ask.task)
     turns: list[tuple[str, str]] = []
-    for request, response in prompt.examples:
+    for request, response in brief.examples:
         turns += [("user", _question(request, count_words(response))), ("assistant", response)]
     turns.append(("user", _question(ask.request, words)))
-    turns[0] = ("user", f"{prompt.what} {_RULES}\n\n{turns[0][1]}")
+    turns[0] = ("user", f"{brief.what} {_RULES}\n\n{turns[0][1]}")
     return tuple(turns)
 
 
@@ -92,13 +42,13 @@ def _question(request: str, words: int) -> str:
 
 
 def length(ask: Ask, candidate: int) -> int:
-    """The words to ask for: the ask's, else drawn from the task's usual lengths.
+    """The target length in words: that of the ask, else drawn from the task's usual lengths.
 
     Log-uniform, so that short texts are as frequent as long ones.
     """
     if ask.words is not None:
         return ask.words
-    least, most = task_prompt(ask.task).words
+    least, most = task_brief(ask.task).words
     rng = random.Random(f"{ask.seed}/{candidate}/{ask.request}")
     return round(math.exp(rng.uniform(math.log(least), math.log(most))))
 
@@ -111,43 +61,43 @@ def max_tokens(words: int) -> int:
 def idea_messages(task: str, seed: int) -> Messages:
     """The conversation whose next message is IDEAS_PER_PROMPT new requests, one a line.
 
-    Two themes, drawn by the seed, keep an LLM from having the same ideas each time.
+    Two themes, drawn by the seed, keep an LLM from repeating its ideas.
     """
-    prompt = task_prompt(task)
+    brief = task_brief(task)
     rng = random.Random(f"{seed}/{task}")
-    themes = " and ".join(rng.sample(_themes(), 2))
-    shown = rng.sample(prompt.ideas, min(len(prompt.ideas), _SHOWN_IDEAS))
+    subjects = " and ".join(rng.sample(themes(), 2))
+    shown = rng.sample(brief.ideas, min(len(brief.ideas), _SHOWN_IDEAS))
     more = "what else such a user could type, each very different from the others"
     return (
-        ("user", f"{prompt.what}\n\nList {len(shown)} requests a user could type, one a line."),
+        ("user", f"{brief.what}\n\nList {len(shown)} requests a user could type, one a line."),
         ("assistant", "\n".join(shown)),
-        ("user", f"List {IDEAS_PER_PROMPT} more, one a line: {more}. Touch on {themes}."),
+        ("user", f"List {IDEAS_PER_PROMPT} more, one a line: {more}. Touch on {subjects}."),
     )
 
 
 def completion(messages: Messages) -> str:
-    """The same as plain text, for a model without a chat template; a blank line ends
-    the answer."""
+    """The conversation as plain text, for a model without a chat template; the answer ends
+    at a blank line."""
     turns = [f"{content}\n" if role == "user" else f"{content}\n\n" for role, content in messages]
     return "".join(turns)
 
 
 def ideas(text: str) -> list[str]:
     """The requests of an answer to `idea_messages`, as a user would type them."""
-    found = []
+    requests = []
     for line in _without_thinking(text).splitlines():
         if not _FENCE.match(line) and not line.rstrip().endswith(":"):
             try:
-                found.append(clean_request(_bare(line)))
+                requests.append(clean_request(_bare(line)))
             except RequestError:
                 continue
-    return [idea for idea in found if count_words(idea) <= _LONGEST_IDEA]
+    return [request for request in requests if count_words(request) <= _LONGEST_IDEA]
 
 
 def usable(answers: Iterable[tuple[str, bool]]) -> list[str]:
-    """The distinct clean texts of (answer, was it cut at its token limit) pairs.
+    """The distinct clean texts of (answer, whether it reached its token limit) pairs.
 
-    A cut answer ends at its last clause end; without one it is dropped.
+    An answer that reached the limit is cut at its last clause end, or dropped without one.
     """
     texts = []
     for answer, cut in answers:
@@ -178,7 +128,7 @@ _QUOTES = {'"': '"', "“": "”", "'": "'", "‘": "’", "«": "»", "`": "`"}
 
 
 def clean(text: str) -> str:
-    """The answer alone, on one line: without thinking, fences, lead-ins, numbers, quotes."""
+    """The answer on one line, without reasoning, fences, lead-ins, numbering and quotes."""
     text = _without_thinking(text)
     if fenced := _FENCED.search(text):
         text = fenced[1]
@@ -196,13 +146,13 @@ def clean(text: str) -> str:
 
 
 def _without_thinking(text: str) -> str:
-    """An answer that never came out of its thoughts is empty."""
+    """Without the reasoning of the model; empty if the reasoning never ended."""
     text = text.rpartition("</think>")[2]
     return text.partition("<think>")[0].strip()
 
 
 def _bare(line: str) -> str:
-    """A line without mark, emphasis, lead-in and quotes, white space folded."""
+    """A line without list mark, emphasis, lead-in and quotes, white space folded."""
     line = " ".join(_MARK.sub("", line).replace("**", "").split())
     return _unquoted(_LEAD_IN.sub("", line))
 
@@ -211,6 +161,6 @@ def _unquoted(text: str) -> str:
     while len(text) > 1 and _QUOTES.get(text[0]) == text[-1]:
         inner = _APOSTROPHE.sub("", text[1:-1])
         if text[0] in inner or text[-1] in inner:
-            break  # two quotations, not one around all
+            break  # two quotations, not one around the whole text
         text = text[1:-1].strip()
     return text

@@ -1,4 +1,4 @@
-"""A teacher in this process: a causal language model of Hugging Face transformers."""
+"""A teacher in this process: a causal language model run by transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_slm.distill.teachers import BATCH, Ask, Progress
+from edge_slm.distill.teachers.base import BATCH, Ask
 from edge_slm.distill.teachers.few_shot import (
     IDEAS_PER_PROMPT,
     Messages,
@@ -18,6 +18,7 @@ from edge_slm.distill.teachers.few_shot import (
     max_tokens,
     usable,
 )
+from edge_slm.progress import Progress
 from edge_slm_runtime.errors import DependencyMissing, TeacherError
 
 _IDEA_TOKENS = 20 * IDEAS_PER_PROMPT
@@ -25,9 +26,9 @@ _IDEA_ROUNDS = 4
 
 
 class LocalTeacher:
-    """A folder or a hub name; half precision on a GPU, float32 elsewhere.
+    """model: a folder or a hub name; bfloat16 on a GPU, float32 elsewhere.
 
-    A model with a chat template is asked in its form, another one continues plain
+    A model with a chat template is asked in that template, another one continues plain
     text. Raises DependencyMissing, and TeacherError where the model cannot be loaded.
     """
 
@@ -56,16 +57,16 @@ class LocalTeacher:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
     def invent(self, task: str, count: int, seed: int) -> list[str]:
-        found: dict[str, str] = {}
+        requests: dict[str, str] = {}
         each = -(-count // IDEAS_PER_PROMPT)
         for start in range(seed, seed + _IDEA_ROUNDS * each, min(each, BATCH)):
             prompts = [idea_messages(task, start + i) for i in range(min(each, BATCH))]
             for text, _ in self._write(prompts, _IDEA_TOKENS, start):
                 for idea in ideas(text):
-                    found.setdefault(idea.casefold(), idea)
-            if len(found) >= count:
+                    requests.setdefault(idea.casefold(), idea)
+            if len(requests) >= count:
                 break
-        return list(found.values())[:count]
+        return list(requests.values())[:count]
 
     def answer(
         self, asks: Sequence[Ask], candidates: int, progress: Progress | None = None
@@ -82,7 +83,7 @@ class LocalTeacher:
                 yield ask, usable(answers[i * candidates : (i + 1) * candidates])
 
     def _write(self, prompts: Sequence[Messages], limit: int, seed: int) -> list[tuple[str, bool]]:
-        """(answer, was it cut at `limit` tokens) of each prompt, in one batch."""
+        """(answer, whether it reached `limit` tokens) of each prompt, in one batch."""
         import torch
 
         chat = self._tokenizer.chat_template is not None

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 
-from edge_slm.distill.chat import Chat, Prompt
-from edge_slm.distill.teachers import Ask, Progress
+from edge_slm.distill.chat import Chat, ChatRequest
+from edge_slm.distill.teachers.base import Ask
 from edge_slm.distill.teachers.few_shot import (
     IDEAS_PER_PROMPT,
     answer_messages,
@@ -17,6 +17,7 @@ from edge_slm.distill.teachers.few_shot import (
     max_tokens,
     usable,
 )
+from edge_slm.progress import Progress
 
 _IDEA_TOKENS = 40 * IDEAS_PER_PROMPT
 
@@ -24,7 +25,7 @@ _IDEA_TOKENS = 40 * IDEAS_PER_PROMPT
 class ServerTeacher:
     """Asks for one candidate at a time, each with its own length and seed.
 
-    Its methods raise TeacherError where the server does not answer.
+    The methods raise TeacherError when the server does not answer.
     """
 
     def __init__(self, chat: Chat, temperature: float) -> None:
@@ -33,20 +34,20 @@ class ServerTeacher:
         self._temperature = temperature
 
     def invent(self, task: str, count: int, seed: int) -> list[str]:
-        # Ideas repeat themselves: four times the prompts that would do without.
+        # Models repeat their ideas: up to four times as many prompts as without repetition.
         most = 4 * -(-count // IDEAS_PER_PROMPT)
         prompts = (
-            Prompt(idea_messages(task, s), self._temperature, _IDEA_TOKENS, s)
+            ChatRequest(idea_messages(task, s), self._temperature, _IDEA_TOKENS, s)
             for s in range(seed, seed + most)
         )
-        found: dict[str, str] = {}
+        requests: dict[str, str] = {}
         with closing(self._chat.ask(prompts)) as replies:
             for reply in replies:
                 for idea in ideas(reply.text):
-                    found.setdefault(idea.casefold(), idea)
-                if len(found) >= count:
+                    requests.setdefault(idea.casefold(), idea)
+                if len(requests) >= count:
                     break
-        return list(found.values())[:count]
+        return list(requests.values())[:count]
 
     def answer(
         self, asks: Sequence[Ask], candidates: int, progress: Progress | None = None
@@ -59,7 +60,7 @@ class ServerTeacher:
                     progress(done, len(asks))
                 yield ask, usable(answers)
 
-    def _prompt(self, ask: Ask, candidate: int) -> Prompt:
+    def _prompt(self, ask: Ask, candidate: int) -> ChatRequest:
         words = length(ask, candidate)
         messages = answer_messages(ask, words)
-        return Prompt(messages, self._temperature, max_tokens(words), ask.seed + candidate)
+        return ChatRequest(messages, self._temperature, max_tokens(words), ask.seed + candidate)

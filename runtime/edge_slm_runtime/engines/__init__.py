@@ -1,4 +1,4 @@
-"""Engines: token sources behind one class (`base.Engine`), which says all about each.
+"""Engines: token sources with one interface (`base.Engine`), each class holding its facts.
 
 A class is imported when it is asked for; the package that it needs, when it is opened.
 """

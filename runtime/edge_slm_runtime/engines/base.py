@@ -1,4 +1,4 @@
-"""What an engine is to the generator: a source of tokens for answers, and facts about itself."""
+"""The interface of engines: a source of tokens for answers, and facts about itself."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EngineOptions:
 
 
 class Engine(ABC):
-    """A loaded model, and what callers have to know about engines of its class.
+    """A loaded model, and as class attributes the facts about its engine.
 
     name: in manifests, and the package that it needs. install: the command that installs it.
     main_file: what it opens in a variant's folder. seeds: a request's seed is honoured.
@@ -87,7 +87,7 @@ class Engine(ABC):
 
     @classmethod
     def preload(cls, decoder: Decoder) -> None:
-        """Imports what opening needs, so that it can happen beside other work.
+        """Imports the modules that opening needs, so that this can overlap with other work.
 
         Raises ImportError.
         """

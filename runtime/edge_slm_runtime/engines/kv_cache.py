@@ -1,9 +1,9 @@
 """Keys and values of answers being written, kept for prompts that begin alike.
 
-A prompt whose first tokens are those of an earlier one finds their keys and values still
-there, and only the rest is computed: a request under another command or seed, the
-candidates of one request, the fixed preamble of an app. Nothing is stored for it but the
-caches that answers were written with, and what is kept of these is bounded.
+If a prompt begins with the tokens of an earlier one, their keys and values are reused and
+only the rest is computed: a request under another command or seed, the
+candidates of one request, the fixed preamble of an app. Only the
+caches of earlier answers are stored for this, and their memory is bounded.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class KVCache:
 class PrefixCache:
     """Caches of single answers between their uses. May be used from several threads.
 
-    When what was written in them takes more than `limit` bytes, those that were not used
-    for longest are freed, except the last; a `limit` of 0 keeps none.
+    When their written positions take more than `limit` bytes, the least recently used are
+    freed, except the last; a `limit` of 0 keeps none.
     """
 
     def __init__(self, shape: Shape, limit: int, dtype: Any) -> None:
@@ -70,7 +70,7 @@ class PrefixCache:
 
     @property
     def bytes(self) -> int:
-        """What the kept caches take."""
+        """Memory of the kept caches."""
         return sum(self._bytes(cache.written) for cache in self._kept)
 
     def _bytes(self, positions: int) -> int:
@@ -80,7 +80,7 @@ class PrefixCache:
         return int(layers * rows * heads * pages * mmap.PAGESIZE)
 
     def checkout(self, prompt: Sequence[int]) -> KVCache:
-        """A cache for an answer to `prompt`; `begin` tells what it knows of it.
+        """A cache for an answer to `prompt`; `begin` finds the part of it that is cached.
 
         Raises EngineError when there is no memory for another one.
         """

@@ -62,7 +62,7 @@ class OnnxEngine(SteppingEngine):
         super().__init__(Native(session), decoder, options)
 
     def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
-        """The graph has logits behind the last new token alone."""
+        """The graph computes logits after the last new token only."""
         return _Pass(self, cache, width)
 
 

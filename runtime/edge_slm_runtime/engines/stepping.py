@@ -2,8 +2,8 @@
 
 The KV cache is one preallocated array that every pass of the model writes to in place. Rows
 of a batch have their own lengths: prompts are prefilled into their rows, then all rows
-decode together, and none sees another. Of a prompt that begins like an earlier one only the
-rest is computed (`kv_cache`).
+decode together, independently of each other. Of a prompt that begins like an earlier one only
+the rest is computed (`kv_cache`).
 
 Speculative decoding works on one answer at a time: guessed tokens (`ngrams`) are computed
 together with the last one, and kept as long as they are what `Answer.choose` chooses from the
@@ -47,7 +47,7 @@ class SteppingEngine(Engine):
     """Honours everything: seeds, constraints, batching."""
 
     def __init__(self, native: Native, decoder: Decoder, options: EngineOptions) -> None:
-        """native: what is closed at the end. Tokens are guessed only by classes whose kernels
+        """native: the model, closed at the end. Tokens are guessed only by classes whose kernels
         give a token the same numbers however many are computed with it (`guesses`)."""
         self.native, self.decoder, self.threads = native, decoder, options.threads
         self.prefill_tokens = options.prefill_tokens
@@ -92,7 +92,7 @@ class SteppingEngine(Engine):
                     step = self._step(answer, scores)
                     left = perf_counter()
                     yield step
-                    _away(rows, left)
+                    _exclude_reader_time(rows, left)
                 _close_gaps(rows, cache)
             if not rows:
                 return
@@ -115,7 +115,7 @@ class SteppingEngine(Engine):
                     step = self._step(answer, scores)
                     left = perf_counter()
                     yield step
-                    _away(rows, left)
+                    _exclude_reader_time(rows, left)
                     if step.done or answer.ids[-1] != expected:
                         finished |= step.done
                         break
@@ -144,21 +144,23 @@ class SteppingEngine(Engine):
         self._prefixes.clear()
 
     def prefill(self, cache: KVCache, first: int, answers: Sequence[Answer]) -> Iterator[Logits]:
-        """Computes the prompts into the rows `first` and on of `cache`; the logits [V] behind
-        each, to be used before the next one is asked for."""
+        """Computes the prompts into the rows of `cache` from `first` on.
+
+        Yields the logits [V] after each, valid until the next."""
         for row, answer in enumerate(answers, first):
             yield self._prefill(cache, row, answer)
             if self._ngrams:
                 self._ngrams.learn_all(answer.plan.prompt)
 
     def _prefill(self, cache: KVCache, row: int, answer: Answer) -> Logits:
-        """Computes the prompt in about equal parts; returns the logits [V] behind it."""
+        """Computes the prompt in about equal parts; returns the logits [V] after it."""
         prompt = answer.plan.prompt
         answer.cached = known = cache.begin(row, prompt)
         rest = len(prompt) - known
         parts = -(-rest // self.prefill_tokens)
         starts = [known + rest * i // parts // ALIGN * ALIGN for i in range(parts)]
-        # Attention takes queries by twice the size of a head: no lone one shall be left over.
+        # onnxruntime's attention takes queries in groups of twice the size of a head: leave no
+        # group with a single query, which it would round differently.
         if (len(prompt) - starts[-1]) % (2 * self.decoder.head_width) == 1:
             starts.append(len(prompt) - ALIGN - 1)
         for start, end in pairwise([*starts, len(prompt)]):
@@ -172,12 +174,12 @@ class SteppingEngine(Engine):
 
 
 def _end(answer: Answer) -> tuple[int, ...]:
-    """The last tokens so far: what n-grams look at."""
+    """The last tokens so far, as context of the n-grams."""
     return (*answer.plan.prompt[-ORDER:], *answer.ids[-ORDER:])[-ORDER:]
 
 
-def _away(rows: Sequence[Answer], left: float) -> None:
-    """What the reader did with a step since `left` is not the rows' time."""
+def _exclude_reader_time(rows: Sequence[Answer], left: float) -> None:
+    """Leaves the time since `left`, in which the reader had a step, out of the rows' timings."""
     away = perf_counter() - left
     for answer in rows:
         answer.away += away

@@ -36,12 +36,12 @@ class ThreadTeam:
         self.table[t.CLAIMS] = claims.ctypes.data
         self._address = self.table.ctypes.data
         self._lock = Lock()
-        # Locked while there is no reason to wake up. Semaphores of Python do not survive Ctrl-C.
+        # Each is locked while its thread may sleep. Semaphores of Python do not survive Ctrl-C.
         self._wake = [Lock() for _ in range(threads)]
         for lock in self._wake:
             lock.acquire()
         self._at_work: dict[int, int] = {}  # which thread has which number
-        # The threads hold what they look at, not the team, so that it can end.
+        # The threads refer to the memory that they use, not to the team, so that it can be freed.
         self._held = (self._control, self.table, model, claims)
         self._end = finalize(self, _stop, self._control, self._wake)
 
@@ -103,7 +103,7 @@ def _work(
     at_work: dict[int, int],
 ) -> None:
     if at_work.setdefault(number, get_ident()) != get_ident():
-        return  # whoever started one was interrupted before it knew
+        return  # started twice: the first start was interrupted before it was recorded
     address = held[1].ctypes.data
     while not entry(address, number):
         wake[number].acquire()

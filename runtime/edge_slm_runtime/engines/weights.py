@@ -142,7 +142,7 @@ class Weights:
         return int(self._tensor(stored_name(name), "F32", (filled,)).ctypes.data)
 
     def _tensor(self, name: str, dtype: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """shape: what it must be; None is any of three dimensions."""
+        """shape: the required one; None accepts any with three dimensions."""
         entry: Any = self._header.get(name)
         try:
             start, end = entry["data_offsets"]

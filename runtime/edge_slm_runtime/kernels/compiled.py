@@ -1,8 +1,8 @@
 """Brings the kernels into the process: from the cache of this user, or compiled anew.
 
 numba compiles them once, which takes a quarter of a minute, for the very processor that it
-runs on. What is kept is machine code that calls nothing: where it can be made an `image`
-(x86-64 Linux), a process that only runs it needs neither numba nor llvmlite, nor their memory.
+runs on. The cache holds machine code that calls nothing: where it can be made a flat image
+(`elf`, x86-64 Linux), a process that only runs it needs neither numba nor llvmlite.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAME = "entry"
 _DIGEST = 32  # bytes
 
 Entry = Callable[[int, int], int]
-_alive: list[Any] = []  # what holds the code in memory
+_alive: list[Any] = []  # owners of the code in memory
 
 
 @cache
@@ -146,13 +146,13 @@ def _key(traits: Traits) -> str:
 
 @cache
 def _processor() -> str:
-    """What it is and can do."""
+    """Its name and its features."""
     try:
         first = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    told = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(line for line in first.splitlines() if line.startswith(told))
+    facts = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(line for line in first.splitlines() if line.startswith(facts))
 
 
 def _cache_file(traits: Traits, suffix: str) -> Path:
@@ -167,7 +167,7 @@ def _cache_file(traits: Traits, suffix: str) -> Path:
 
 
 def _read(file: Path) -> bytes:
-    """What was kept. Raises OSError, ValueError when it is not all there."""
+    """Cached code. Raises OSError, ValueError when it is damaged."""
     if hasattr(os, "getuid") and file.stat().st_uid != os.getuid():
         raise ValueError(f"{file} is another user's")
     content = file.read_bytes()

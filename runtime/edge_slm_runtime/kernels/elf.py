@@ -14,7 +14,7 @@ from typing import NamedTuple
 _ELF64 = b"\x7fELF\x02\x01"
 _AMD64 = 62
 _HEADER, _SECTION = struct.Struct("<16s2HI3QI6H"), struct.Struct("<2I4Q2I2Q")
-_JUMP = struct.Struct("<Bi")  # to so many bytes behind it
+_JUMP = struct.Struct("<Bi")  # to this many bytes after it
 _SYMBOL, _RELOCATION = struct.Struct("<I2BH2Q"), struct.Struct("<2Qq")
 _SYMBOLS, _RELOCATIONS, _NO_BITS = 2, 4, 8  # kinds of sections
 _IN_MEMORY, _WRITABLE = 2, 1  # flags of sections

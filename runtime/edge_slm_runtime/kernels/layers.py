@@ -1,4 +1,4 @@
-"""What is not a product: normalisation, the residual, activation functions."""
+"""Normalisation, the residual, activation functions: all but products and attention."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def add_bias(values: int, n: int, stride: int, bias: int, first: int, last: int)
 def add_to(
     target: int, n: int, width: int, values: int, stride: int, bias: int, first: int, last: int
 ) -> None:
-    """The residual plus what a layer gave, of these panels."""
+    """The residual plus the output of a layer, of these panels."""
     b = floats(bias, stride)
     for row in range(n):
         x = floats(target + row * width * _FLOAT, width)

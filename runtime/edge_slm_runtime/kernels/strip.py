@@ -1,4 +1,4 @@
-"""Activations to 8 bits, 32 at a time: what the compiler's own vectoriser makes slow code of."""
+"""Activations to 8 bits, 32 at a time; the compiler's own vectoriser makes slow code of this."""
 
 from __future__ import annotations
 

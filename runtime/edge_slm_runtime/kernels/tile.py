@@ -7,7 +7,8 @@ at a time (`vpdpbusd` where the processor has it):
     out[row, n] = Σ over blocks  scale[block, n] · a[row, block] · Σ (level − zero) · q
 
 with q the activations in whole steps of a. The inner sum is exact and the outer one goes
-through the blocks in their order, so a row gets the same bits in whatever company.
+through the blocks in their order, so results are batch-invariant: a row gets the same bits alone
+and among others.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def make_tile(rows: int, panels: int, bits: int, vnni: bool) -> Tile:
     All but the last are counts or addresses: levels, scales (float16) and zeros (bytes, of
     4-bit levels) of the first panel as `panels` lays them out; q int8 [rows, blocks · size],
     a float32 and sums int32 (of q) [rows, blocks]; out float32 [rows, stride], of which
-    16 · panels columns are written. ahead: not 0 when the panels behind these come next, and
+    16 · panels columns are written. ahead: not 0 when the panels after these come next, and
     computing takes so long that the processor would not look for them by itself.
     """
 
@@ -158,7 +159,7 @@ class _Tile:
         return self.b.add(self.b.mul(self.blocks, I64(number)), block)
 
     def at(self, base: Any, kind: Any, index: Any, size: int) -> Any:
-        """A pointer to the index-th `kind`, `size` bytes apart, behind `base`."""
+        """A pointer to the index-th `kind`, `size` bytes apart, after `base`."""
         b = self.b
         return b.inttoptr(b.add(base, b.mul(index, I64(size))), kind.as_pointer())
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from edge_slm.distill.teachers import Ask, Progress
+from edge_slm.distill.teachers.base import Ask
 from edge_slm.distill.teachers.few_shot import length
 from edge_slm.distill.teachers.grammar import keywords, titles
 from edge_slm.distill.teachers.grammar.compose import Composer, Quality
@@ -22,6 +22,7 @@ from edge_slm.distill.teachers.grammar.graphics import (
     lettering_idea,
 )
 from edge_slm.distill.teachers.grammar.pictures import image, picture_idea, video
+from edge_slm.progress import Progress
 from edge_slm_runtime.command import count_words
 
 LONGEST = {

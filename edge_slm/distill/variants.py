@@ -1,0 +1,101 @@
+"""Variants of samples: more training data without new text.
+
+Each has an outcome that is true of it:
+
+- *cuts*: the response ends early, at a clause end → shorter lengths;
+- *fragments*: the request is one or two phrases of the response → a text that contains its
+  subject;
+- *mismatches*: the response belongs to another request → low relevance.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from edge_slm.distill.samples import Sample
+from edge_slm.distill.split import held_out
+from edge_slm_runtime.command import count_words
+from edge_slm_runtime.words import UNFINISHED_REQUEST
+
+if TYPE_CHECKING:
+    from edge_slm.distill.recipe import HindsightRecipe
+
+_CLAUSE_END = re.compile(r"(?:[,;:]|(?<=[.!?]))(?=\s)")
+_PHRASE = re.compile(r"[^,;:.!?\"()\[\]]+")
+
+
+def clause_cuts(text: str) -> list[str]:
+    """All proper prefixes of `text` that end at a clause end, shortest first.
+
+    A full stop is kept: without it a complete sentence would look truncated.
+    """
+    return [text[: match.start()].rstrip() for match in _CLAUSE_END.finditer(text)]
+
+
+def fragment_request(text: str, rng: random.Random) -> str | None:
+    """A request made of one or two phrases of `text`, in their order."""
+    phrases = []
+    for match in _PHRASE.finditer(text):
+        words = match[0].split()
+        while words and words[0].lower() in ("and", "with", "its", "their", "his", "her", "while"):
+            words = words[1:]
+        words = words[: rng.randint(3, 9)]
+        while words and words[-1].lower() in UNFINISHED_REQUEST:
+            words = words[:-1]
+        if len(words) >= 2:
+            phrases.append(" ".join(words))
+    if not phrases:
+        return None
+    # The subject is among the first phrases; details come from anywhere.
+    chosen = [phrases[0] if rng.random() < 0.6 else rng.choice(phrases[:3])]
+    if len(phrases) > 2 and rng.random() < 0.35:
+        chosen.append(rng.choice(phrases[1:]))
+    chosen = list(dict.fromkeys(chosen))
+    request = ", ".join(chosen)
+    return request[0].lower() + request[1:] if rng.random() < 0.7 else request
+
+
+def vary(
+    pairs: Sequence[Sample],
+    lone: Sequence[Sample],
+    recipe: HindsightRecipe,
+    holdout_percent: int,
+    seed: int,
+) -> list[Sample]:
+    """The distinct pairs and their variants, in an order fixed by the seed.
+
+    A request made by a fragment is never a held-out one.
+    """
+    rng = random.Random(seed + 1)
+    pool: list[Sample] = list(pairs)
+    for sample in lone:
+        if recipe.fragments.get(sample.task) and (
+            request := fragment_request(sample.response, rng)
+        ):
+            pool.append(replace(sample, request=request, kind="fragment"))
+    for sample in pairs:
+        for _ in range(recipe.fragments.get(sample.task, 0)):
+            if request := fragment_request(sample.response, rng):
+                pool.append(replace(sample, request=request, kind="fragment"))
+    pool = [sample for sample in pool if not held_out(sample.request, holdout_percent)]
+    for sample in list(pool):
+        cuts = [cut for cut in clause_cuts(sample.response) if count_words(cut) >= 3]
+        for cut in rng.sample(cuts, min(len(cuts), recipe.cuts.get(sample.task, 0))):
+            if cut.lower() != sample.request.lower():
+                pool.append(replace(sample, response=cut, kind="cut"))
+    matched = {(sample.request, sample.response) for sample in pool}
+    by_task: dict[str, list[Sample]] = defaultdict(list)
+    for sample in pool:
+        by_task[sample.task].append(sample)
+    for task, rows in by_task.items():
+        wanted = int(len(rows) * recipe.mismatch_share / (1 - recipe.mismatch_share))
+        for _ in range(wanted):
+            one, other = rng.choice(rows), rng.choice(rows)
+            if (one.request, other.response) not in matched:
+                pool.append(Sample(one.request, other.response, task, "mismatch"))
+    return list(dict.fromkeys(pool))
