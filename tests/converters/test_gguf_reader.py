@@ -121,6 +121,7 @@ def test_splitting_a_tensor_undoes_joining_it(tmp_path: Path) -> None:
 BIASES = {f"blk.0.{name}.bias": np.arange(WIDTH // 2) for name in ("attn_k", "attn_v")}
 
 
+@pytest.mark.slow
 def test_smollm2_is_what_transformers_reads() -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
