@@ -24,11 +24,11 @@ UNSTEADY = 1.5  # slowest ÷ quickest sample
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class VariantRow:
     """A variant with a number of threads, and every sample of it.
 
     top1: agreement with fp32. faithful: within the fidelity budget of the bundle; None
-    where nobody measured it. reason: why there are no samples. answers_ms: latency of a
+    where it was not measured. reason: why there are no samples. answers_ms: latency of a
     commanded answer, by its words. Memory in MiB.
     """
 
@@ -88,7 +88,7 @@ class Limits:
     max_memory_mb: float | None = None
     max_latency_ms: float | None = None
 
-    def missed_by(self, row: Row) -> tuple[str, ...]:
+    def missed_by(self, row: VariantRow) -> tuple[str, ...]:
         """The limits that a measured row does not keep, in words."""
         told = (
             (row.memory_mb, self.max_memory_mb, "MB"),
@@ -100,7 +100,7 @@ class Limits:
             if limit is not None and value > limit
         )
 
-    def excess(self, row: Row) -> float:
+    def excess(self, row: VariantRow) -> float:
         """The worst of measured ÷ allowed; at most 1 where the row fits."""
         pairs = ((row.memory_mb, self.max_memory_mb), (row.latency_ms(), self.max_latency_ms))
         return max((value / limit for value, limit in pairs if limit), default=0.0)
@@ -110,12 +110,12 @@ class Limits:
 class Advice:
     """chosen: None where nothing fits; line: then says what would."""
 
-    chosen: Row | None
+    chosen: VariantRow | None
     line: str
     remarks: tuple[str, ...] = ()
 
 
-def advise(rows: Sequence[Row], limits: Limits) -> Advice:
+def advise(rows: Sequence[VariantRow], limits: Limits) -> Advice:
     """The row to choose among those measured, and why."""
     measured = [row for row in rows if row.measured]
     fitting = [row for row in measured if not limits.missed_by(row)]
@@ -135,23 +135,23 @@ def advise(rows: Sequence[Row], limits: Limits) -> Advice:
     return Advice(chosen, line, tuple(_remarks(chosen, measured, limits)))
 
 
-def _faith(row: Row) -> int:
+def _faith(row: VariantRow) -> int:
     return {True: 2, None: 1, False: 0}[row.faithful]
 
 
-def _cost(row: Row) -> tuple[float, ...]:
+def _cost(row: VariantRow) -> tuple[float, ...]:
     """What decides between rows that are equally quick."""
     return (row.threads, row.memory_mb, row.disk_bytes, -(row.top1 or 0.0), row.latency_ms())
 
 
-def _figures(row: Row) -> str:
+def _figures(row: VariantRow) -> str:
     return (
         f"{deciding(row.answers_ms)} words in {row.latency_ms():.1f} ms, {row.memory_mb:.0f} MB"
         + ("" if row.top1 is None else f", top-1 {row.top1:.1%}")
     )
 
 
-def _what_would(closest: Row, limits: Limits) -> str:
+def _what_would(closest: VariantRow, limits: Limits) -> str:
     wanted = (
         ("--max-memory-mb", closest.memory_mb, limits.max_memory_mb),
         ("--max-latency-ms", closest.latency_ms(), limits.max_latency_ms),
@@ -162,7 +162,7 @@ def _what_would(closest: Row, limits: Limits) -> str:
     return f"nothing fits; the closest is {closest.name} ({_figures(closest)}): {options} admits it"
 
 
-def _remarks(chosen: Row, measured: Sequence[Row], limits: Limits) -> Iterable[str]:
+def _remarks(chosen: VariantRow, measured: Sequence[VariantRow], limits: Limits) -> Iterable[str]:
     if chosen.faithful is None:
         yield f"the bundle does not say how faithful {chosen.variant} is to fp32"
     if chosen.faithful is False:
@@ -173,7 +173,7 @@ def _remarks(chosen: Row, measured: Sequence[Row], limits: Limits) -> Iterable[s
     samples = chosen.answers_ms[deciding(chosen.answers_ms)]
     if max(samples) > UNSTEADY * min(samples):
         yield f"unsteady: between {min(samples):.1f} and {max(samples):.1f} ms, the median decides"
-    quickest = min(measured, key=Row.latency_ms)
+    quickest = min(measured, key=VariantRow.latency_ms)
     if quickest is chosen:
         return
     gain = f"{quickest.name} is {chosen.latency_ms() / quickest.latency_ms():.2f} times as quick"

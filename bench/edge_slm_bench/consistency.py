@@ -31,7 +31,7 @@ def count_mismatches(
     threads: int,
 ) -> dict[str, int]:
     """Way → how many answers to `requests` have other tokens than `plain` ones; only ways
-    that the variant knows. Raises EdgeSlmError."""
+    that the variant has. Raises EdgeSlmError."""
     found = {}
 
     def count(way: str, answers: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ RAPL      energy of the CPU packages (Linux powercap, drivers intel_rapl): cores
 INA3221   power of a whole Jetson module: voltage × current of the rail that feeds it
           (hwmon), integrated over samples by the trapezoid rule.
 
-Both see the machine, not a process: what idles or runs beside the work is in the figure.
+Both measure the machine, not a process: other work and idle power are in the figure.
 Where nothing can be read the answer is None and a reason, never 0.
 """
 

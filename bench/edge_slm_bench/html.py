@@ -20,7 +20,7 @@ from edge_slm_runtime.length import tolerance
 # What a variant has to agree in with the reference to be named as the one to choose.
 TOP1_TO_CHOOSE = 0.95
 SPREAD = "Dot: median; bar: the middle half; line: 1% to 99%; speck: the slowest."
-STEPS = "Every token after the first; a request's mean where its engine tells no more."
+STEPS = "Every token after the first; a request's mean where its engine reports no more."
 FLOOR = "Decode time ÷ the time to read the weights once, just before; dashed: the floor."
 
 

@@ -192,7 +192,7 @@ def _processors(root: Path) -> list[dict[str, str]]:
 
 
 def _cpu_name(processors: list[dict[str, str]]) -> str:
-    """x86 tells a name; ARM tells codes, and its cores may be of several kinds."""
+    """x86 reports a name; ARM reports codes, and its cores may be of several kinds."""
     codes = (f"{p.get('CPU implementer', '')} {p.get('CPU part', '')}" for p in processors)
     kinds = Counter(
         p.get("model name", "") if "CPU part" not in p else _ARM_CORES.get(code, code)
@@ -204,7 +204,7 @@ def _cpu_name(processors: list[dict[str, str]]) -> str:
 
 
 def _cpuinfo_mhz(processors: list[dict[str, str]]) -> int | None:
-    """What x86 tells where nobody governs the frequency."""
+    """What x86 reports where no governor sets the frequency."""
     return max((round(float(p["cpu MHz"])) for p in processors if "cpu MHz" in p), default=None)
 
 

@@ -21,7 +21,7 @@ _SAID = {
 
 
 def notes(results: Sequence[CellResult]) -> list[str]:
-    """The marks, and the reasons behind them."""
+    """The marks, and the reasons for them."""
     said = []
     if any(r.peer and r.samples for r in results):
         said.append(f"{PEER} another engine on the same weights")
@@ -171,7 +171,7 @@ DEFINITIONS: Mapping[str, Mapping[str, str]] = {
             "the model alone, without the decoder's length promise."
         ),
         "answers that differ": (
-            "The same requests in a batch, behind a cached prefix, with the prompt in chunks and "
+            "The same requests in a batch, after a cached prefix, with the prompt in chunks and "
             "with guessed tokens: how many greedy answers have another token anywhere."
         ),
     },

@@ -77,7 +77,7 @@ def spreads(
 
 
 def bars(title: str, rows: Sequence[Spread], label: str, mark: float | None = None) -> str:
-    """The first value of every row as a bar, its number beside it; peers are pale."""
+    """The first value of every row as a bar with its number; peers are pale."""
     names = list(dict.fromkeys(row.name for row in rows))
     groups = list(dict.fromkeys(row.group for row in rows))
     step = 0.78 / len(groups)

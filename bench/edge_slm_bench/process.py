@@ -1,7 +1,7 @@
-"""Fresh processes: each measures one thing, and its death is a message, not a crash.
+"""One child process per measurement; a crash becomes EngineError.
 
 A process of its own gives an honest load time and an honest peak memory (VmHWM
-belongs to the process image; the imports of whoever asks do not count).
+belongs to the process image; the imports of the parent do not count).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _wait(child: subprocess.Popen[bytes], limit_mb: float | None, timeout_s: flo
 
 
 def rss_mb(pid: int | str = "self") -> float | None:
-    """Resident memory of a process in MiB; None where it cannot be told."""
+    """Resident memory of a process in MiB; None where it is unknown."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
     except (OSError, IndexError, ValueError):

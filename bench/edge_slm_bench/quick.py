@@ -12,7 +12,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any
 
-from edge_slm_bench.advice import WORDS, Row, faithfulness
+from edge_slm_bench.advice import WORDS, VariantRow, faithfulness
 from edge_slm_bench.process import launch
 from edge_slm_bench.runners import Spec
 from edge_slm_bench.runners.edge_slm import long_words, spec_of
@@ -34,7 +34,7 @@ _LATE = 1.2  # a round may take this much longer than the one before
 # Of the row alone; whatever else can be wrong is wrong with all of them.
 _ROW_ERRORS = (EngineError, DependencyMissing, OutOfMemory)
 
-Progress = tuple[list[Row], int, int]
+QuickProgress = tuple[list[VariantRow], int, int]
 
 
 def thread_counts(most: int | None = None) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ def measure(
     threads: Sequence[int],
     seconds: float,
     rounds: int = ROUNDS,
-) -> Iterator[Progress]:
+) -> Iterator[QuickProgress]:
     """Measures all variants × threads in about `seconds`, never much more.
 
     rounds: processes per row, at most. Yields before the first process and after each:
@@ -115,8 +115,8 @@ def measure(
 
 
 def _measured(
-    row: Row, spec: Spec, threads: int, requests: Mapping[int, Any], deadline: float
-) -> Row:
+    row: VariantRow, spec: Spec, threads: int, requests: Mapping[int, Any], deadline: float
+) -> VariantRow:
     """The row with the samples of one more process, or with why it has none."""
     job = {
         "kind": "answers",
@@ -137,9 +137,9 @@ def _measured(
     return _with(row, list(requests), result)
 
 
-def _row(manifest: Manifest, variant: Variant, threads: int) -> Row:
+def _row(manifest: Manifest, variant: Variant, threads: int) -> VariantRow:
     reference = variant.precision == "fp32" and variant.fidelity is None
-    return Row(
+    return VariantRow(
         variant=variant.name,
         engine=variant.engine,
         precision=variant.precision,
@@ -151,7 +151,7 @@ def _row(manifest: Manifest, variant: Variant, threads: int) -> Row:
     )
 
 
-def _with(row: Row, words: Sequence[int], result: Mapping[str, Any]) -> Row:
+def _with(row: VariantRow, words: Sequence[int], result: Mapping[str, Any]) -> VariantRow:
     """The row with the samples of one more process."""
     stats = [answer["stats"] for answers in result["answers"] for answer in answers]
     told = {n: row.answers_ms.get(n, ()) for n in words}

@@ -1,4 +1,4 @@
-"""The one schema of the measuring room: what was measured, every sample of it.
+"""Report schema: cells, samples, figures.
 
 A report is JSON (`Report.as_dict`, `Report.read`); tables, Markdown, CSV, HTML and
 comparisons are made of it and add nothing. Figures are medians and percentiles over
@@ -45,7 +45,7 @@ class Timing:
     """One request, or one batch: `new_tokens` is the sum over its rows.
 
     ttft_ms: to the first token, tokenising included; None for a batch. steps_ms: the
-    intervals between tokens, where the engine tells them. In the server scenario both
+    intervals between tokens, where the engine reports them. In the server scenario both
     times run from the arrival of the request, waiting included.
     """
 
@@ -63,7 +63,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ProcessSample:
     """What one fresh process measured, warm-up left out.
 
     cold: whether the model's files were out of the page cache when it loaded them.
@@ -102,10 +102,10 @@ class CellResult:
     step_bytes: int
     status: Status
     reason: str = ""
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[ProcessSample, ...] = ()
 
     @property
-    def used(self) -> tuple[Sample, ...]:
+    def used(self) -> tuple[ProcessSample, ...]:
         """The undisturbed samples; all of them where none is."""
         return tuple(s for s in self.samples if not s.flags) or self.samples
 
@@ -153,7 +153,7 @@ class CellResult:
         return median([ms * rate / (self.step_bytes * 1e3) for ms, rate in found if ms and rate])
 
     def steps(self) -> list[float]:
-        """In ms: intervals between tokens; a request's mean where its engine tells none."""
+        """In ms: intervals between tokens; a request's mean where its engine reports none."""
         timings = [t for s in self.used for t in s.timings]
         steps = [step for t in timings for step in t.steps_ms]
         return steps or [t.tpot_ms for t in timings if t.tpot_ms is not None]
@@ -340,14 +340,14 @@ def _cell_result(data: Mapping[str, Any]) -> CellResult:
     return CellResult(**{**known, "cell": Cell(**data["cell"]), "samples": samples})
 
 
-def sample_of(data: Mapping[str, Any]) -> Sample:
+def sample_of(data: Mapping[str, Any]) -> ProcessSample:
     timings = tuple(
         Timing(**{**t, "steps_ms": tuple(t.get("steps_ms", ()))}) for t in data["timings"]
     )
-    return Sample(**{**data, "timings": timings, "flags": tuple(data["flags"])})
+    return ProcessSample(**{**data, "timings": timings, "flags": tuple(data["flags"])})
 
 
-def with_sample(result: CellResult, sample: Sample) -> CellResult:
+def with_sample(result: CellResult, sample: ProcessSample) -> CellResult:
     """The cell with one process more, its status brought up to date."""
     samples = (*result.samples, sample)
     undisturbed = any(not s.flags for s in samples)

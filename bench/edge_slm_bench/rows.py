@@ -40,7 +40,7 @@ Value = tuple[float | None, bool]  # a figure, and whether its processes were di
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """Cells of the sweep that share a row, with their figures; shortest prompt and smallest
     batch first."""
 
@@ -83,7 +83,7 @@ class Column:
     """better: +1 where more is better, -1 where less is, 0 where neither."""
 
     head: str
-    value: Callable[[Row], Value]
+    value: Callable[[TableRow], Value]
     better: int = -1
     missing: str = "–"
 
@@ -94,7 +94,7 @@ def speed_tables(report: Report, scenario: Scenario) -> list[Table]:
     return [_speed_table(report, model, scenario) for model in models]
 
 
-def rows_of(report: Report, model: str, scenario: Scenario) -> list[Row]:
+def rows_of(report: Report, model: str, scenario: Scenario) -> list[TableRow]:
     """Ours first, then the peers, each in the order of the sweep."""
     groups: dict[Any, list[tuple[CellResult, Figures]]] = {}
     for result in report.cells:
@@ -107,7 +107,7 @@ def rows_of(report: Report, model: str, scenario: Scenario) -> list[Row]:
         group.sort(key=lambda pair: (pair[0].cell.prompt_tokens, pair[0].cell.batch))
     order = list(dict.fromkeys((g[0][0].peer, g[0][0].cell.variant) for g in groups.values()))
     order.sort(key=lambda name: name[0])
-    rows = [Row(tuple(group)) for group in groups.values()]
+    rows = [TableRow(tuple(group)) for group in groups.values()]
     return sorted(rows, key=lambda r: order.index((r.cells[0][0].peer, r.cell.variant)))
 
 
@@ -185,16 +185,16 @@ def _columns(scenario: Scenario, results: Sequence[CellResult], report: Report) 
     yield Column("mJ/ token", _millijoules, missing="unavailable")
 
 
-def _at(name: str, axis: str, place: int) -> Callable[[Row], Value]:
+def _at(name: str, axis: str, place: int) -> Callable[[TableRow], Value]:
     return lambda row: row.at(name, axis, place)
 
 
-def _millijoules(row: Row) -> Value:
+def _millijoules(row: TableRow) -> Value:
     joules, disturbed = row.first("joules_per_token")
     return None if joules is None else joules * 1e3, disturbed
 
 
-def _figures(column: Column, rows: Sequence[Row]) -> list[str]:
+def _figures(column: Column, rows: Sequence[TableRow]) -> list[str]:
     """A column's cells. The best undisturbed value of the rows under the same load is
     marked, where they differ at all."""
     values = [column.value(row) if row.measured else (None, False) for row in rows]

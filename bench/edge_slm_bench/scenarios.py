@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from edge_slm_bench.energy import find_meter
-from edge_slm_bench.runners import Prompt, Run, Runner
+from edge_slm_bench.runners import Prompt, Runner, TimedAnswer
 from edge_slm_runtime.errors import EngineError
 
 WARM_UP_TOKENS = 4
@@ -121,7 +121,7 @@ def server(runner: Runner, prompts: Sequence[Prompt], job: Mapping[str, Any]) ->
     return {"timings": timings, "seconds": time.perf_counter() - start}
 
 
-def answered(runner: Runner, prompt: Prompt, new_tokens: int) -> Run:
+def answered(runner: Runner, prompt: Prompt, new_tokens: int) -> TimedAnswer:
     """Raises EngineError when the work is not what was asked."""
     run = runner.single(prompt, new_tokens)
     if len(run.ids) != new_tokens:
@@ -129,7 +129,7 @@ def answered(runner: Runner, prompt: Prompt, new_tokens: int) -> Run:
     return run
 
 
-def _timing(run: Run, late: float = 0.0) -> dict[str, Any]:
+def _timing(run: TimedAnswer, late: float = 0.0) -> dict[str, Any]:
     """late: seconds that the request waited before it was begun."""
     told = len(run.seconds) == len(run.ids)
     steps = [(b - a) * 1e3 for a, b in pairwise(run.seconds)] if told else []

@@ -23,7 +23,7 @@ from edge_slm_bench.results import (
     Cell,
     CellResult,
     Endurance,
-    Sample,
+    ProcessSample,
     Scenario,
     Status,
     sample_of,
@@ -174,7 +174,7 @@ class Sweep:
             self.results[cell] = with_sample(self.results[cell], sample)
             self._write({"cell": asdict(cell), "sample": asdict(sample)})
 
-    def _sample(self, cell: Cell, spec: Spec, number: int) -> Sample:
+    def _sample(self, cell: Cell, spec: Spec, number: int) -> ProcessSample:
         s = self.settings
         served = cell.scenario == "server"
         job = {

@@ -1,4 +1,4 @@
-"""Small files in which the kernel tells about the machine, read once or at intervals."""
+"""Small files in which the kernel describes the machine, read once or at intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a variant still obey? Its own answers to commanded requests, beside those of fp32.
+"""Does a variant still obey? Its own answers to commanded requests are compared with fp32's.
 
 Two models that predict nearly the same may still write different texts, token upon token.
 So every variant answers the same requests, greedily and without the length promise, and
@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_slm_bench.metrics.quality import LEAST, within_tolerance
+from edge_slm_converters.arrays import Float64
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.records import Request
-
-Array = npt.NDArray[np.float64]
 
 LEVELLED = 16  # requests that are asked at every level of relevance
 ROWS = 16  # answered together
@@ -30,13 +28,13 @@ ROWS = 16  # answered together
 ALLOWED = {"within": 0.05, "task_accuracy": 0.05, "relevance": 0.02, "length_mae": 0.5}
 
 
-class Judge(Protocol):
-    """What needs more than counting; lives on a higher floor."""
+class AnswerJudge(Protocol):
+    """Scores that need more than counting; implemented on a higher floor."""
 
-    def relevance(self, requests: Sequence[str], texts: Sequence[str]) -> Array:
+    def relevance(self, requests: Sequence[str], texts: Sequence[str]) -> Float64:
         """How well each text goes with its request, higher is better."""
 
-    def of_task(self, tasks: Sequence[str], texts: Sequence[str]) -> Array:
+    def of_task(self, tasks: Sequence[str], texts: Sequence[str]) -> Float64:
         """1.0 where a text is of its task, else 0.0."""
 
 
@@ -49,8 +47,8 @@ class Answers:
     requests: what was asked; answers to one request are not independent.
     """
 
-    values: Mapping[str, Array]
-    levels: Array
+    values: Mapping[str, Float64]
+    levels: Float64
     requests: Sequence[str]
 
     def figures(self) -> dict[str, float]:
@@ -71,7 +69,7 @@ def requests(
 ) -> list[Request]:
     """Each request under its command; if `levelled`, the first ones at every level of
     relevance too. What the context has no room for is left out."""
-    schema = source.schema
+    schema = source.form.grammar
     levels = range(len(schema.axis("relevance").values) if levelled else 0)
     at_levels = [(text, replace(c, relevance=n)) for text, c in asked[:LEVELLED] for n in levels]
     found = []
@@ -86,7 +84,7 @@ def requests(
     return found
 
 
-def answer(slm: SLM, asked: Sequence[Request], judge: Judge | None) -> Answers:
+def answer(slm: SLM, asked: Sequence[Request], judge: AnswerJudge | None) -> Answers:
     """What a variant answers, and what it is worth."""
     texts = [out.text for out in slm.generate_batch(asked, ROWS)]
     words = np.array([request.words for request in asked], float)

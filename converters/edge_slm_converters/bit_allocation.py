@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_slm_bench.metrics.examples import Scored
 from edge_slm_bench.metrics.fidelity import log_softmax
-from edge_slm_converters import gguf
+from edge_slm_converters import gguf_writer
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.blocks import Blocks, block_bytes, bytewise, nearest
 from edge_slm_converters.calibration import ForwardPass, output
@@ -68,7 +68,7 @@ def int4(
         checkpoint, texts[:PROBE_TEXTS], lambda line, share: step(line, share * PROBING)
     )
     head = Quantised("int4").head_bytes(decoder.width, decoder.vocab_size)
-    limit = gguf.step_bytes(decoder, "Q4_0") - head
+    limit = gguf_writer.step_bytes(decoder, "Q4_0") - head
     forms = choose(measured, decoder, limit)
     fitted, blocks = quantised(
         checkpoint, texts, forms, lambda line, share: step(line, share * (1 - PROBING))

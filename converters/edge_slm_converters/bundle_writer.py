@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ def write_manifest(
     provenance: Mapping[str, Any],
 ) -> Manifest:
     """Adds the tokenizer to the `variants` that are in `folder`, and writes manifest.json."""
-    shutil.copyfile(source.path / TOKENIZER, folder / TOKENIZER)
+    (folder / TOKENIZER).write_bytes(source.text.tokenizer)
     manifest = Manifest(
         name=name,
         model=source.decoder,
         parameters=source.parameters,
-        prompt=source.codec.form,
+        prompt=source.form,
         variants=tuple(variants),
         files={
             path.relative_to(folder).as_posix(): file_entry(path)

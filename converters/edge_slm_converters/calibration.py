@@ -30,6 +30,7 @@ class ForwardPass:
         self, decoder: Decoder, tensors: Mapping[str, Float32], texts: Sequence[Scored]
     ) -> None:
         self.decoder, self._tensors = decoder, tensors
+        self._rotary = decoder.rotary_table() if decoder.position == "rotary" else ()
         self._ids = np.concatenate([text.ids for text in texts])
         self._ends = np.cumsum([len(text.ids) for text in texts])
         starts = self._ends - [len(text.ids) for text in texts]
@@ -44,7 +45,8 @@ class ForwardPass:
     def embedded(self) -> Float32:
         positions = np.concatenate([np.arange(end - start) for start, end in self._spans])
         x: Float32 = self._tensors["embedding"][self._ids]
-        x += self._tensors["positions"][positions]
+        if self.decoder.position == "learned":
+            x += self._tensors["positions"][positions]
         return x
 
     def linear(self, name: str, x: Float32, residual: Float32 | None = None) -> Float32:
@@ -57,7 +59,11 @@ class ForwardPass:
         qkv = linear(f"{here}qkv", self._norm(x, f"{here}attention_norm"), None)
         x = linear(f"{here}out", self._attention(i, qkv), x)
         inner = linear(f"{here}up", self._norm(x, f"{here}mlp_norm"), None)
-        return linear(f"{here}down", ACTIVATIONS[self.decoder.activation](inner), x)
+        activation = ACTIVATIONS[self.decoder.activation]
+        if self.decoder.mlp == "gated":
+            gate, up = np.split(inner, 2, -1)
+            return linear(f"{here}down", activation(gate) * up, x)
+        return linear(f"{here}down", activation(inner), x)
 
     def logits(self, x: Float32, head: Float32) -> Float32:
         """[rows, V], with `head` [V,width]."""
@@ -65,24 +71,41 @@ class ForwardPass:
         return logits
 
     def _attention(self, i: int, qkv: Float32) -> Float32:
-        """Causal, within each text."""
-        decoder = self.decoder
-        mixed = np.empty((len(qkv), decoder.width), np.float32)
+        """Causal, within each text; a key-value head serves heads / kv_heads query heads."""
+        d = self.decoder
+        mixed = np.empty((len(qkv), d.attention_width), np.float32)
         for start, end in self._spans:
-            parts = qkv[start:end].reshape(end - start, 3, decoder.heads, decoder.head_width)
-            query, key, value = parts.transpose(1, 2, 0, 3)
-            score = query @ key.transpose(0, 2, 1) * np.float32(decoder.attention_scale[i])
-            score[:, ~np.tri(end - start, dtype=bool)] = -np.inf
+            length = end - start
+            heads = qkv[start:end].reshape(length, -1, d.head_width).swapaxes(0, 1)
+            query, key, value = np.split(heads, [d.heads, d.heads + d.kv_heads])
+            if d.position == "rotary":
+                query, key = self._rotated(query), self._rotated(key)
+            query = query.reshape(d.kv_heads, -1, d.head_width)
+            score = query @ key.swapaxes(1, 2) * np.float32(d.attention_scale[i])
+            score = score.reshape(d.heads, length, length)
+            score[:, ~np.tri(length, dtype=bool)] = -np.inf
             share = np.exp(score - score.max(-1, keepdims=True))
             share /= share.sum(-1, keepdims=True)
-            mixed[start:end] = (share @ value).transpose(1, 0, 2).reshape(end - start, -1)
+            found = share.reshape(d.kv_heads, -1, length) @ value
+            found = found.reshape(d.heads, length, d.head_width)
+            mixed[start:end] = found.swapaxes(0, 1).reshape(length, -1)
         return mixed
 
+    def _rotated(self, heads: Float32) -> Float32:
+        """Queries or keys [heads, positions, head width], each turned by its position."""
+        cos, sin = (table[: heads.shape[1]] for table in self._rotary)
+        first, second = np.split(heads, 2, -1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
     def _norm(self, x: Float32, name: str) -> Float32:
-        x = x - x.mean(-1, keepdims=True)
+        if self.decoder.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
         variance = np.square(x).mean(-1, keepdims=True)
-        x /= np.sqrt(variance + np.float32(self.decoder.norm_epsilon))
-        return x * self._tensors[f"{name}.weight"] + self._tensors[f"{name}.bias"]
+        x = x / np.sqrt(variance + np.float32(self.decoder.norm_epsilon))
+        x *= self._tensors[f"{name}.weight"]
+        if self.decoder.norm == "layer":
+            x += self._tensors[f"{name}.bias"]
+        return x
 
 
 def output(x: Float32, matrix: Float32, bias: Float32, residual: Float32 | None) -> Float32:

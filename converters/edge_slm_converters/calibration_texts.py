@@ -29,8 +29,8 @@ def sampled_answers(
     """Answers drawn at temperature 1 to REQUESTS, then to pieces of these answers, then to
     pieces of the new answers: texts as various as the model gives, none of them from outside.
 
-    Tasks, lengths and levels of the command vary, and everything random has a fixed seed.
-    A larger model gives fewer texts: see `sample_count`. step: called before each round with
+    Tasks, lengths and levels of a command vary, and everything random has a fixed seed. A
+    larger model gives fewer texts: see `sample_count`. step: called before each round with
     a line and the share of the texts that the round makes.
     """
     tokens = min(SAMPLE_TOKENS, source.decoder.positions // 2)
@@ -73,12 +73,13 @@ def _drawn(
 ) -> Asked:
     """A request for some successive words of one of `seed_texts`, its prompt short enough for
     an answer of `tokens`; else one of REQUESTS."""
-    schema, words = source.schema, rng.choice(seed_texts).split()
-    length = rng.choice(EXCERPT_WORDS)
+    words, length = rng.choice(seed_texts).split(), rng.choice(EXCERPT_WORDS)
     first = rng.randrange(max(1, len(words) - length + 1))
-    level = rng.choice((None, None, len(schema.axis("relevance").values) - 1))
-    command = Command(schema.tasks[number % len(schema.tasks)], rng.choice(SAMPLE_WORDS), level)
-    command = schema.check(command).commanded
+    command = Command()
+    if schema := source.form.schema:
+        level = rng.choice((None, None, schema.levels - 1))
+        task = schema.tasks[number % len(schema.tasks)]
+        command = schema.check(Command(task, rng.choice(SAMPLE_WORDS), level)).commanded
     for request in (" ".join(words[first : first + length]), REQUESTS[number % len(REQUESTS)]):
         try:
             prompt = tuple(source.codec.prompt(request, command))

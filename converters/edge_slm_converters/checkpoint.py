@@ -1,16 +1,15 @@
-"""Reads a checkpoint in the Hugging Face layout, without torch.
+"""Reads a checkpoint in the Hugging Face layout or as a GGUF file, without torch.
 
-A checkpoint is a folder: `config.json`, the weights as `model.safetensors` (or
-shards named by `model.safetensors.index.json`), `tokenizer.json` and
-`command.json`. Weights come out under their canonical names (`edge_slm_runtime.decoder`),
+A checkpoint folder has `config.json`, the weights as `model.safetensors` (or shards named by
+`model.safetensors.index.json`), `tokenizer.json`, and `command.json` where the model obeys
+commands. Weights come out under their canonical names (`edge_slm_runtime.decoder`),
 as float32 numpy arrays whatever they were stored as. Pickled weights are never opened.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,16 @@ import numpy as np
 from edge_slm_converters.architectures import architecture_of
 from edge_slm_converters.architectures.base import Architecture, Layout, canonical
 from edge_slm_converters.arrays import Float32
+from edge_slm_converters.gguf_reader import read_gguf
+from edge_slm_converters.json_files import read_json
+from edge_slm_converters.text_side import TOKENIZER, TextSide, of_folder, of_gguf
 from edge_slm_runtime.bundle import file_entry
-from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.errors import CheckpointError, DependencyMissing, ManifestInvalid
+from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec
 
+CONFIG = "config.json"
 HEAD = "lm_head.weight"  # in every architecture
 
 
@@ -33,18 +35,29 @@ HEAD = "lm_head.weight"  # in every architecture
 class Checkpoint:
     """A checked checkpoint: every tensor is there, has its shape, and is finite.
 
-    tensors: the canonical ones of `decoder`. parameters: how many values are stored, those
-    of a tied embedding once. tokens: the tokenizer's, in id order; ids above them are padding
-    of the vocabulary.
+    path: of its folder or GGUF file. tensors: the canonical ones of `decoder`. parameters:
+    how many values are stored, those of a tied embedding once. files: all that were read.
     """
 
     path: Path
     decoder: Decoder
     tensors: Mapping[str, Float32]
     parameters: int
-    schema: CommandSchema
-    codec: TextCodec
-    tokens: tuple[str, ...]
+    text: TextSide
+    files: tuple[Path, ...]
+
+    @property
+    def codec(self) -> TextCodec:
+        return self.text.codec
+
+    @property
+    def form(self) -> PromptForm:
+        return self.text.codec.form
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The tokenizer's, in id order; ids above them are padding of the vocabulary."""
+        return self.text.tokens
 
     @property
     def head(self) -> Float32:
@@ -53,35 +66,72 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """sha256 of every file that the conversion reads."""
-        names = [
-            "config.json",
-            "tokenizer.json",
-            "command.json",
-            *(p.name for p in weight_files(self.path)),
-        ]
-        return {name: file_entry(self.path / name).sha256 for name in names}
+        return {file.name: file_entry(file).sha256 for file in self.files}
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads and checks the folder `path`.
+def read_checkpoint(
+    path: str | Path, prompt: str | None = None, context: int | None = None
+) -> Checkpoint:
+    """Reads and checks a checkpoint folder or a GGUF file.
 
-    Raises CheckpointError (it names everything that is wrong with the tensors at
-    once), DependencyMissing.
+    prompt: a form of `prompts.NAMES` for a model without command.json; by default its chat
+    template is recognised. context: positions to keep of those that the model has, by
+    default all. Raises CheckpointError (it names everything that is wrong with the tensors
+    at once), DependencyMissing.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a checkpoint folder")
-    config = read_json(path / "config.json")
+    if path.is_dir():
+        found = _read_folder(path, prompt)
+    elif path.suffix == ".gguf":
+        found = _read_gguf(path, prompt)
+    else:
+        raise CheckpointError(f"{path} is not a checkpoint folder or a .gguf file")
+    if len(found.tokens) > found.decoder.vocab_size:
+        raise CheckpointError(
+            f"{TOKENIZER} has {len(found.tokens)} tokens, the model {found.decoder.vocab_size}"
+        )
+    return found if context is None else _shortened(found, context)
+
+
+def _read_folder(path: Path, prompt: str | None) -> Checkpoint:
+    config = read_json(path / CONFIG)
     architecture = architecture_of(config)
     decoder = architecture.decoder(config)
     layout = architecture.layout(decoder, config)
     stored = _stored_tensors(path, architecture, layout)
+    text = of_folder(path, prompt)
+    files = dict.fromkeys((CONFIG, *text.files, *(file.name for file in weight_files(path))))
     return Checkpoint(
         path,
         decoder,
         canonical(layout, decoder, stored),
         sum(tensor.size for tensor in stored.values()),
-        *_read_text_side(path, decoder),
+        text,
+        tuple(path / name for name in files),
+    )
+
+
+def _read_gguf(path: Path, prompt: str | None) -> Checkpoint:
+    model = read_gguf(path)
+    text = of_gguf(model.metadata.values, prompt)
+    return Checkpoint(path, model.decoder, model.tensors, model.parameters, text, (path,))
+
+
+def _shortened(source: Checkpoint, context: int) -> Checkpoint:
+    """With a context of `context` positions: less memory for keys and values on the device."""
+    if not 0 < context <= source.decoder.positions:
+        raise CheckpointError(
+            f"a context of {context} tokens is not within the model's {source.decoder.positions}"
+        )
+    tensors, removed = dict(source.tensors), 0
+    if source.decoder.position == "learned":
+        tensors["positions"] = source.tensors["positions"][:context]
+        removed = source.tensors["positions"].size - tensors["positions"].size
+    return replace(
+        source,
+        decoder=replace(source.decoder, positions=context),
+        tensors=tensors,
+        parameters=source.parameters - removed,
     )
 
 
@@ -169,51 +219,3 @@ def _drop_tied_head(tensors: dict[str, Float32], layout: Layout) -> None:
             f"{HEAD} differs from {name}, but config.json ties them",
             'set "tie_word_embeddings": false',
         )
-
-
-def read_schema(path: Path) -> CommandSchema:
-    """The command schema of the checkpoint folder `path`. Raises CheckpointError."""
-    try:
-        return CommandSchema.from_json(read_json(path / "command.json"))
-    except ManifestInvalid as error:
-        raise CheckpointError(f"{path / 'command.json'}: {error.problem}") from None
-
-
-def _read_text_side(
-    path: Path, decoder: Decoder
-) -> tuple[CommandSchema, TextCodec, tuple[str, ...]]:
-    """The command schema, the text codec, and the tokens in id order."""
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json"
-    schema = read_schema(path)
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    try:
-        codec = TextCodec(file, PromptForm.commanded(schema))
-    except ManifestInvalid as error:
-        raise CheckpointError(f"{path}: {error.problem}") from None
-    vocabulary = sorted(
-        Tokenizer.from_file(str(file)).get_vocab().items(), key=lambda item: item[1]
-    )
-    tokens = tuple(token for token, _ in vocabulary)
-    if [id_ for _, id_ in vocabulary] != list(range(len(tokens))):
-        raise CheckpointError(f"{file}: token ids have gaps")
-    if len(tokens) > decoder.vocab_size:
-        raise CheckpointError(
-            f"tokenizer.json has {len(tokens)} tokens, the model {decoder.vocab_size}"
-        )
-    return schema, codec, tokens
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises CheckpointError."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
-    return data

@@ -12,18 +12,19 @@ from typing import Any
 
 from edge_slm_bench.metrics.examples import Example, Scored, to_scored
 from edge_slm_converters import adherence, gate
-from edge_slm_converters.adherence import Answers, Judge
+from edge_slm_converters.adherence import AnswerJudge, Answers
 from edge_slm_converters.bit_allocation import int4
 from edge_slm_converters.bundle_writer import write_manifest
 from edge_slm_converters.calibration_texts import sampled_answers
-from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
 from edge_slm_converters.goldens import (
     EXAMPLES,
-    commanded_requests,
+    built_in_requests,
     golden_ids,
     goldens,
     own_answers,
 )
+from edge_slm_converters.json_files import read_json
 from edge_slm_converters.progress import Progress, Report
 from edge_slm_converters.quantise import PRECISIONS
 from edge_slm_converters.variants import (
@@ -39,6 +40,7 @@ from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.errors import CheckpointError, GateRefused
 from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
+from edge_slm_runtime.records import Request
 
 PACKAGES = (
     "edge-slm",
@@ -58,11 +60,12 @@ WRITE, SAMPLE, QUANTISE, MEASURE = 1.0, 8.0, 40.0, 4.0
 class Candidate:
     """A written variant and what was measured of it.
 
-    answers: to commanded requests. golden_ids: of `goldens.golden_ids`.
+    answers: to commanded requests; None of a model without commands. golden_ids: of
+    `goldens.golden_ids`.
     """
 
     variant: Variant
-    answers: Answers
+    answers: Answers | None
     golden_ids: Sequence[tuple[int, ...]]
 
 
@@ -73,7 +76,7 @@ def convert(
     *,
     name: str | None = None,
     evaluation: Sequence[Example] | None = None,
-    judge: Judge | None = None,
+    judge: AnswerJudge | None = None,
     accept: bool = False,
     progress: Report | None = None,
 ) -> Manifest:
@@ -174,11 +177,11 @@ def _measure(
     source: Checkpoint,
     folder: Path,
     evaluation: Sequence[Example] | None,
-    judge: Judge | None,
+    judge: AnswerJudge | None,
     steps: Progress,
 ) -> list[Candidate]:
     """Fidelity and adherence of each variant. The first is the reference: it has no fidelity."""
-    requests = adherence.requests(source, _asked(source, evaluation), levelled=judge is not None)
+    requests = _adherence_requests(source, evaluation, levelled=judge is not None)
     scored: Sequence[Scored] = ()
     if evaluation is not None:
         scored = to_scored(evaluation, source.codec, source.decoder.positions)
@@ -189,7 +192,7 @@ def _measure(
         with open_variant(folder, source, variant) as slm:
             if variant is written[0]:
                 scored = scored if evaluation is not None else own_answers(slm, source)
-            answers = adherence.answer(slm, requests, judge)
+            answers = adherence.answer(slm, requests, judge) if requests else None
             ids = golden_ids(slm, source)
             memory = memory_estimate(slm.manifest, variant)
         fidelity = None
@@ -199,25 +202,35 @@ def _measure(
         measured = replace(
             variant,
             fidelity=fidelity,
-            adherence=answers.figures(),
+            adherence=answers.figures() if answers else None,
             peak_rss_mb=round(memory, 1),
         )
         found.append(Candidate(measured, answers, ids))
     return found
 
 
-def _asked(source: Checkpoint, evaluation: Sequence[Example] | None) -> list[tuple[str, Command]]:
-    """The requests on which adherence is measured."""
+def _adherence_requests(
+    source: Checkpoint, evaluation: Sequence[Example] | None, *, levelled: bool
+) -> list[Request]:
+    """The requests on which adherence is measured; none to a model without commands."""
+    if source.form.schema is None:
+        return []
     if evaluation is None:
         tokens = source.decoder.positions // 2
-        return [(a.request, a.command) for a in commanded_requests(source, EXAMPLES, tokens)]
-    return [(e.request, Command(e.command.task, count_words(e.response))) for e in evaluation]
+        asked = [(a.request, a.command) for a in built_in_requests(source, EXAMPLES, tokens)]
+    else:
+        asked = [(e.request, Command(e.command.task, count_words(e.response))) for e in evaluation]
+    return adherence.requests(source, asked, levelled=levelled)
 
 
 def _refusals(candidates: Sequence[Candidate]) -> dict[str, str]:
     """Name → the figures of each variant that is outside its budget."""
     reference = candidates[0].answers
-    disobedient = {c.variant.name: adherence.faults(reference, c.answers) for c in candidates}
+    disobedient = {
+        c.variant.name: adherence.faults(reference, c.answers)
+        for c in candidates
+        if reference and c.answers
+    }
     return gate.refusals([c.variant for c in candidates], disobedient)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.quantise import step_bytes
-from edge_slm_runtime.command import END
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import EngineNotInstalled
 
 QUANTISATION = {"fp32": "float32", "int8": "int8_float32"}
@@ -24,6 +24,7 @@ ACTIVATION = {
     "silu": "SWISH",
     "tanh": "Tanh",
 }
+_ALL = slice(None)
 
 
 def write_ctranslate2(checkpoint: Checkpoint, precision: str, folder: Path) -> int:
@@ -42,11 +43,19 @@ def write_ctranslate2(checkpoint: Checkpoint, precision: str, folder: Path) -> i
     decoder = checkpoint.decoder
     activation = getattr(common_spec.Activation, ACTIVATION[decoder.activation])
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
-        decoder.layers, decoder.heads, pre_norm=True, activation=activation
+        decoder.layers,
+        decoder.heads,
+        pre_norm=True,
+        activation=activation,
+        ffn_glu=decoder.mlp == "gated",
+        rms_norm=decoder.norm == "rms",
+        **_rotary(decoder),
+        **_heads(decoder),
     )
     _fill(spec.decoder, checkpoint)
     spec.register_vocabulary(_vocabulary(checkpoint))
-    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = END
+    end = checkpoint.tokens[checkpoint.codec.ends[0]]
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = end
     spec.config.add_attribute("layer_norm_epsilon", decoder.norm_epsilon)
     spec.validate()
     spec.optimize(quantization=QUANTISATION[precision])
@@ -55,13 +64,46 @@ def write_ctranslate2(checkpoint: Checkpoint, precision: str, folder: Path) -> i
     return step_bytes(decoder, precision)
 
 
+def _rotary(decoder: Decoder) -> dict[str, Any]:
+    """Settings of rotary positions. Factors that differ from one another are those of LongRoPE
+    ("Su"), for a context that is not stretched."""
+    from ctranslate2.specs.attention_spec import RotaryScalingType
+
+    if decoder.position != "rotary":
+        return {}
+    settings = {
+        "rotary_dim": 0,  # of the whole head
+        "rotary_interleave": False,
+        "rotary_base": decoder.rope_theta,
+    }
+    if not decoder.rope_factors:
+        return settings
+    if len(set(decoder.rope_factors)) == 1:
+        linear = {"rotary_scaling_factor": decoder.rope_factors[0]}
+        return {**settings, "rotary_scaling_type": RotaryScalingType.Linear, **linear}
+    stretch = ("original_max_position_embeddings", "max_position_embeddings")
+    settings |= dict.fromkeys(stretch, decoder.positions)
+    return {**settings, "rotary_scaling_type": RotaryScalingType.Su}
+
+
+def _heads(decoder: Decoder) -> dict[str, int]:
+    """Settings of heads, where they are not those of a GPT-2."""
+    settings = {}
+    if decoder.kv_heads != decoder.heads:
+        settings["num_heads_kv"] = decoder.kv_heads
+    if decoder.attention_width != decoder.width:
+        settings["head_dim"] = decoder.head_width
+    return settings
+
+
 def _fill(spec: Any, checkpoint: Checkpoint) -> None:
     # The specification quantises in place: it gets copies, but one and the same
     # array for a tied embedding, which it then stores once.
     decoder, tensors = checkpoint.decoder, checkpoint.tensors
     spec.scale_embeddings = False
     spec.embeddings.weight = tensors["embedding"].copy()
-    spec.position_encodings.encodings = tensors["positions"].copy()
+    if decoder.position == "learned":
+        spec.position_encodings.encodings = tensors["positions"].copy()
     spec.projection.weight = (
         spec.embeddings.weight if decoder.tied else tensors["head.weight"].copy()
     )
@@ -72,19 +114,28 @@ def _fill(spec: Any, checkpoint: Checkpoint) -> None:
         _linear(attention.linear[0], checkpoint, f"layers.{i}.qkv")
         _linear(attention.linear[1], checkpoint, f"layers.{i}.out")
         attention.queries_scale = np.float32(decoder.attention_scale[i])
+        if len(set(decoder.rope_factors)) > 1:
+            factors = np.array(decoder.rope_factors, np.float32)
+            attention.rotary_scaling_long_factor = factors
+            attention.rotary_scaling_short_factor = factors
         _norm(ffn.layer_norm, checkpoint, f"layers.{i}.mlp_norm")
-        _linear(ffn.linear_0, checkpoint, f"layers.{i}.up")
+        if decoder.mlp == "gated":
+            _linear(ffn.linear_0, checkpoint, f"layers.{i}.up", slice(decoder.inner))
+            _linear(ffn.linear_0_noact, checkpoint, f"layers.{i}.up", slice(decoder.inner, None))
+        else:
+            _linear(ffn.linear_0, checkpoint, f"layers.{i}.up")
         _linear(ffn.linear_1, checkpoint, f"layers.{i}.down")
 
 
 def _norm(spec: Any, checkpoint: Checkpoint, name: str) -> None:
     spec.gamma = checkpoint.tensors[f"{name}.weight"].copy()
-    spec.beta = checkpoint.tensors[f"{name}.bias"].copy()
+    if checkpoint.decoder.norm == "layer":
+        spec.beta = checkpoint.tensors[f"{name}.bias"].copy()
 
 
-def _linear(spec: Any, checkpoint: Checkpoint, name: str) -> None:
-    spec.weight = checkpoint.tensors[f"{name}.weight"].T.copy()
-    spec.bias = checkpoint.tensors[f"{name}.bias"].copy()
+def _linear(spec: Any, checkpoint: Checkpoint, name: str, outputs: slice = _ALL) -> None:
+    spec.weight = checkpoint.tensors[f"{name}.weight"].T[outputs].copy()
+    spec.bias = checkpoint.tensors[f"{name}.bias"][outputs].copy()
 
 
 def _vocabulary(checkpoint: Checkpoint) -> list[str]:
@@ -102,6 +153,6 @@ def _check(spec: Any, checkpoint: Checkpoint, precision: str) -> None:
         for name, value in spec.variables().items()
         if name.endswith("/weight") and not isinstance(value, str) and value.dtype == dtype
     ]
-    expected = 4 * decoder.layers + (1 if decoder.tied else 2)
+    expected = (5 if decoder.mlp == "gated" else 4) * decoder.layers + (1 if decoder.tied else 2)
     if len(matrices) != expected:
         raise AssertionError(f"{len(matrices)} matrices are {dtype}, not {expected}")

@@ -6,17 +6,18 @@ holds, not what it was quantised from.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge_slm_converters.architectures import GGUF_ARCHITECTURES
 from edge_slm_converters.arrays import Float32
-from edge_slm_converters.gguf_tensors import GPT2_PARTS, LLAMA_PARTS, Parts, joined, stored_names
-from edge_slm_runtime.decoder import Decoder, gpt2
+from edge_slm_converters.gguf_metadata import Metadata, Parts
+from edge_slm_converters.gguf_tensors import ROPE_FACTORS, joined, stored_names
+from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.engines.base import first_line
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 
@@ -24,117 +25,19 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
-ROPE_FACTORS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """Keys and values of a GGUF file. Raises CheckpointError, naming the key."""
-
-    values: Mapping[str, Any]
-
-    @property
-    def architecture(self) -> str:
-        return str(self.values.get("general.architecture"))
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero. key: without the name of the architecture."""
-        return int(self._positive(key, int, default))
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number above zero."""
-        return self._positive(key, int | float, default)
-
-    def of_model(self, key: str) -> Any:
-        """The value of a key of the architecture; None where it is missing."""
-        return self.values.get(f"{self.architecture}.{key}")
-
-    def _positive(self, key: str, kind: Any, default: float | None) -> float:
-        value = self.of_model(key)
-        value = default if value is None else value
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise CheckpointError(
-                f"GGUF: {self.architecture}.{key} must be a positive number, got {value!r}"
-            )
-        return float(value)
 
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """A GGUF file, checked: every tensor of `decoder` is there, has its shape, and is finite."""
+    """A GGUF file, checked: every tensor of `decoder` is there, has its shape, and is finite.
+
+    parameters: how many values are stored.
+    """
 
     decoder: Decoder
     tensors: Mapping[str, Float32]
+    parameters: int
     metadata: Metadata
-
-
-def gpt2_decoder(metadata: Metadata) -> Decoder:
-    """The shape and traits of a GPT-2; its vocabulary is that of the embedding, later."""
-    heads, width = metadata.integer("attention.head_count"), metadata.integer("embedding_length")
-    return gpt2(
-        layers=metadata.integer("block_count"),
-        heads=heads,
-        width=width,
-        vocab_size=0,
-        positions=metadata.integer("context_length"),
-        inner=metadata.integer("feed_forward_length", 4 * width),
-        norm_epsilon=metadata.number("attention.layer_norm_epsilon", 1e-5),
-    )
-
-
-# Keys of models that llama.cpp computes in another way; value: where it is the usual way.
-_LLAMA_ONLY = {"expert_count": 0, "attention.clamp_kqv": 0, "attention.scale": 0}
-
-
-def llama_decoder(metadata: Metadata) -> Decoder:
-    """The shape and traits of a Llama; its vocabulary is that of the embedding, later."""
-    for key, usual in _LLAMA_ONLY.items():
-        if metadata.of_model(key) not in (None, usual):
-            value = metadata.of_model(key)
-            raise CheckpointError(f"GGUF: llama.{key} = {value!r} is not supported")
-    layers, heads = metadata.integer("block_count"), metadata.integer("attention.head_count")
-    width, positions = metadata.integer("embedding_length"), metadata.integer("context_length")
-    head_width = metadata.integer("attention.key_length", width // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (size := metadata.integer(key, head_width)) != head_width:
-            raise CheckpointError(f"GGUF: llama.{key} is {size}, heads are {head_width} wide")
-    if metadata.integer("attention.sliding_window", positions) < positions:
-        raise CheckpointError("GGUF: attention in a sliding window is not supported")
-    return Decoder(
-        architecture="llama",
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=metadata.integer("attention.head_count_kv", heads),
-        head_width=head_width,
-        inner=metadata.integer("feed_forward_length"),
-        vocab_size=0,
-        positions=positions,
-        norm="rms",
-        norm_epsilon=metadata.number("attention.layer_norm_rms_epsilon"),
-        position="rotary",
-        rope_theta=metadata.number("rope.freq_base", 10000.0),
-        mlp="gated",
-        activation="silu",
-        attention_scale=(head_width**-0.5,) * layers,
-        tied=False,
-        rope_factors=_linear_factors(metadata, head_width),
-    )
-
-
-def _linear_factors(metadata: Metadata, head_width: int) -> tuple[float, ...]:
-    kind = metadata.of_model("rope.scaling.type") or "none"
-    if kind == "none":
-        return ()
-    if kind != "linear":
-        raise CheckpointError(f"GGUF: rope.scaling.type {kind!r} is not supported", "only linear")
-    return (metadata.number("rope.scaling.factor"),) * (head_width // 2)
-
-
-ARCHITECTURES: Mapping[str, tuple[Callable[[Metadata], Decoder], Parts]] = {
-    "gpt2": (gpt2_decoder, GPT2_PARTS),
-    "llama": (llama_decoder, LLAMA_PARTS),
-}
 
 
 def read_gguf(file: Path) -> GgufModel:
@@ -144,23 +47,26 @@ def read_gguf(file: Path) -> GgufModel:
     """
     reader = _opened(file)
     metadata = Metadata({name: field.contents() for name, field in reader.fields.items()})
-    if metadata.architecture not in ARCHITECTURES:
+    architecture = GGUF_ARCHITECTURES.get(metadata.architecture)
+    if architecture is None:
         raise CheckpointError(
             f"{file.name}: architecture {metadata.architecture!r} cannot be converted",
-            f"known: {', '.join(ARCHITECTURES)}",
+            f"these can: {', '.join(GGUF_ARCHITECTURES)}",
         )
-    of_metadata, parts = ARCHITECTURES[metadata.architecture]
     stored = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in stored:
         raise CheckpointError(f"{file.name}: missing token_embd.weight")
     decoder = replace(
-        of_metadata(metadata),
+        architecture.gguf_decoder(metadata),
         vocab_size=int(stored["token_embd.weight"].shape[-1]),
         tied="output.weight" not in stored,
     )
     if factors := stored.pop(ROPE_FACTORS, None):
         decoder = replace(decoder, rope_factors=tuple(map(float, _as_float32(file, factors))))
-    return GgufModel(decoder, _tensors(file, decoder, parts, stored), metadata)
+    parameters = sum(int(tensor.n_elements) for tensor in stored.values())
+    return GgufModel(
+        decoder, _tensors(file, decoder, architecture.GGUF_PARTS, stored), parameters, metadata
+    )
 
 
 def _opened(file: Path) -> GGUFReader:

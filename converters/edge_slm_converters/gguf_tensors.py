@@ -13,22 +13,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from edge_slm_converters.arrays import Float32
+from edge_slm_converters.gguf_metadata import Parts
 from edge_slm_runtime.decoder import Decoder
 
-# Canonical name of a layer's matrix → its parts in the file: rows, one below the other.
-Parts = Mapping[str, tuple[str, ...]]
-GPT2_PARTS: Parts = {
-    "qkv": ("attn_qkv",),
-    "out": ("attn_output",),
-    "up": ("ffn_up",),
-    "down": ("ffn_down",),
-}
-LLAMA_PARTS: Parts = {
-    "qkv": ("attn_q", "attn_k", "attn_v"),
-    "out": ("attn_output",),
-    "up": ("ffn_gate", "ffn_up"),
-    "down": ("ffn_down",),
-}
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies
 _ROTATED = ("attn_q", "attn_k")
 _NORMS = {"attention_norm": ("attn_norm",), "mlp_norm": ("ffn_norm",)}
 _WHOLE = {

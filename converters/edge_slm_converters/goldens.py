@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 
 from edge_slm_bench.metrics.examples import Scored
 from edge_slm_converters.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from edge_slm_runtime.bundle import Golden
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.generate import SLM
+from edge_slm_runtime.prompt import PromptForm
 
 REQUESTS = (
     "a cosy cabin in the snow",
@@ -29,6 +29,10 @@ REQUESTS = (
     "a dragon made of paper",
 )
 WORDS = (12, 24, 40)
+OPENINGS = {
+    "chat": ("Describe", "Write a short story about", "What could be seen in a picture of"),
+    "plain": ("This is a story about", "The picture shows", "Here is a description of"),
+}
 EXAMPLES, EXAMPLE_TOKENS = 24, 48
 GOLDENS, GOLDEN_TOKENS = 4, 24
 
@@ -42,19 +46,16 @@ class Asked:
     prompt: tuple[int, ...]
 
 
-def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Asked]:
-    """Built-in requests, over the schema's tasks and several lengths.
+def built_in_requests(source: Checkpoint, count: int, tokens: int) -> list[Asked]:
+    """REQUESTS under commands of the schema's tasks and several lengths; to a model without
+    a grammar, after OPENINGS.
 
     Raises CheckpointError when the model's context has no room for one of them
     and an answer of `tokens`.
     """
-    schema, positions = source.schema, source.decoder.positions
-    tasks, words, requests = cycle(schema.tasks), cycle(WORDS), cycle(REQUESTS)
-    top = len(schema.axis("relevance").values) - 1
-    asked = []
-    for _ in range(count):
-        request = next(requests)
-        command = schema.check(Command(next(tasks), next(words), top)).commanded
+    asked, positions = [], source.decoder.positions
+    for number in range(count):
+        request, command = _built_in(source.form, number)
         prompt = tuple(source.codec.prompt(request, command))
         if len(prompt) + tokens > positions:
             raise CheckpointError(
@@ -65,10 +66,19 @@ def commanded_requests(source: Checkpoint, count: int, tokens: int) -> list[Aske
     return asked
 
 
+def _built_in(form: PromptForm, number: int) -> tuple[str, Command]:
+    request = REQUESTS[number % len(REQUESTS)]
+    if (schema := form.schema) is None:
+        openings = OPENINGS[form.kind]
+        return f"{openings[number // len(REQUESTS) % len(openings)]} {request}", Command()
+    task, words = schema.tasks[number % len(schema.tasks)], WORDS[number % len(WORDS)]
+    return request, schema.check(Command(task, words, schema.levels - 1)).commanded
+
+
 def own_answers(slm: SLM, source: Checkpoint) -> list[Scored]:
-    """The model's own answers to `commanded_requests`, to be scored."""
+    """The model's own answers to `built_in_requests`, to be scored."""
     tokens = min(EXAMPLE_TOKENS, source.decoder.positions // 2)
-    asked = commanded_requests(source, EXAMPLES, tokens)
+    asked = built_in_requests(source, EXAMPLES, tokens)
     answers = _greedy(slm, asked, tokens)
     return [
         Scored((*one.prompt, *ids), len(one.prompt))
@@ -80,7 +90,7 @@ def own_answers(slm: SLM, source: Checkpoint) -> list[Scored]:
 def golden_ids(slm: SLM, source: Checkpoint) -> list[tuple[int, ...]]:
     """A variant's token ids for the requests of `goldens`."""
     tokens = min(GOLDEN_TOKENS, source.decoder.positions // 2)
-    return _greedy(slm, commanded_requests(source, GOLDENS, tokens), tokens)
+    return _greedy(slm, built_in_requests(source, GOLDENS, tokens), tokens)
 
 
 def goldens(source: Checkpoint, ids: Mapping[str, Sequence[tuple[int, ...]]]) -> list[Golden]:
@@ -89,7 +99,7 @@ def goldens(source: Checkpoint, ids: Mapping[str, Sequence[tuple[int, ...]]]) ->
     ids: of every variant, `golden_ids`.
     """
     tokens = min(GOLDEN_TOKENS, source.decoder.positions // 2)
-    asked = commanded_requests(source, GOLDENS, tokens)
+    asked = built_in_requests(source, GOLDENS, tokens)
     return [
         Golden(one.request, one.command, tokens, {name: found[i] for name, found in ids.items()})
         for i, one in enumerate(asked)

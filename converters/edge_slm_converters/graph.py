@@ -2,8 +2,8 @@
 
 The graph reads like the model: embed, then per layer attention and feed-forward,
 each added to the residual and normalised, then the LM head on the last position.
-Every sum of residual, output and bias is one `SkipLayerNormalization`, which also
-hands on the new residual.
+Every sum of residual, output and bias is one `SkipLayerNormalization` (of RMS norms
+`SkipSimplifiedLayerNormalization`), which also hands on the new residual.
 
 inputs   input_ids int64 [B,S], position_ids int64 [B,S], seqlens_k int32 [B]
          (tokens of the row so far, minus one), total_sequence_length int32 [],
@@ -34,7 +34,7 @@ from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.panels import stored_name
 
 LAST_POSITION = ("last.attention", "last.residual")  # the nodes that keep only one position
-HEAD_WIDTH_STEP = 8  # GroupQueryAttention's condition on the width of a head
+HEAD_WIDTH_STEP = {"learned": 8, "rotary": 16}  # GroupQueryAttention's conditions
 
 
 def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path) -> int:
@@ -47,10 +47,10 @@ def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path
     decoder = checkpoint.decoder
     if isinstance(precision, str):
         precision = PRECISIONS[precision]
-    if decoder.head_width % HEAD_WIDTH_STEP:
+    if decoder.head_width % (step := HEAD_WIDTH_STEP[decoder.position]):
         raise CheckpointError(
             f"heads {decoder.head_width} wide cannot be converted to ONNX",
-            f"a head's width must be a multiple of {HEAD_WIDTH_STEP}",
+            f"a head's width must be a multiple of {step}",
         )
     graph = GraphWriter(folder)
     DecoderGraph(checkpoint, precision, graph).build()
@@ -60,8 +60,8 @@ def write_graph(checkpoint: Checkpoint, precision: str | Precision, folder: Path
 
 
 def write_all_logits(folder: Path) -> Path:
-    """Writes, beside `model.onnx` and over the same weights, the graph whose logits are
-    [B,S,V], one row per position: what fidelity is measured on."""
+    """Writes, next to `model.onnx` and with the same weights, the graph whose logits are
+    [B,S,V], one row per position: fidelity is measured on them."""
     onnx = import_onnx()
     model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
     for node in model.graph.node:
@@ -90,8 +90,13 @@ class DecoderGraph:
         graph.output("logits", np.float32, ["B", 1, decoder.vocab_size])
 
         token = self.precision.embed(graph, ids, "embedding", self.tensors["embedding"])
-        position = graph.node("Gather", [self.weight("positions", "wpe.weight"), positions], "wpe")
-        x, residual = self.add_and_norm(token, position, "layers.0.attention_norm")
+        first = "layers.0.attention_norm"
+        if decoder.position == "learned":
+            table = self.weight("positions", "wpe.weight")
+            position = graph.node("Gather", [table, positions], "wpe")
+            x, residual = self.add_and_norm(token, position, first)
+        else:
+            x, residual = self.norm(token, first), token
         for i in range(decoder.layers):
             x = self.attention(i, x)
             if i == decoder.layers - 1:  # only the last position is asked for from here on
@@ -100,12 +105,12 @@ class DecoderGraph:
                 residual = graph.node("Gather", [residual, last], LAST_POSITION[1], axis=1)
             x = self.linear(x, f"layers.{i}.out")
             x, residual = self.add_and_norm(
-                x, residual, f"layers.{i}.mlp_norm", bias=f"layers.{i}.out.bias"
+                x, residual, f"layers.{i}.mlp_norm", self.bias(f"layers.{i}.out")
             )
             x = self.feed_forward(i, x)
             last_layer = i + 1 == decoder.layers
             norm = "final_norm" if last_layer else f"layers.{i + 1}.attention_norm"
-            x, residual = self.add_and_norm(x, residual, norm, bias=f"layers.{i}.down.bias")
+            x, residual = self.add_and_norm(x, residual, norm, self.bias(f"layers.{i}.down"))
         logits = self.precision.head(graph, x, "head", self.head)
         graph.node("Identity", [logits], "logits")
 
@@ -113,56 +118,97 @@ class DecoderGraph:
         """Causal self-attention over the cache; of q, k, v side by side."""
         decoder, graph = self.decoder, self.graph
         qkv = self.linear(x, f"layers.{i}.qkv")
-        bias = self.weight(f"layers.{i}.qkv.bias")
-        qkv = graph.node("Add", [qkv, bias], f"h.{i}.attn.qkv")
+        qkv = self.add(qkv, self.bias(f"layers.{i}.qkv"), f"h.{i}.attn.qkv")
         shape: list[int | str] = ["B", decoder.kv_heads, "T", decoder.head_width]
         parts = ("key", "value")
         past = [graph.input(f"past_key_values.{i}.{p}", np.float32, shape) for p in parts]
         present = [graph.output(f"present.{i}.{p}", np.float32, shape) for p in parts]
         return graph.node(
             "GroupQueryAttention",
-            [qkv, "", "", *past, "seqlens_k", "total_sequence_length"],
+            [qkv, "", "", *past, "seqlens_k", "total_sequence_length", *self.rotary()],
             [f"h.{i}.attn", *present],
             FUSED,
             num_heads=decoder.heads,
             kv_num_heads=decoder.kv_heads,
             scale=decoder.attention_scale[i],
+            **({"do_rotary": 1} if decoder.position == "rotary" else {}),
         )
 
+    def rotary(self) -> list[str]:
+        """Cosines and sines of every position, which the layers share, and the positions."""
+        if self.decoder.position != "rotary":
+            return []
+        tables = zip(("rotary.cos", "rotary.sin"), self.decoder.rotary_table(), strict=True)
+        return [*(self.graph.shared(name, table) for name, table in tables), "position_ids"]
+
     def feed_forward(self, i: int, x: str) -> str:
-        x = self.linear(x, f"layers.{i}.up")
-        x = self.activation(x, self.weight(f"layers.{i}.up.bias"), f"h.{i}.mlp.act")
+        x, bias = self.linear(x, f"layers.{i}.up"), self.bias(f"layers.{i}.up")
+        if self.decoder.mlp == "gated":
+            x = self.add(x, bias, f"h.{i}.mlp.both")
+            parts = [f"h.{i}.mlp.gate", f"h.{i}.mlp.up"]
+            self.graph.node("Split", [x], parts, axis=-1, num_outputs=2)
+            gate = self.activation(parts[0], None, f"h.{i}.mlp.act")
+            x = self.graph.node("Mul", [gate, parts[1]], f"h.{i}.mlp.gated")
+        else:
+            x = self.activation(x, bias, f"h.{i}.mlp.act")
         return self.linear(x, f"layers.{i}.down")
 
-    def activation(self, x: str, bias: str, name: str) -> str:
+    def activation(self, x: str, bias: str | None, name: str) -> str:
         """The decoder's activation of x + bias."""
         graph, kind = self.graph, self.decoder.activation
-        fused = {"gelu_tanh": "FastGelu", "gelu": "BiasGelu"}
-        if kind in fused:
-            return graph.node(fused[kind], [x, bias], name, FUSED)
-        x = graph.node("Add", [x, bias], f"{name}.in")
+        if kind == "gelu_tanh":
+            return graph.node("FastGelu", [x, bias] if bias else [x], name, FUSED)
+        if kind == "gelu":
+            if bias:
+                return graph.node("BiasGelu", [x, bias], name, FUSED)
+            return graph.node("Gelu", [x], name, FUSED)
+        x = self.add(x, bias, f"{name}.in")
         if kind == "silu":
-            gate = graph.node("Sigmoid", [x], f"{name}.gate")
-            return graph.node("Mul", [x, gate], name)
+            share = graph.node("Sigmoid", [x], f"{name}.gate")
+            return graph.node("Mul", [x, share], name)
         return graph.node({"relu": "Relu", "tanh": "Tanh"}[kind], [x], name)
+
+    def norm(self, x: str, norm: str) -> str:
+        """The normalised x."""
+        op = (
+            "LayerNormalization" if self.decoder.norm == "layer" else "SimplifiedLayerNormalization"
+        )
+        inputs = [x, *self.norm_weights(norm)]
+        epsilon = self.decoder.norm_epsilon
+        return self.graph.node(op, inputs, stored_name(norm), axis=-1, epsilon=epsilon)
 
     def add_and_norm(
         self, x: str, residual: str, norm: str, bias: str | None = None
     ) -> tuple[str, str]:
-        """(LayerNorm(x + bias + residual), x + bias + residual)."""
-        inputs = [x, residual, self.weight(f"{norm}.weight"), self.weight(f"{norm}.bias")]
+        """(the normalised x + bias + residual, x + bias + residual)."""
+        inputs = [x, residual, *self.norm_weights(norm)]
         if bias:
-            inputs.append(self.weight(bias))
+            inputs.append(bias)
         name = stored_name(norm)
         total = f"{name}.residual"
+        simplified = "" if self.decoder.norm == "layer" else "Simplified"
         out = self.graph.node(
-            "SkipLayerNormalization",
+            f"Skip{simplified}LayerNormalization",
             inputs,
             [name] if norm == "final_norm" else [name, "", "", total],
             FUSED,
             epsilon=self.decoder.norm_epsilon,
         )
         return out, total
+
+    def norm_weights(self, norm: str) -> list[str]:
+        parts = ("weight", "bias") if self.decoder.norm == "layer" else ("weight",)
+        return [self.weight(f"{norm}.{part}") for part in parts]
+
+    def add(self, x: str, bias: str | None, name: str) -> str:
+        return self.graph.node("Add", [x, bias], name) if bias else x
+
+    def bias(self, linear: str) -> str | None:
+        """The bias of a linear layer; None where a model without biases has zeros."""
+        name = f"{linear}.bias"
+        if self.decoder.norm == "rms" and not self.tensors[name].any():
+            return None
+        return self.weight(name)
 
     def linear(self, x: str, name: str) -> str:
         return self.precision.linear(self.graph, x, name, self.tensors[f"{name}.weight"])

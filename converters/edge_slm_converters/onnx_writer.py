@@ -97,10 +97,13 @@ class GraphWriter:
         self._constants[name] = tensor
         return name
 
+    def shared(self, name: str, array: Array) -> str:
+        """A tensor that several nodes use, added under `name` the first time."""
+        return name if name in self._constants else self.constant(name, array)
+
     def indices(self, *values: int) -> str:
         """A shared int64 vector: axes, positions, shapes."""
-        name = f"int64{list(values)}"
-        return name if name in self._constants else self.constant(name, np.array(values, np.int64))
+        return self.shared(f"int64{list(values)}", np.array(values, np.int64))
 
     def input(self, name: str, dtype: Any, shape: list[int | str]) -> str:
         self.inputs.append(self._value(name, dtype, shape))

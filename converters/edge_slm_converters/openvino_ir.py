@@ -64,17 +64,17 @@ class _Graph:
 
     def model(self) -> Any:
         ops, decoder = self._ops, self._decoder
-        x = ops.add(
-            ops.gather(self._weight("embedding"), self._ids, self._ints(0)),
-            ops.gather(self._weight("positions"), self._positions, self._ints(0)),
-        )
-        mask, empty = self._mask(), self._empty_cache()
+        x = ops.gather(self._weight("embedding"), self._ids, self._ints(0))
+        if decoder.position == "learned":
+            places = ops.gather(self._weight("positions"), self._positions, self._ints(0))
+            x = ops.add(x, places)
+        mask, empty, rotary = self._mask(), self._empty_cache(), self._rotary_tables()
         for i in range(decoder.layers):
             here = f"layers.{i}"
             normed = self._norm(x, f"{here}.attention_norm")
-            x = ops.add(x, self._attention(normed, i, mask, empty))
-            inner = self._linear(self._norm(x, f"{here}.mlp_norm"), f"{here}.up")
-            x = ops.add(x, self._linear(self._activation(inner), f"{here}.down"))
+            x = ops.add(x, self._attention(normed, i, mask, empty, rotary))
+            normed = self._norm(x, f"{here}.mlp_norm")
+            x = ops.add(x, self._linear(self._inner(normed, f"{here}.up"), f"{here}.down"))
         x = ops.gather(self._norm(x, "final_norm"), self._keep, self._ints(1))
         head = self._weight("embedding" if decoder.tied else "head.weight")
         logits = ops.result(ops.matmul(x, head, False, True))
@@ -82,32 +82,40 @@ class _Graph:
         inputs = [self._ids, self._positions, self._keep, self._beams]
         return self._model([logits], self._assigned, inputs, decoder.architecture)
 
-    def _attention(self, x: Any, layer: int, mask: Any, empty: Any) -> Any:
-        ops, decoder = self._ops, self._decoder
+    def _attention(self, x: Any, layer: int, mask: Any, empty: Any, rotary: Any) -> Any:
+        ops, d = self._ops, self._decoder
         joined = self._linear(x, f"layers.{layer}.qkv")
+        widths = self._ints(d.attention_width, d.kv_width, d.kv_width)
         query, key, value = (
-            self._by_head(part) for part in ops.split(joined, self._ints(-1), 3).outputs()
+            self._by_head(part, heads)
+            for part, heads in zip(
+                ops.variadic_split(joined, self._ints(-1), widths).outputs(),
+                (d.heads, d.kv_heads, d.kv_heads),
+                strict=True,
+            )
         )
+        if rotary:
+            query, key = self._rotated(query, *rotary), self._rotated(key, *rotary)
         mixed = ops.scaled_dot_product_attention(
             query,
-            self._cached(key, f"key.{layer}", empty),
-            self._cached(value, f"value.{layer}", empty),
+            self._for_all_heads(self._cached(key, f"key.{layer}", empty)),
+            self._for_all_heads(self._cached(value, f"value.{layer}", empty)),
             mask,
-            ops.constant(decoder.attention_scale[layer], np.float32),
+            ops.constant(d.attention_scale[layer], np.float32),
             causal=False,
         )
         rows = ops.transpose(mixed, self._ints(0, 2, 1, 3))
-        rows = ops.reshape(rows, self._ints(0, 0, decoder.attention_width), True)
+        rows = ops.reshape(rows, self._ints(0, 0, d.attention_width), True)
         return self._linear(rows, f"layers.{layer}.out")
 
-    def _by_head(self, x: Any) -> Any:
-        """[B,S,width] → [B,heads,S,head width]."""
-        shape = self._ints(0, 0, self._decoder.heads, self._decoder.head_width)
+    def _by_head(self, x: Any, heads: int) -> Any:
+        """[B,S,heads × head width] → [B,heads,S,head width]."""
+        shape = self._ints(0, 0, heads, self._decoder.head_width)
         return self._ops.transpose(self._ops.reshape(x, shape, True), self._ints(0, 2, 1, 3))
 
     def _cached(self, new: Any, name: str, empty: Any) -> Any:
         """The cache with `new` at its end, which is also what the next step finds."""
-        shape = [-1, self._decoder.heads, -1, self._decoder.head_width]
+        shape = [-1, self._decoder.kv_heads, -1, self._decoder.head_width]
         past = self._ops.read_value(empty, name, np.float32, shape)
         past = self._ops.gather(past, self._beams, self._ints(0))
         whole = self._ops.concat([past, new], 2)
@@ -115,11 +123,42 @@ class _Graph:
         return whole
 
     def _empty_cache(self) -> Any:
-        """[B,heads,0,head width], the cache before the first step."""
-        ops = self._ops
+        """[B,key-value heads,0,head width], the cache before the first step."""
+        ops, d = self._ops, self._decoder
         rows = ops.gather(ops.shape_of(self._ids), self._ints([0]), self._ints(0))
-        shape = ops.concat([rows, self._ints(self._decoder.heads, 0, self._decoder.head_width)], 0)
+        shape = ops.concat([rows, self._ints(d.kv_heads, 0, d.head_width)], 0)
         return ops.broadcast(ops.constant(0, np.float32), shape)
+
+    def _for_all_heads(self, cache: Any) -> Any:
+        """Keys or values [B,key-value heads,T,head width] for every query head that reads
+        them: the pattern that the plugin takes into its attention operator."""
+        ops, d = self._ops, self._decoder
+        if d.kv_heads == d.heads:
+            return cache
+        each = self._ints(1, 1, d.heads // d.kv_heads, 1, 1)
+        wide = ops.broadcast(
+            ops.unsqueeze(cache, self._ints(2)), each, broadcast_spec="BIDIRECTIONAL"
+        )
+        return ops.reshape(wide, self._ints(0, d.heads, -1, d.head_width), True)
+
+    def _rotary_tables(self) -> tuple[Any, Any] | None:
+        """Cosines and sines of the positions, [B,1,S,head width]."""
+        if self._decoder.position != "rotary":
+            return None
+        ops, (cos, sin) = self._ops, self._decoder.rotary_table()
+        found = []
+        for name, table in (("cos", cos), ("sin", sin)):
+            both = self._constant(np.concatenate([table, table], -1), f"rotary.{name}")
+            rows = ops.gather(both, self._positions, self._ints(0))
+            found.append(ops.unsqueeze(rows, self._ints(1)))
+        return found[0], found[1]
+
+    def _rotated(self, x: Any, cos: Any, sin: Any) -> Any:
+        """Queries or keys [B,heads,S,head width], each turned by its position."""
+        ops, half = self._ops, self._decoder.head_width // 2
+        first, second = ops.variadic_split(x, self._ints(3), self._ints(half, half)).outputs()
+        turned = ops.concat([ops.multiply(second, ops.constant(-1, np.float32)), first], -1)
+        return ops.add(ops.multiply(x, cos), ops.multiply(turned, sin))
 
     def _mask(self) -> Any:
         """[B,1,S,T]: 0 where a position may look, -inf at later ones."""
@@ -128,6 +167,14 @@ class _Graph:
         seen = ops.range(self._ints(0), ops.add(last, self._ints(1)), self._ints(1), "i64")
         hidden = ops.greater(seen, ops.unsqueeze(self._positions, self._ints(1, 3)))
         return ops.select(hidden, ops.constant(-np.inf, np.float32), ops.constant(0, np.float32))
+
+    def _inner(self, x: Any, name: str) -> Any:
+        """What the feed-forward layer's second matrix is given."""
+        up = self._linear(x, name)
+        if self._decoder.mlp == "plain":
+            return self._activation(up)
+        gate, up = self._ops.split(up, self._ints(-1), 2).outputs()
+        return self._ops.multiply(self._activation(gate), up)
 
     def _activation(self, x: Any) -> Any:
         match self._decoder.activation:
@@ -142,6 +189,12 @@ class _Graph:
 
     def _norm(self, x: Any, name: str) -> Any:
         ops, epsilon = self._ops, self._decoder.norm_epsilon
+        if self._decoder.norm == "rms":
+            square = ops.power(x, ops.constant(2, np.float32))
+            mean = ops.reduce_mean(square, self._ints([-1]), True)
+            root = ops.sqrt(ops.add(mean, ops.constant(epsilon, np.float32)))
+            normed = ops.multiply(x, ops.divide(ops.constant(1, np.float32), root))
+            return ops.multiply(normed, self._weight(f"{name}.weight"))
         normed = ops.mvn(x, self._ints([-1]), True, epsilon, "inside_sqrt")
         return ops.add(
             ops.multiply(normed, self._weight(f"{name}.weight")), self._weight(f"{name}.bias")
@@ -149,7 +202,10 @@ class _Graph:
 
     def _linear(self, x: Any, name: str) -> Any:
         weight = self._constant(self._tensors[f"{name}.weight"].T, f"{name}.weight")
-        return self._ops.add(self._ops.matmul(x, weight, False, True), self._weight(f"{name}.bias"))
+        y = self._ops.matmul(x, weight, False, True)
+        if not self._tensors[f"{name}.bias"].any():
+            return y
+        return self._ops.add(y, self._weight(f"{name}.bias"))
 
     def _weight(self, name: str) -> Any:
         """One node for a tensor however often it is used: a tied embedding is stored once."""

@@ -16,6 +16,7 @@ from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.panels import (
     ALIGNMENT,
+    LANES,
     UNIT,
     file_metadata,
     pack_levels,
@@ -73,7 +74,8 @@ def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str
     yield from _matrix("wte", precision.of("embedding", given["embedding"].T))
     if not decoder.tied:
         yield from _matrix("lm_head", precision.of("head", checkpoint.head.T))
-    yield "wpe", _filled(given["positions"].ravel())
+    if decoder.position == "learned":
+        yield "wpe", _filled(given["positions"].ravel())
     for name, tensor in given.items():
         if "norm." in name:
             yield stored_name(name), _filled(tensor)
@@ -84,8 +86,12 @@ def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str
         if name.endswith(".qkv"):
             layer = int(name.split(".")[1])
             factor[: decoder.attention_width] = decoder.attention_scale[layer]
-        yield from _matrix(stored, precision.of(name, weight), factor)
-        yield f"{stored}.bias", _filled(bias * factor)
+        blocks, bias = precision.of(name, weight), bias * factor
+        if decoder.mlp == "gated" and name.endswith(".up"):
+            blocks, bias = _alternating_blocks(blocks), _alternating(bias)
+            factor = np.ones(len(bias), np.float32)
+        yield from _matrix(stored, blocks, factor)
+        yield f"{stored}.bias", _filled(bias)
 
 
 def _matrix(
@@ -104,6 +110,20 @@ def _matrix(
     yield f"{name}.scale", pack_outputs(scale)
     if blocks.bits == 4:
         yield f"{name}.zero", pack_outputs(zero.astype(np.uint8))
+
+
+def _alternating_blocks(blocks: Blocks) -> Blocks:
+    parts = blocks.steps, blocks.scale, blocks.zero
+    return Blocks(blocks.bits, blocks.size, *map(_alternating, parts))
+
+
+def _alternating(values: Float32) -> Float32:
+    """The outputs [..., 2 × inner] of a gated layer panel by panel: one of the gate, one of
+    the other half, and so on; each half is filled up to whole panels first."""
+    halves = values.reshape(*values.shape[:-1], 2, -1)
+    halves = np.pad(halves, [(0, 0)] * (halves.ndim - 1) + [(0, -halves.shape[-1] % LANES)])
+    panels = halves.reshape(*halves.shape[:-1], -1, LANES).swapaxes(-3, -2)
+    return np.ascontiguousarray(panels).reshape(*values.shape[:-1], -1)
 
 
 def _filled(vector: Float32) -> Float32:

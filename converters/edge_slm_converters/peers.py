@@ -22,9 +22,10 @@ from typing import Any, cast
 from edge_slm_bench.machine import machine
 from edge_slm_bench.runners import Spec
 from edge_slm_bench.runners.optimum import FILES
+from edge_slm_converters.architectures.base import plain_attention
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, weight_files
 from edge_slm_converters.ct2 import write_ctranslate2
-from edge_slm_converters.gguf import Quantisation, plain_attention, write_gguf
+from edge_slm_converters.gguf_writer import Quantisation, write_gguf
 from edge_slm_converters.openvino_ir import write_openvino
 from edge_slm_converters.quantise import step_bytes
 from edge_slm_runtime.engines.base import first_line

@@ -156,6 +156,7 @@ def stored_bytes(decoder: Decoder, precision: Precision) -> int:
     values = sum(math.prod(shape) for shape in decoder.shapes().values())
     in_layers = sum(k * n for k, n in decoder.matrices().values())
     in_tables = (1 if decoder.tied else 2) * decoder.width * decoder.vocab_size
-    float32 = 4 * (values - in_layers - in_tables)
+    rotary = decoder.positions * decoder.head_width if decoder.position == "rotary" else 0
+    float32 = 4 * (values - in_layers - in_tables + rotary)
     embedding = precision.head_bytes(decoder.width, decoder.vocab_size)
     return step_bytes(decoder, precision) + float32 + (0 if decoder.tied else embedding)

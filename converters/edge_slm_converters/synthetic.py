@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,22 @@ import numpy as np
 from edge_slm_converters.architectures import architecture_of
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.arrays import Float32
+from edge_slm_converters.checkpoint import HEAD
 from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing, EdgeSlmError
 from edge_slm_runtime.files import write_folder_aside
+
+# What a Decoder has that a GPT-2 of the same shape has not.
+TRAITS: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {},
+    "llama": {
+        "norm": "rms",
+        "position": "rotary",
+        "rope_theta": 10000.0,
+        "mlp": "gated",
+        "activation": "silu",
+    },
+}
 
 
 def random_checkpoint(
@@ -32,10 +46,15 @@ def random_checkpoint(
     vocab_size: int,
     positions: int,
     like: str | Path,
+    architecture: str = "gpt2",
     seed: int = 0,
     std: float = 0.02,
+    **traits: Any,
 ) -> Path:
     """Writes a checkpoint folder with the tokenizer and command schema of `like`.
+
+    architecture: a key of TRAITS. traits: other fields of its Decoder, as kv_heads, head_width,
+    inner, tied.
 
     Weights are normal with standard deviation `std` (GPT-2's own 0.02 by default),
     stored as float16; norms are 1 and biases 0. A `vocab_size` above the
@@ -51,14 +70,21 @@ def random_checkpoint(
     copied = [Path(like) / name for name in ("tokenizer.json", "command.json")]
     if missing := [str(file) for file in copied if not file.is_file()]:
         raise CheckpointError(f"{missing[0]} is missing", "give a checkpoint folder as `like`")
-    decoder = gpt2(
-        layers=layers, width=width, heads=heads, vocab_size=vocab_size, positions=positions
+    decoder = _decoder(
+        architecture,
+        layers=layers,
+        width=width,
+        heads=heads,
+        vocab_size=vocab_size,
+        positions=positions,
+        **traits,
     )
-    architecture = architecture_of({"model_type": decoder.architecture})
-    config = architecture.config(decoder)
-    stored = as_stored(architecture.layout(decoder, config), _random_tensors(decoder, seed, std))
+    family = architecture_of({"model_type": architecture})
+    config = family.config(decoder)
+    stored = as_stored(family.layout(decoder, config), _random_tensors(decoder, seed, std))
     tensors = {
-        f"{architecture.PREFIX}{name}": tensor.astype(np.float16) for name, tensor in stored.items()
+        (name if name == HEAD else f"{family.PREFIX}{name}"): tensor.astype(np.float16)
+        for name, tensor in stored.items()
     }
     with write_folder_aside(Path(path)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -66,6 +92,22 @@ def random_checkpoint(
         for file in copied:
             shutil.copyfile(file, folder / file.name)
     return Path(path)
+
+
+def _decoder(architecture: str, **shape: Any) -> Decoder:
+    """Raises CheckpointError for an architecture without TRAITS, or sizes that do not fit."""
+    if architecture not in TRAITS:
+        raise CheckpointError(f"no traits of {architecture!r}", f"known: {', '.join(TRAITS)}")
+    shape = {name: value for name, value in shape.items() if value is not None}
+    shape = {**TRAITS[architecture], "architecture": architecture} | shape
+    if "head_width" in shape:
+        shape["attention_scale"] = (shape["head_width"] ** -0.5,) * shape["layers"]
+    decoder = gpt2(**shape)
+    try:
+        decoder.check()
+    except ValueError as error:
+        raise CheckpointError(f"no model has this shape: {error}") from None
+    return decoder
 
 
 def _random_tensors(decoder: Decoder, seed: int, std: float) -> dict[str, Float32]:
@@ -87,6 +129,10 @@ def _random_tensors(decoder: Decoder, seed: int, std: float) -> dict[str, Float3
 @click.option("--heads", type=int, default=12, show_default=True)
 @click.option("--vocab-size", type=int, default=16384, show_default=True)
 @click.option("--positions", type=int, default=512, show_default=True)
+@click.option("--architecture", type=click.Choice([*TRAITS]), default="gpt2", show_default=True)
+@click.option("--kv-heads", type=int, help="[default: as many as heads]")
+@click.option("--head-width", type=int, help="[default: width / heads]")
+@click.option("--inner", type=int, help="Width of the feed-forward layer.  [default: 4 × width]")
 def main(out: Path, **shape: Any) -> None:
     """Write a random-initialised checkpoint with the tokenizer and commands of --like."""
     try:

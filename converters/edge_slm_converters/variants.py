@@ -72,7 +72,7 @@ def open_variant(folder: Path, source: Checkpoint, variant: Variant) -> SLM:
         name=folder.name,
         model=source.decoder,
         parameters=source.parameters,
-        prompt=source.codec.form,
+        prompt=source.form,
         variants=(variant,),
         files={},
     )

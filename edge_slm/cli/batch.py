@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -24,6 +24,7 @@ from edge_slm_runtime.errors import DataError, EdgeSlmError, NotSupportedByEngin
 
 _KEYS = ["id", *(field.name for field in fields(edge_slm.Request))]
 _NEEDED = ("id", "request", "task")
+_NEEDED_OF_OTHERS = ("id", "request")  # where the model knows no commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class BatchRun:
         try:
             data = _parse(line)
             row = replace(row, id=_id_of(data))
-            _check_shape(data)
+            _check_shape(data, _NEEDED if self.slm.manifest.prompt.schema else _NEEDED_OF_OTHERS)
             del data["id"]
             settings = {"seed": None, **self.defaults, **data}
             if settings["seed"] is None and settings["temperature"]:
@@ -119,9 +120,9 @@ def batch(
 ) -> None:
     """Write one prompt for each line of INPUT (JSONL; '-' is stdin).
 
-    A line is an object with 'id', 'request' and 'task' (null leaves it open), and
-    optionally 'words', 'relevance', 'seed' and the sampling settings below, whose
-    options are the defaults for lines without them. Answers come in input order;
+    A line is an object with 'id', 'request' and 'task' (null leaves it open; a model without
+    commands has none), and optionally 'words', 'relevance', 'seed' and the sampling settings
+    below, whose options are the defaults for lines without them. Answers come in input order;
     a line that cannot be used becomes {"line", "id", "error"} and the rest goes on.
 
     With -o the run is resumable: killed at any moment and started again, it
@@ -202,11 +203,11 @@ def _id_of(data: dict[str, Any]) -> str | int:
     return name
 
 
-def _check_shape(data: dict[str, Any]) -> None:
+def _check_shape(data: dict[str, Any], needed: Sequence[str]) -> None:
     if unknown := [key for key in data if key not in _KEYS]:
         raise DataError(f"unknown key {unknown[0]!r}", f"known: {', '.join(_KEYS)}")
-    if missing := [key for key in _NEEDED if key not in data]:
-        raise DataError(f"{missing[0]!r} is missing", f"needed: {', '.join(_NEEDED)}")
+    if missing := [key for key in needed if key not in data]:
+        raise DataError(f"{missing[0]!r} is missing", f"needed: {', '.join(needed)}")
     if not isinstance(data.get("stop", ""), str | list):
         raise DataError("'stop' must be a text or a list of texts")
     if not isinstance(data.get("keep_length", True), bool):

@@ -16,7 +16,7 @@ from edge_slm_runtime.errors import DataError, DependencyMissing
 
 if TYPE_CHECKING:
     from edge_slm_bench.metrics.examples import Example
-    from edge_slm_converters.adherence import Judge
+    from edge_slm_converters.adherence import AnswerJudge
     from edge_slm_converters.checkpoint import Checkpoint
     from edge_slm_runtime.bundle import Manifest, Variant
 
@@ -38,6 +38,18 @@ if TYPE_CHECKING:
     help="Samples as in training: fidelity and adherence are measured on their held-out pairs.  "
     "[default: the fp32 model's own answers to built-in requests]",
 )
+@click.option(
+    "--prompt",
+    metavar="FORM",
+    help="Prompt form of a model that knows no commands: chatml, llama3, zephyr or plain.  "
+    "[default: recognised by its chat template; without one, plain]",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Longest prompt and answer together, in tokens: what memory is needed for.  "
+    "[default: what the model has]",
+)
 @click.option("--accept", is_flag=True, help="Ship variants outside their budget too.")
 @json_option
 def convert(
@@ -47,10 +59,14 @@ def convert(
     variants: str | None,
     name: str | None,
     data: tuple[Path, ...],
+    prompt: str | None,
+    context: int | None,
     accept: bool,
     as_json: bool,
 ) -> None:
-    """Convert the Hugging Face GPT-2 folder CHECKPOINT to the bundle folder OUT.
+    """Convert CHECKPOINT, a Hugging Face folder or a GGUF file, to the bundle folder OUT.
+
+    GPT-2 and the Llama family can be converted.
 
     Each variant's predictions and its obedience are measured against fp32. Without --variants those
     outside their budget are left out with a warning; one asked for by name is refused
@@ -59,7 +75,7 @@ def convert(
     from edge_slm_converters import read_checkpoint
 
     names = variants.split(",") if variants else None
-    source = read_checkpoint(checkpoint)
+    source = read_checkpoint(checkpoint, prompt, context)
     evaluation = held_out_examples(source, data) if data else None
     judge = judge_of(source, data) if data else None
     manifest = convert_with_bar(
@@ -82,7 +98,7 @@ def convert_with_bar(
     *,
     name: str | None = None,
     evaluation: Sequence[Example] | None = None,
-    judge: Judge | None = None,
+    judge: AnswerJudge | None = None,
     accept: bool = False,
 ) -> Manifest:
     """`edge_slm_converters.convert` with a progress bar on stderr."""
@@ -109,7 +125,7 @@ def convert_with_bar(
 def held_out_examples(checkpoint: Checkpoint, data: Sequence[Path]) -> list[Example]:
     """About 30 held-out pairs per task. Raises DataError when the checkpoint's recipe does
     not say what was held out."""
-    tasks = checkpoint.schema.tasks
+    tasks = checkpoint.form.grammar.tasks
     try:
         recipe = json.loads((checkpoint.path / "recipe.json").read_text("utf-8"))
         return held_out(data, tasks, recipe, 30 * len(tasks))
@@ -134,7 +150,7 @@ def held_out(
     ]
 
 
-def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> Judge | None:
+def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> AnswerJudge | None:
     """A judge of relevance and tasks, from the training side of `data`; None, with a
     warning, when its packages are not installed."""
     from edge_slm.distill.evaluate.scorers import TextJudge
@@ -144,7 +160,7 @@ def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> Judge | None:
     pairs = [sample for sample in read_samples(data) if sample.request]
     train, _ = divide(pairs, recipe["recipe"]["data"]["holdout_percent"])
     try:
-        return TextJudge(train, checkpoint.schema.tasks)
+        return TextJudge(train, checkpoint.form.grammar.tasks)
     except DependencyMissing as error:
         warn(f"adherence is measured of lengths alone: {error}")
         return None

@@ -18,7 +18,7 @@ from edge_slm_runtime.errors import EngineError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from edge_slm_bench.advice import Advice, Limits, Row
+    from edge_slm_bench.advice import Advice, Limits, VariantRow
     from edge_slm_bench.machine import Machine
 
 _limit = click.FloatRange(min=0, min_open=True)
@@ -94,7 +94,7 @@ def profile(
         raise EngineError(advice.line, rows[0].reason)
 
 
-def _fits(row: Row, limits: Limits) -> bool | None:
+def _fits(row: VariantRow, limits: Limits) -> bool | None:
     return not limits.missed_by(row) if row.measured else None
 
 
@@ -112,7 +112,7 @@ def _choice(advice: Advice) -> dict[str, str | int] | None:
 
 
 def _print(
-    bundle: Path, rows: Sequence[Row], limits: Limits, advice: Advice, device: Machine
+    bundle: Path, rows: Sequence[VariantRow], limits: Limits, advice: Advice, device: Machine
 ) -> None:
     console = stdout_console()
     console.print(_table(rows, limits, advice))
@@ -126,7 +126,7 @@ def _print(
     console.print(f"[dim]{_conditions(rows, device)}[/dim]")
 
 
-def _table(rows: Sequence[Row], limits: Limits, advice: Advice) -> Table:
+def _table(rows: Sequence[VariantRow], limits: Limits, advice: Advice) -> Table:
     from rich.table import Table
 
     words = next((list(row.answers_ms) for row in rows if row.measured), [])
@@ -174,12 +174,12 @@ def _short(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"
 
 
-def _fidelity(row: Row) -> str:
+def _fidelity(row: VariantRow) -> str:
     """Top-1 agreement; `!` outside the budget."""
     return "–" if row.top1 is None else f"{row.top1:.1%}{'!' * (row.faithful is False)}"
 
 
-def _conditions(rows: Sequence[Row], device: Machine) -> str:
+def _conditions(rows: Sequence[VariantRow], device: Machine) -> str:
     processes = max(len(row.peak_rss_mb) for row in rows)
     busy = device.load is not None and device.load > device.usable_cores / 2
     turns = (

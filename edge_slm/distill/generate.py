@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_converters.checkpoint import read_schema
+from edge_slm_converters.text_side import read_schema
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import (
     CheckpointError,

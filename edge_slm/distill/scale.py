@@ -22,7 +22,7 @@ from edge_slm.distill.generate import Episode, EpisodeGenerator
 from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import Progress
-from edge_slm_converters.checkpoint import read_schema
+from edge_slm_converters.text_side import read_schema
 from edge_slm_runtime import errors
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import (

@@ -14,6 +14,7 @@ from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
 from edge_slm_runtime.prompt import PromptForm
 
+_NAME = "tokenizer.json"
 _FRAMES = 256  # texts around requests whose ids are kept
 
 
@@ -36,10 +37,12 @@ class TextCodec:
     text they have no characters.
     """
 
-    def __init__(self, path: Path, form: PromptForm) -> None:
-        """Raises ManifestInvalid when the tokenizer and the form do not fit."""
+    def __init__(self, tokenizer: Path | bytes, form: PromptForm) -> None:
+        """tokenizer: tokenizer.json, its path or contents.
+
+        Raises ManifestInvalid when the tokenizer and the form do not fit."""
         self.form = form
-        self._tokenizer = _opened(path)
+        self._tokenizer = open_tokenizer(tokenizer)
         self.size: int = self._tokenizer.get_vocab_size()
         added = self._tokenizer.get_added_tokens_decoder()
         self._ids: dict[str, int] = {
@@ -48,9 +51,9 @@ class TextCodec:
         for token in form.tokens:
             i = self._tokenizer.token_to_id(token)
             if i is None:
-                raise ManifestInvalid(f"{path.name} has no control token {token}")
+                raise ManifestInvalid(f"{_NAME} has no control token {token}")
             if i in added and not added[i].special:
-                raise ManifestInvalid(f"{path.name}: control token {token} must be special")
+                raise ManifestInvalid(f"{_NAME}: control token {token} must be special")
             self._ids[token] = i
         self.ends: tuple[int, ...] = tuple(self._ids[token] for token in form.ends)
         self.controls = frozenset(self._ids.values())
@@ -58,14 +61,14 @@ class TextCodec:
         self._control = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         self._marks = {*form.ends, *self._control.findall(form.before + form.after)}
         self._around = lru_cache(_FRAMES)(self._read_around)
-        self._bytes = self._bytes_of_all(path, {i: one.content for i, one in added.items()})
+        self._bytes = self._bytes_of_all({i: one.content for i, one in added.items()})
 
-    def _bytes_of_all(self, path: Path, added: Mapping[int, str]) -> list[bytes]:
+    def _bytes_of_all(self, added: Mapping[int, str]) -> list[bytes]:
         """Of each token; raises ManifestInvalid where its characters stand for no bytes."""
         alphabet, found = _byte_of_char(), [b""] * self.size
         for token, i in self._tokenizer.get_vocab().items():
             if i >= self.size:
-                raise ManifestInvalid(f"{path.name}: token ids have gaps")
+                raise ManifestInvalid(f"{_NAME}: token ids have gaps")
             if i in self.controls:
                 continue
             if i in added:
@@ -74,7 +77,7 @@ class TextCodec:
             try:
                 found[i] = bytes([alphabet[char] for char in token])
             except KeyError:
-                raise ManifestInvalid(f"{path.name} is not a byte-level BPE (token {i})") from None
+                raise ManifestInvalid(f"{_NAME} is not a byte-level BPE (token {i})") from None
         return found
 
     def prompt(self, request: str, command: Command) -> list[int]:
@@ -134,18 +137,21 @@ class TextCodec:
         return "".join(detokenizer.push(token) for token in ids)
 
 
-def _opened(path: Path) -> Tokenizer:
+def open_tokenizer(source: Path | bytes) -> Tokenizer:
     """A tokenizer that encodes text as it is. Raises ManifestInvalid."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        if isinstance(source, bytes):
+            tokenizer = Tokenizer.from_buffer(source)
+        else:
+            tokenizer = Tokenizer.from_file(str(source))
     except BaseException as error:  # tokenizers raises bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ManifestInvalid(f"{path.name} cannot be read: {error}") from None
+        raise ManifestInvalid(f"{_NAME} cannot be read: {error}") from None
     if tokenizer.normalizer is not None:
-        raise ManifestInvalid(f"{path.name} has a normalizer; it would change requests")
+        raise ManifestInvalid(f"{_NAME} has a normalizer; it would change requests")
     if getattr(tokenizer.model, "dropout", None):
-        raise ManifestInvalid(f"{path.name} has dropout; it would split requests at random")
+        raise ManifestInvalid(f"{_NAME} has dropout; it would split requests at random")
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

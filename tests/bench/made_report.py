@@ -12,9 +12,9 @@ from edge_slm_bench.results import (
     Cell,
     CellResult,
     Endurance,
+    ProcessSample,
     Quality,
     Report,
-    Sample,
     Status,
     Timing,
     with_sample,
@@ -51,7 +51,7 @@ SCALES = {"random-98m": 1.0, "reference-11m": 0.1}
 
 def make_sample(
     random: np.random.Generator, kind: Kind, cell: Cell, round_: int, scale: float
-) -> Sample:
+) -> ProcessSample:
     """One process of three requests (or batches), nearly as quick as the others of its kind."""
     slow = scale * random.lognormal(0, 0.03) * (1.8 if cell.threads == 1 else 1)
     timings = []
@@ -68,7 +68,7 @@ def make_sample(
         timings.append(Timing(ttft + float(steps.sum()), cell.new_tokens, ttft, told))
     cold = round_ == 0
     busy = cell.threads == 2 and round_ == 3
-    return Sample(
+    return ProcessSample(
         round=round_,
         load_ms=float(kind.load * (0.3 + 0.7 * scale) * (2.2 if cold else 1) * slow / scale),
         cold=cold,

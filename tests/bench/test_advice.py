@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_slm_bench.advice import SAME, Limits, Row, advise, deciding, faithfulness
+from edge_slm_bench.advice import SAME, Limits, VariantRow, advise, deciding, faithfulness
 from edge_slm_runtime import read_manifest
 
 
@@ -22,8 +22,8 @@ def row(
     disk: int = 12_000_000,
     faithful: bool | None = True,
     top1: float | None = 0.985,
-) -> Row:
-    return Row(
+) -> VariantRow:
+    return VariantRow(
         variant=variant,
         engine="onnxruntime",
         precision="int8",
@@ -39,7 +39,7 @@ def row(
     )
 
 
-UNMEASURED = Row("ctranslate2-int8", "ctranslate2", "int8", 1, 1, reason="not installed")
+UNMEASURED = VariantRow("ctranslate2-int8", "ctranslate2", "int8", 1, 1, reason="not installed")
 
 # Small numbers, so that rows are often equal in something.
 rows = st.lists(
@@ -64,7 +64,7 @@ limits = st.builds(
 
 
 @given(rows, limits)
-def test_it_fits_and_nothing_is_better(measured: list[Row], allowed: Limits) -> None:
+def test_it_fits_and_nothing_is_better(measured: list[VariantRow], allowed: Limits) -> None:
     advice = advise(measured, allowed)
     fitting = [r for r in measured if r.measured and not allowed.missed_by(r)]
     assert advice.line
@@ -80,7 +80,7 @@ def test_it_fits_and_nothing_is_better(measured: list[Row], allowed: Limits) -> 
     assert all(r.faithful is chosen.faithful for r in rivals)
     assert chosen.latency_ms() <= min(r.latency_ms() for r in rivals) * SAME
 
-    def costs(r: Row) -> tuple[float, ...]:
+    def costs(r: VariantRow) -> tuple[float, ...]:
         return (r.threads, r.memory_mb, r.disk_bytes, -(r.top1 or 0), r.latency_ms())
 
     for rival in rivals:
@@ -89,7 +89,7 @@ def test_it_fits_and_nothing_is_better(measured: list[Row], allowed: Limits) -> 
 
 
 @given(rows, limits)
-def test_limits_agree_with_their_excess(measured: list[Row], allowed: Limits) -> None:
+def test_limits_agree_with_their_excess(measured: list[VariantRow], allowed: Limits) -> None:
     for each in filter(lambda r: r.measured, measured):
         assert bool(allowed.missed_by(each)) == (allowed.excess(each) > 1)
 

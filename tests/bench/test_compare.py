@@ -13,7 +13,7 @@ from rich.console import Console
 
 from edge_slm_bench.compare import compare, show
 from edge_slm_bench.ratios import _medians, ratio_interval, student
-from edge_slm_bench.results import FIGURES, Cell, CellResult, Report, Sample, Timing
+from edge_slm_bench.results import FIGURES, Cell, CellResult, ProcessSample, Report, Timing
 from edge_slm_runtime.errors import DataError
 
 CELL = Cell("m", "onnx-int8", 2, "single-stream", 16, 4)
@@ -34,7 +34,9 @@ def result(
             for row in steps
         )
         samples.append(
-            Sample(number, 100 * luck, False, timings, sum(t.total_ms for t in timings) / 1e3, 90)
+            ProcessSample(
+                number, 100 * luck, False, timings, sum(t.total_ms for t in timings) / 1e3, 90
+            )
         )
     return CellResult(cell, "onnxruntime", "int8", False, 1, 1, "ok", "", tuple(samples))
 

@@ -17,8 +17,8 @@ from edge_slm_bench.bench import run_bench
 from edge_slm_bench.evaluation import assess
 from edge_slm_bench.metrics.examples import Example
 from edge_slm_bench.prompts import prompts_of, request_of
-from edge_slm_bench.results import Cell, CellResult, Report, Sample, Timing, with_sample
-from edge_slm_bench.runners import Prompt, Run, Spec, open_runner
+from edge_slm_bench.results import Cell, CellResult, ProcessSample, Report, Timing, with_sample
+from edge_slm_bench.runners import Prompt, Spec, TimedAnswer, open_runner
 from edge_slm_bench.scenarios import run_scenario
 from edge_slm_bench.sweep import Model, Settings, Sweep, endurance, model_of, plan
 from edge_slm_runtime import Request, load, read_manifest
@@ -231,9 +231,9 @@ class Forgetful:
     def __init__(self) -> None:
         self.asked = 0
 
-    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+    def single(self, prompt: Prompt, new_tokens: int) -> TimedAnswer:
         self.asked += 1
-        return Run((self.asked,) * new_tokens, (0.1,) * new_tokens)
+        return TimedAnswer((self.asked,) * new_tokens, (0.1,) * new_tokens)
 
 
 def test_another_answer_behind_a_cached_prefix_is_an_error() -> None:
@@ -258,7 +258,7 @@ def test_endurance_of_what_cannot_be_opened(model: Model, tmp_path: Path) -> Non
     assert result.growth_mb is None
 
 
-def result(samples: list[Sample], **extra: Any) -> CellResult:
+def result(samples: list[ProcessSample], **extra: Any) -> CellResult:
     cell = Cell("m", "v", 1, "single-stream", 16, 3, **extra)
     found = CellResult(cell, "e", "int8", peer=False, disk_bytes=1, step_bytes=2_000, status="ok")
     for sample in samples:
@@ -273,11 +273,11 @@ def sample(
     joules: float | None = None,
     bandwidth: float | None = None,
     best: float | None = None,
-) -> Sample:
+) -> ProcessSample:
     timing = Timing(total_ms=3 * ms, new_tokens=3, ttft_ms=ms, steps_ms=(ms, ms))
     seconds = 3 * ms / 1e3
     more = {"bandwidth": bandwidth, "best_bandwidth": best}
-    return Sample(0, 10.0, False, (timing,), seconds, 50.0, joules, flags, **more)
+    return ProcessSample(0, 10.0, False, (timing,), seconds, 50.0, joules, flags, **more)
 
 
 def test_flagged_samples_are_kept_and_left_out() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face models of any GPT-2 shape, saved as transformers saves them."""
+"""Hugging Face models of any shape, saved as transformers saves them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ from edge_slm_converters.arrays import Float32
 
 IDS = np.random.default_rng(3).integers(0, 300, 60).tolist()
 
+SMALL_GPT2 = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 96}
+SMALL_LLAMA = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 96,
+}
+
 
 @dataclass
 class Original:
@@ -28,10 +38,10 @@ class Original:
 def logits_of(path: Path, ids: list[int]) -> Float32:
     """transformers' float32 logits [S,V] of a saved checkpoint."""
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     # transformers' sdpa attention ignores the scale settings; eager keeps to them.
-    model = GPT2LMHeadModel.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
@@ -43,19 +53,20 @@ def logits_of(path: Path, ids: list[int]) -> Float32:
 def original(
     tiny_text_side: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Original]:
-    """Makes a random GPT2LMHeadModel with the given settings and saves it."""
+    """Makes a random model with the given settings and saves it."""
 
-    def make(dtype: str = "float32", shard: str = "1GB", **settings: Any) -> Original:
+    def make(
+        model_type: str = "gpt2", dtype: str = "float32", shard: str = "1GB", **settings: Any
+    ) -> Original:
         with warnings.catch_warnings():  # swig and jit warnings of torch's own imports
             warnings.simplefilter("ignore")
             import torch
-            from transformers import GPT2Config, GPT2LMHeadModel
+            from transformers import AutoConfig, AutoModelForCausalLM
         torch.manual_seed(5)
-        small = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 417, "n_positions": 96}
-        config = GPT2Config(
-            **{**small, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, **settings}
-        )
-        model = GPT2LMHeadModel(config)
+        usual = {"vocab_size": 417, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}
+        small = SMALL_GPT2 if model_type == "gpt2" else SMALL_LLAMA
+        config = AutoConfig.for_model(model_type, **{**usual, **small, **settings})
+        model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():  # biases and norms are 0 and 1 otherwise
             if parameter.dim() == 1:
                 parameter.data += torch.randn_like(parameter) * 0.1

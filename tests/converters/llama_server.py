@@ -35,10 +35,9 @@ class LlamaServer:
             "/completion",
             prompt=list(prompt),
             n_predict=new_tokens,
-            temperature=0,
-            samplers=[],
+            top_k=1,
+            samplers=["top_k"],
             return_tokens=True,
-            ignore_eos=False,
             cache_prompt=False,
         )
         ids: list[int] = answer["tokens"]

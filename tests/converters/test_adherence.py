@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_slm_converters import Example, adherence, convert, gate
-from edge_slm_converters.adherence import Answers, Array
+from edge_slm_converters.adherence import Answers
+from edge_slm_converters.arrays import Float64
 from edge_slm_converters.checkpoint import read_checkpoint
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command
@@ -86,8 +87,8 @@ def test_figures_are_means_and_levels() -> None:
 
 def test_every_level_is_asked_and_only_what_fits(tiny_checkpoint: Path) -> None:
     source = read_checkpoint(tiny_checkpoint)
-    levels = len(source.schema.axis("relevance").values)
-    task = source.schema.tasks[0]
+    levels = len(source.form.grammar.axis("relevance").values)
+    task = source.form.grammar.tasks[0]
     asked = [("a cabin", Command(task, 12)), ("x" * 900, Command(task))]
     found = adherence.requests(source, asked, levelled=True)
     assert [r.relevance for r in found] == [None, *range(levels)]
@@ -99,11 +100,11 @@ def test_every_level_is_asked_and_only_what_fits(tiny_checkpoint: Path) -> None:
 class SharedWords:
     """A judge that counts."""
 
-    def relevance(self, requests: Sequence[str], texts: Sequence[str]) -> Array:
+    def relevance(self, requests: Sequence[str], texts: Sequence[str]) -> Float64:
         pairs = zip(requests, texts, strict=True)
         return np.array([float(bool(set(r.split()) & set(t.split()))) for r, t in pairs])
 
-    def of_task(self, tasks: Sequence[str], texts: Sequence[str]) -> Array:
+    def of_task(self, tasks: Sequence[str], texts: Sequence[str]) -> Float64:
         return np.array([float(task == "image") for task in tasks])
 
 

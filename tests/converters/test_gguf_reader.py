@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_slm_converters.architectures import llama
 from edge_slm_converters.gguf_reader import TYPES, read_gguf
-from edge_slm_converters.gguf_tensors import LLAMA_PARTS, joined, split, stored_names
+from edge_slm_converters.gguf_tensors import joined, split, stored_names
 from edge_slm_runtime.errors import CheckpointError
 
 from .smollm2 import gguf_file
@@ -112,7 +113,7 @@ def test_every_type_is_decoded(kind: str, tmp_path: Path) -> None:
 def test_splitting_a_tensor_undoes_joining_it(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", extra={"blk.0.attn_q.bias": np.arange(WIDTH)} | BIASES)
     model = read_gguf(tmp_path / "m.gguf")
-    for name, names in stored_names(model.decoder, LLAMA_PARTS):
+    for name, names in stored_names(model.decoder, llama.GGUF_PARTS):
         parts = split(model.decoder, model.tensors[name], names)
         assert np.array_equal(joined(model.decoder, parts), model.tensors[name]), name
 
@@ -120,6 +121,7 @@ def test_splitting_a_tensor_undoes_joining_it(tmp_path: Path) -> None:
 BIASES = {f"blk.0.{name}.bias": np.arange(WIDTH // 2) for name in ("attn_k", "attn_v")}
 
 
+@pytest.mark.slow
 def test_smollm2_is_what_transformers_reads() -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -172,7 +174,7 @@ def test_a_head_of_its_own_unties_the_embedding(tmp_path: Path) -> None:
     [
         ({"architecture": "mamba"}, r"architecture 'mamba' cannot be converted.*llama"),
         ({"kind": "Q5_0"}, r"attn_q\.weight is stored as Q5_0.*Q4_K"),
-        ({"change": {"rope.scaling.type": "yarn"}}, "'yarn' is not supported"),
+        ({"change": {"rope.scaling.type": "yarn"}}, "'yarn' cannot be converted"),
         ({"change": {"attention.sliding_window": 16}}, "sliding window"),
         ({"change": {"expert_count": 8}}, r"llama\.expert_count = 8"),
         ({"change": {"rope.dimension_count": 32}}, "dimension_count is 32, heads are 64 wide"),

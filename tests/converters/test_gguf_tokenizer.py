@@ -117,6 +117,7 @@ def test_every_way_of_splitting_is_that_of_llama_cpp(
         assert ours.encode(text, add_special_tokens=False).ids == server.tokenize(text), text
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_transformers_where_it_splits_alike(metadata: dict[str, Any]) -> None:
     """transformers' own reader of GGUF files forgets to split digits, so there are none."""
     transformers = pytest.importorskip("transformers")

@@ -26,7 +26,8 @@ from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.panels import LANES, STRIP, UNIT, pack_levels, pack_outputs, stored_name
 
 from .conftest import IDS, Original
-from .test_graph import SHAPES, precision_of
+from .shapes import GPT2 as SHAPES
+from .test_graph import precision_of
 
 Maker = Callable[..., Original]
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edge_slm_runtime.length import tolerance
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 Statistic = Callable[..., float]
 RESAMPLES = 1000
 LEAST = 5  # requests that an interval needs
@@ -49,12 +49,12 @@ def bootstrap(statistic: Statistic, *arrays: Any) -> Estimate:
     return _percentiles(value, np.array(values), n)
 
 
-def bootstrap_mean(values: Array) -> Estimate:
+def bootstrap_mean(values: Float64) -> Estimate:
     """`bootstrap` of `mean`, without a loop."""
     return _bootstrap_sums(_sums(values))
 
 
-def bootstrap_ratio(above: Array, below: Array) -> Estimate:
+def bootstrap_ratio(above: Float64, below: Float64) -> Estimate:
     """`bootstrap` of the ratio of two means over the same requests, without a loop."""
     return _bootstrap_sums(_sums(above), _sums(below))
 
@@ -64,7 +64,7 @@ def _draws(n: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(0).integers(max(n, 1), size=(RESAMPLES if n >= LEAST else 0, n))
 
 
-def _percentiles(value: float, values: Array, n: int) -> Estimate:
+def _percentiles(value: float, values: Float64, n: int) -> Estimate:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return Estimate(value, float("nan"), float("nan"), n)
@@ -72,17 +72,17 @@ def _percentiles(value: float, values: Array, n: int) -> Estimate:
     return Estimate(value, float(low), float(high), n)
 
 
-def _sums(values: Array) -> Array:
+def _sums(values: Float64) -> Float64:
     """[requests, 2]: sum and number of each request's known entries."""
     rows = values.reshape(len(values), int(np.prod(values.shape[1:])))
     known = np.isfinite(rows)
     return np.stack([np.where(known, rows, 0).sum(1), known.sum(1)], 1)
 
 
-def _bootstrap_sums(above: Array, below: Array | None = None) -> Estimate:
+def _bootstrap_sums(above: Float64, below: Float64 | None = None) -> Estimate:
     """Of sum ÷ number, or of that of `above` ÷ that of `below`."""
 
-    def figure(rows: npt.NDArray[np.int64]) -> Array:
+    def figure(rows: npt.NDArray[np.int64]) -> Float64:
         totals = above[rows].sum(-2)
         found = totals[..., 0] / totals[..., 1]
         if below is not None:
@@ -111,7 +111,7 @@ def half_samples(statistic: Statistic, *arrays: Any, resamples: int = 200) -> Es
     return Estimate(value, value - error, value + error, n)
 
 
-def mean(values: Array) -> float:
+def mean(values: Float64) -> float:
     """Of the entries that are not nan."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else float("nan")
@@ -120,7 +120,7 @@ def mean(values: Array) -> float:
 # -- commands against outcomes -----------------------------------------------
 
 
-def ranks(values: Any) -> Array:
+def ranks(values: Any) -> Float64:
     """Ranks from 1; ties share their mean rank."""
     array = np.asarray(values, np.float64)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
@@ -138,7 +138,7 @@ def spearman(x: Any, y: Any) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def concordance(asked: Array, achieved: Array) -> Array:
+def concordance(asked: Float64, achieved: Float64) -> Float64:
     """[requests, 2]: how often the higher of two commands of one request gave more (a tie
     counts half), and how many pairs of commands there were."""
     i, j = np.triu_indices(asked.shape[1], 1)
@@ -147,13 +147,13 @@ def concordance(asked: Array, achieved: Array) -> Array:
     return np.stack([np.where(counts, (steps + 1) / 2, 0).sum(1), counts.sum(1)], 1)
 
 
-def monotonicity(asked: Array, achieved: Array) -> Estimate:
+def monotonicity(asked: Float64, achieved: Float64) -> Estimate:
     """Probability that the higher of two commands of one request gave more: 1 always,
     0.5 the command has no influence. (1 + Kendall's tau) / 2, within requests."""
     return _bootstrap_sums(concordance(asked, achieved))
 
 
-def within_tolerance(asked: Array, achieved: Array) -> Array:
+def within_tolerance(asked: Float64, achieved: Float64) -> Float64:
     """1 within ±10% or ±2 words (edge_slm_runtime.length), else 0; nan where not asked."""
 
     def hit(words: float, got: float) -> float:
@@ -166,7 +166,7 @@ def within_tolerance(asked: Array, achieved: Array) -> Array:
     return np.array(hits).reshape(asked.shape)
 
 
-def adherence(asked: Array, achieved: Array, hits: Array) -> dict[str, Any]:
+def adherence(asked: Float64, achieved: Float64, hits: Float64) -> dict[str, Any]:
     """All figures of one axis, JSON-ready.
 
     hit_rate: mean of `hits`. mean_absolute_error: in the axis's unit. spearman:
@@ -220,7 +220,7 @@ def echo(request: str, text: str) -> float:
     return sum(word in _content(request) for word in said) / len(said) if said else float("nan")
 
 
-def self_similarity(vectors: npt.NDArray[np.floating[Any]], groups: Sequence[str]) -> Array:
+def self_similarity(vectors: npt.NDArray[np.floating[Any]], groups: Sequence[str]) -> Float64:
     """[n, n]: cosine of every two different texts of one group, nan elsewhere.
 
     Its mean says how alike the texts are. vectors: [n, width].

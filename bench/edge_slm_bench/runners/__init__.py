@@ -1,12 +1,12 @@
-"""Runners: our runtime and its peers behind one protocol, imported only when they are used."""
+"""Runners: our runtime and its peers under one protocol, imported only when they are used."""
 
 from __future__ import annotations
 
 import importlib
 
-from edge_slm_bench.runners.base import Float32, Prompt, Run, Runner, Spec
+from edge_slm_bench.runners.base import Float32, Prompt, Runner, Spec, TimedAnswer
 
-__all__ = ["Float32", "Prompt", "Run", "Runner", "Spec", "open_runner"]
+__all__ = ["Float32", "Prompt", "Runner", "Spec", "TimedAnswer", "open_runner"]
 
 
 def open_runner(spec: Spec, threads: int) -> Runner:

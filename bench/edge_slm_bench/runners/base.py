@@ -28,7 +28,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TimedAnswer:
     """A greedy answer. seconds: from submission to each token; an engine that reports
     none in between gives the first and the last alone."""
 
@@ -40,10 +40,10 @@ class Run:
 class Spec:
     """What a fresh process needs to open a runner.
 
-    runner: the module beside this one. variant: the row's name. path: the bundle, the
+    runner: the module in this package. variant: the row's name. path: the bundle, the
     checkpoint or the file that it reads. step_bytes: weight bytes that one decode step
-    reads. peer: another engine than ours, on the same weights. options: what else `load` is
-    told (our runtime).
+    reads. peer: another engine than ours, on the same weights. options: further
+    arguments of `load` (our runtime).
     """
 
     runner: str
@@ -69,14 +69,14 @@ class Spec:
 class Runner(Protocol):
     """A loaded model. Greedy, and never ended by end-of-text: figures need equal work."""
 
-    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+    def single(self, prompt: Prompt, new_tokens: int) -> TimedAnswer:
         """One answer of exactly `new_tokens`."""
 
     def batch(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
         """Answers of exactly `new_tokens` to prompts of one length, computed together."""
 
     def logits(self, ids: Sequence[int]) -> Float32:
-        """[S, V]: the predictions behind each of S tokens; V may include padding."""
+        """[S, V]: the predictions after each of S tokens; V may include padding."""
 
     def close(self) -> None:
         """Frees the model."""

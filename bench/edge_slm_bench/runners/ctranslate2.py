@@ -2,7 +2,7 @@
 
 The loop cannot be watched for free: for a callback per token it waits for Python's lock
 (measured on the 11M reference model: 4 to 15% slower). So TTFT comes from a run of one
-token, and the whole answer from a second run: a `Run` has the first and the last time
+token, and the whole answer from a second run: a `TimedAnswer` has the first and the last time
 alone. The extra prefill is in no latency, but in the energy and in the time for which a
 server is occupied.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm_bench.runners.base import Float32, Prompt, Run, Spec
+from edge_slm_bench.runners.base import Float32, Prompt, Spec, TimedAnswer
 from edge_slm_runtime.engines.base import first_line
 from edge_slm_runtime.errors import DependencyMissing, EngineError
 
@@ -50,13 +50,13 @@ class CTranslate2Runner:
     def __init__(self, generator: Any, tokens: list[str]) -> None:
         self._generator, self._tokens = generator, tokens
 
-    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+    def single(self, prompt: Prompt, new_tokens: int) -> TimedAnswer:
         seconds = []
         for length in (1, new_tokens):
             start = perf_counter()
             (ids,) = self._generate([prompt], length)
             seconds.append(perf_counter() - start)
-        return Run(ids, tuple(seconds))
+        return TimedAnswer(ids, tuple(seconds))
 
     def batch(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
         return self._generate(prompts, new_tokens)

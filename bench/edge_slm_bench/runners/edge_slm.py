@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edge_slm_bench.runners.base import Float32, Prompt, Run, Spec
+from edge_slm_bench.runners.base import Float32, Prompt, Spec, TimedAnswer
 from edge_slm_runtime import SLM, Request, load
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.errors import EngineError
@@ -56,10 +56,10 @@ class EdgeSlmRunner:
     def __init__(self, slm: SLM) -> None:
         self.slm = slm
 
-    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+    def single(self, prompt: Prompt, new_tokens: int) -> TimedAnswer:
         trace = self.slm.trace(self._request(prompt, new_tokens))
         self._check(trace.prompt, prompt)
-        return Run(trace.ids, trace.seconds)
+        return TimedAnswer(trace.ids, trace.seconds)
 
     def batch(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
         requests = [self._request(prompt, new_tokens) for prompt in prompts]

@@ -1,6 +1,6 @@
-"""The loop of every peer that is driven step by step: argmax of the last logits, nothing else.
+"""Greedy decoding of the peers that are driven step by step: the argmax of the last logits.
 
-No sampler, no text, no check: what remains is the engine.
+There is no sampler, no text and no check, so the engine alone is measured.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
-from edge_slm_bench.runners.base import Float32, Prompt, Run
+from edge_slm_bench.runners.base import Float32, Prompt, TimedAnswer
 
 Int64 = npt.NDArray[np.int64]
 
 
 class GreedyRunner(ABC):
-    """A `Runner` whose engine knows two things: to forget, and to take tokens."""
+    """A `Runner` driven by `reset()` and `step()`."""
 
-    def single(self, prompt: Prompt, new_tokens: int) -> Run:
+    def single(self, prompt: Prompt, new_tokens: int) -> TimedAnswer:
         start = perf_counter()
         ids, seconds = self._answer(np.array([prompt.ids], np.int64), new_tokens, start)
-        return Run(tuple(ids[0].tolist()), tuple(seconds))
+        return TimedAnswer(tuple(ids[0].tolist()), tuple(seconds))
 
     def batch(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
         ids, _ = self._answer(np.array([p.ids for p in prompts], np.int64), new_tokens, 0)
         return [tuple(row) for row in ids.tolist()]
 
     def logits(self, ids: Sequence[int]) -> Float32:
-        self.forget(1, len(ids))
+        self.reset(1, len(ids))
         found: Float32 = self.step(np.array([ids], np.int64), every=True)[0].copy()
         return found
 
@@ -38,17 +38,17 @@ class GreedyRunner(ABC):
         vars(self).clear()
 
     @abstractmethod
-    def forget(self, rows: int, prompt_tokens: int) -> None:
+    def reset(self, rows: int, prompt_tokens: int) -> None:
         """Starts anew with an empty cache for `rows` answers."""
 
     @abstractmethod
     def step(self, ids: Int64, *, every: bool = False) -> Float32:
-        """Takes ids [R,S] behind what it has seen; logits [R,1,V] of the last position, or
+        """Takes ids [R,S] as the next tokens; logits [R,1,V] of the last position, or
         [R,S,V] when asked for `every` one. The array may be overwritten by the next step."""
 
     def _answer(self, ids: Int64, new_tokens: int, start: float) -> tuple[Int64, list[float]]:
         """Tokens [R, new_tokens], and the seconds since `start` at which each was there."""
-        self.forget(*ids.shape)
+        self.reset(*ids.shape)
         found, seconds = [], []
         for _ in range(new_tokens):
             ids = self.step(ids)[:, -1].argmax(-1)[:, None]

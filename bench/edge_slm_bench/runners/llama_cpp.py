@@ -50,7 +50,7 @@ class LlamaCppRunner(GreedyRunner):
         self._context: Any = None
         self._rows = self._seen = 0
 
-    def forget(self, rows: int, prompt_tokens: int) -> None:
+    def reset(self, rows: int, prompt_tokens: int) -> None:
         if rows != self._rows:
             self._open_context(rows)
         memory = self._library.llama_get_memory(self._context)

@@ -55,7 +55,7 @@ class OpenVinoRunner(GreedyRunner):
         self._request = request
         self._seen = 0
 
-    def forget(self, rows: int, prompt_tokens: int) -> None:
+    def reset(self, rows: int, prompt_tokens: int) -> None:
         self._request.reset_state()
         self._seen = 0
 

@@ -49,7 +49,7 @@ class OptimumRunner(GreedyRunner):
         self._past: Any = None
         self._seen = 0
 
-    def forget(self, rows: int, prompt_tokens: int) -> None:
+    def reset(self, rows: int, prompt_tokens: int) -> None:
         self._past, self._seen = None, 0
 
     def step(self, ids: Int64, *, every: bool = False) -> Float32:

@@ -81,7 +81,7 @@ class TransformersRunner(GreedyRunner):
         self._model = model
         self._cache: Any = None
 
-    def forget(self, rows: int, prompt_tokens: int) -> None:
+    def reset(self, rows: int, prompt_tokens: int) -> None:
         from transformers import DynamicCache
 
         self._cache = DynamicCache()

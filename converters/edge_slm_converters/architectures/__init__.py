@@ -16,6 +16,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": llama,
 }
 
+# By `general.architecture` of a GGUF file.
+GGUF_ARCHITECTURES: Mapping[str, Architecture] = {"gpt2": gpt2, "llama": llama}
+
 # Settings of every architecture that would change the computation, and their harmless values.
 _ALLOWED: Mapping[str, Sequence[Any]] = {
     "add_cross_attention": [False],

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edge_slm_converters.arrays import Float32
+from edge_slm_converters.gguf_metadata import Metadata, Parts, Settings
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
 
@@ -47,6 +48,19 @@ class Architecture(Protocol):
     def config(self, decoder: Decoder) -> dict[str, Any]:
         """The config.json that `decoder` reads as this Decoder; a model without optional
         biases. For models that are made here."""
+
+    GGUF_PARTS: Parts
+    GGUF_NEEDS_BIASES: bool  # by llama.cpp, be they zeros
+
+    def gguf_decoder(self, metadata: Metadata) -> Decoder:
+        """Of the metadata of a GGUF file; vocabulary and head are those of its tensors.
+        Raises CheckpointError, naming the key that cannot be converted."""
+
+    def gguf_settings(self, decoder: Decoder) -> Settings:
+        """The metadata that `gguf_decoder` and llama.cpp read as this Decoder.
+
+        Raises CheckpointError for what llama.cpp does not compute.
+        """
 
 
 def stored(shape: tuple[int, ...], *names: str) -> Stored:
@@ -92,6 +106,25 @@ def as_stored(layout: Layout, tensors: Mapping[str, Float32]) -> dict[str, Float
             found[part] = value.T if place.outputs_first else value
             start += size
     return found
+
+
+# -- GGUF ----------------------------------------------------------------------
+
+
+def check_llama_cpp(decoder: Decoder, activation: str) -> None:
+    """Raises CheckpointError for what llama.cpp does not compute in this architecture."""
+    name = decoder.architecture
+    if decoder.activation != activation:
+        raise CheckpointError(
+            f"llama.cpp's {name} has no {decoder.activation}", f"it computes {activation} alone"
+        )
+    if not plain_attention(decoder):
+        raise CheckpointError(f"llama.cpp's {name} scales attention by head width alone")
+
+
+def plain_attention(decoder: Decoder) -> bool:
+    """Whether every layer divides by √(head width), as GPT-2 itself does."""
+    return set(decoder.attention_scale) == {decoder.head_width**-0.5}
 
 
 # -- settings of config.json --------------------------------------------------

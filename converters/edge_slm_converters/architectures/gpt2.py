@@ -9,9 +9,11 @@ from edge_slm_converters.architectures.base import (
     Layout,
     activation,
     activation_name,
+    check_llama_cpp,
     positive,
     stored,
 )
+from edge_slm_converters.gguf_metadata import Metadata, Parts, Settings
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.decoder import gpt2 as gpt2_decoder
 from edge_slm_runtime.errors import CheckpointError
@@ -66,6 +68,41 @@ def config(decoder: Decoder) -> dict[str, Any]:
         "tie_word_embeddings": decoder.tied,
         "bos_token_id": 0,
         "eos_token_id": 0,
+    }
+
+
+GGUF_PARTS: Parts = {
+    "qkv": ("attn_qkv",),
+    "out": ("attn_output",),
+    "up": ("ffn_up",),
+    "down": ("ffn_down",),
+}
+GGUF_NEEDS_BIASES = True
+
+
+def gguf_decoder(metadata: Metadata) -> Decoder:
+    width = metadata.integer("embedding_length")
+    return gpt2_decoder(
+        layers=metadata.integer("block_count"),
+        heads=metadata.integer("attention.head_count"),
+        width=width,
+        vocab_size=0,
+        positions=metadata.integer("context_length"),
+        inner=metadata.integer("feed_forward_length", 4 * width),
+        norm_epsilon=metadata.number("attention.layer_norm_epsilon", 1e-5),
+    )
+
+
+def gguf_settings(decoder: Decoder) -> Settings:
+    check_llama_cpp(decoder, "gelu_tanh")
+    return {
+        "context_length": decoder.positions,
+        "embedding_length": decoder.width,
+        "block_count": decoder.layers,
+        "feed_forward_length": decoder.inner,
+        "attention.head_count": decoder.heads,
+        "attention.layer_norm_epsilon": decoder.norm_epsilon,
+        "vocab_size": decoder.vocab_size,
     }
 
 

@@ -15,11 +15,13 @@ from edge_slm_converters.architectures.base import (
     activation,
     activation_name,
     bias,
+    check_llama_cpp,
     linear,
     positive,
     refuse_unless,
     stored,
 )
+from edge_slm_converters.gguf_metadata import Metadata, Parts, Settings
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
 
@@ -121,6 +123,88 @@ def config(decoder: Decoder) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+
+
+GGUF_PARTS: Parts = {
+    "qkv": ("attn_q", "attn_k", "attn_v"),
+    "out": ("attn_output",),
+    "up": ("ffn_gate", "ffn_up"),
+    "down": ("ffn_down",),
+}
+GGUF_NEEDS_BIASES = False
+# Keys of a GGUF file that change the computation, and their harmless values.
+_GGUF_ALLOWED = {"expert_count": 0, "attention.clamp_kqv": 0.0, "attention.scale": 0.0}
+
+
+def gguf_decoder(metadata: Metadata) -> Decoder:
+    for key, harmless in _GGUF_ALLOWED.items():
+        if (value := metadata.of_model(key)) not in (None, harmless):
+            raise CheckpointError(f"GGUF: llama.{key} = {value!r} cannot be converted")
+    layers, heads = metadata.integer("block_count"), metadata.integer("attention.head_count")
+    kv_heads = metadata.integer("attention.head_count_kv", heads)
+    width, positions = metadata.integer("embedding_length"), metadata.integer("context_length")
+    head_width = metadata.integer("attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (size := metadata.integer(key, head_width)) != head_width:
+            raise CheckpointError(f"GGUF: llama.{key} is {size}, heads are {head_width} wide")
+    if heads % kv_heads or head_width % 2:
+        raise CheckpointError(f"GGUF: {heads} heads of {head_width}, {kv_heads} of keys")
+    if metadata.integer("attention.sliding_window", positions) < positions:
+        raise CheckpointError("GGUF: attention in a sliding window cannot be converted")
+    return Decoder(
+        architecture="llama",
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        inner=metadata.integer("feed_forward_length"),
+        vocab_size=0,
+        positions=positions,
+        norm="rms",
+        norm_epsilon=metadata.number("attention.layer_norm_rms_epsilon"),
+        position="rotary",
+        rope_theta=metadata.number("rope.freq_base", 10000.0),
+        rope_factors=_gguf_factors(metadata, head_width),
+        mlp="gated",
+        activation="silu",
+        attention_scale=(head_width**-0.5,) * layers,
+        tied=False,
+    )
+
+
+def gguf_settings(decoder: Decoder) -> Settings:
+    check_llama_cpp(decoder, "silu")
+    factors = set(decoder.rope_factors)
+    return {
+        "context_length": decoder.positions,
+        "embedding_length": decoder.width,
+        "block_count": decoder.layers,
+        "feed_forward_length": decoder.inner,
+        "attention.head_count": decoder.heads,
+        "attention.head_count_kv": decoder.kv_heads,
+        "attention.key_length": decoder.head_width,
+        "attention.value_length": decoder.head_width,
+        "attention.layer_norm_rms_epsilon": decoder.norm_epsilon,
+        "rope.dimension_count": decoder.head_width,
+        "rope.freq_base": decoder.rope_theta,
+        # Factors that differ from one another are a tensor (`gguf_tensors.ROPE_FACTORS`).
+        **(
+            {"rope.scaling.type": "linear", "rope.scaling.factor": factors.pop()}
+            if len(factors) == 1
+            else {}
+        ),
+        "vocab_size": decoder.vocab_size,
+    }
+
+
+def _gguf_factors(metadata: Metadata, head_width: int) -> tuple[float, ...]:
+    kind = metadata.of_model("rope.scaling.type") or "none"
+    if kind == "none":
+        return ()
+    if kind != "linear":
+        raise CheckpointError(f"GGUF: rope.scaling.type {kind!r} cannot be converted", "linear can")
+    return (metadata.number("rope.scaling.factor"),) * (head_width // 2)
 
 
 def _biased(config: Config) -> set[str]:

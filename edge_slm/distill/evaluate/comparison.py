@@ -11,7 +11,7 @@ from edge_slm.distill.evaluate.evidence import Evidence, Other, Texts
 from edge_slm.distill.evaluate.figures import diversity
 from edge_slm.distill.evaluate.scorers import StaticCosine
 from edge_slm_bench.metrics.quality import (
-    Array,
+    Float64,
     bootstrap,
     bootstrap_mean,
     bootstrap_ratio,
@@ -66,7 +66,7 @@ def _row(e: Evidence, embedder: StaticCosine, texts: Texts, model: Texts) -> dic
     likeness = [self_similarity(embedder.embed(column), same) for column in (mine, theirs)]
     index = np.arange(len(at))
 
-    def alike(table: Array, rows: npt.NDArray[np.int64]) -> float:
+    def alike(table: Float64, rows: npt.NDArray[np.int64]) -> float:
         return mean(table[np.ix_(rows, rows)])
 
     ratios = {name: bootstrap_ratio(*pair) for name, pair in scored.items()}

@@ -16,7 +16,7 @@ from edge_slm.distill.hindsight import Edges, level_of
 from edge_slm.distill.rewards import Reward, Weighted
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import StageProgress
-from edge_slm_bench.metrics.quality import Array
+from edge_slm_bench.metrics.quality import Float64
 from edge_slm_runtime.command import count_words
 
 Pair = tuple[Sample, str]
@@ -35,7 +35,7 @@ class Texts:
     def only(self, at: int) -> Texts:
         return Texts([[row[at]] for row in self.rows])
 
-    def words(self) -> Array:
+    def words(self) -> Float64:
         return np.array(
             [[np.nan if t is None else count_words(t) for t in row] for row in self.rows], float
         )
@@ -78,7 +78,7 @@ class Scores:
             name: dict(zip(unique, scores, strict=True)) for name, scores in by_name.items()
         }
 
-    def of(self, samples: Sequence[Sample], texts: Texts, name: str | None = None) -> Array:
+    def of(self, samples: Sequence[Sample], texts: Texts, name: str | None = None) -> Float64:
         known = self._known[name or self.names[0]]
         return np.array(
             [
@@ -123,11 +123,11 @@ class Evidence:
         names = np.array([sample.task for sample in self.samples])
         return {str(task): names == task for task in dict.fromkeys(names)}
 
-    def score(self, texts: Texts, name: str | None = None) -> Array:
+    def score(self, texts: Texts, name: str | None = None) -> Float64:
         """[samples, commands], by the scorer of that name or the training reward."""
         return self.scores.of(self.samples, texts, name)
 
-    def achieved_levels(self, texts: Texts) -> Array:
+    def achieved_levels(self, texts: Texts) -> Float64:
         """[samples, commands], from the training reward."""
         rewards = self.score(texts)
         return np.array(

@@ -12,8 +12,8 @@ from edge_slm.distill.evaluate.evidence import Evidence
 from edge_slm.distill.evaluate.scorers import TaskClassifier
 from edge_slm.distill.samples import Sample
 from edge_slm_bench.metrics.quality import (
-    Array,
     Estimate,
+    Float64,
     adherence,
     bootstrap,
     bootstrap_mean,
@@ -198,7 +198,7 @@ def diversity(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _shuffled(asked: Array, rewards: Array) -> dict[str, Any]:
+def _shuffled(asked: Float64, rewards: Float64) -> dict[str, Any]:
     """The chance level: the levels of every request are permuted, many times.
 
     Generations are then measured against commands that they did not get. The interval
@@ -219,9 +219,9 @@ def _shuffled(asked: Array, rewards: Array) -> dict[str, Any]:
     }
 
 
-def _level_columns(e: Evidence) -> Array:
+def _level_columns(e: Evidence) -> Float64:
     return np.tile(np.arange(float(e.levels)), (len(e.samples), 1))
 
 
-def _spearman_of_means(table: Array) -> float:
+def _spearman_of_means(table: Float64) -> float:
     return spearman(np.arange(table.shape[1]), table.mean(0))

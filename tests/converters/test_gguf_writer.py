@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from edge_slm_bench.runners import Prompt, Spec, open_runner
-from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, read_json
-from edge_slm_converters.gguf import BLOCKS, head_type, step_bytes, write_gguf
+from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
+from edge_slm_converters.gguf_reader import read_gguf
+from edge_slm_converters.gguf_writer import BLOCKS, head_type, step_bytes, write_gguf
 from edge_slm_runtime.errors import CheckpointError, TargetExists
 
 from .greedy import greedy_ids
+from .llama_server import LlamaServer
 
 TEXT = "ein kleines Café in Zürich, 東京の夜景, naïve façade, emoji 🦊🌲"
 
@@ -137,11 +139,11 @@ def test_what_llama_cpp_cannot_compute_is_refused(checkpoint: Checkpoint, tmp_pa
 
 
 def test_a_pre_tokenizer_without_a_name_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    data = read_json(checkpoint.path / "tokenizer.json")
+    data = json.loads(checkpoint.text.tokenizer)
     data["pre_tokenizer"]["add_prefix_space"] = True
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    other = replace(checkpoint.text, tokenizer=json.dumps(data).encode())
     with pytest.raises(CheckpointError, match="pre_tokenizer"):
-        write_gguf(replace(checkpoint, path=tmp_path), tmp_path / "m.gguf", "F32")
+        write_gguf(replace(checkpoint, text=other), tmp_path / "m.gguf", "F32")
 
 
 def test_nothing_is_overwritten_or_left_behind(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -157,24 +159,66 @@ def test_without_the_package_the_extra_is_named(tiny_checkpoint: Path, tmp_path:
         "import sys; sys.modules['gguf'] = None\n"
         "from pathlib import Path\n"
         "from edge_slm_converters.checkpoint import read_checkpoint\n"
-        "from edge_slm_converters.gguf import write_gguf\n"
+        "from edge_slm_converters.gguf_writer import write_gguf\n"
         f"write_gguf(read_checkpoint({str(tiny_checkpoint)!r}), Path({str(tmp_path)!r}), 'F16')\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert "DependencyMissing" in ended.stderr
-    assert "pip install 'edge-slm[peers]'" in ended.stderr
+    assert "pip install 'edge-slm[convert]'" in ended.stderr
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one kv head": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 32, "num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True, "rope_theta": 1000.0},
+    "linear scaling": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    "llama3 scaling": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+}
+
+
+@pytest.fixture(params=LLAMAS)
+def llama(request: pytest.FixtureRequest, tiny_text_side: Path, tmp_path: Path) -> Any:
+    """(checkpoint, greedy ids after PROMPT by transformers) of a random Llama."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    small = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    small |= {"num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 417}
+    small |= {"max_position_embeddings": 128, "initializer_range": 0.2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
+    model = LlamaForCausalLM(LlamaConfig(**{**small, **ends, **LLAMAS[request.param]})).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    path = tmp_path / "llama"
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "command.json"):
+        shutil.copyfile(tiny_text_side / name, path / name)
+    ids = list(PROMPT.ids)
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return read_checkpoint(path), ids[len(PROMPT.ids) :]
 
 
 class TestLlamaCpp:
-    @pytest.fixture(autouse=True)
-    def _installed(self) -> None:
-        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed ([peers])")
+    """llama.cpp computes from our files what the models are."""
 
     @pytest.mark.parametrize("quantisation", ["F32", "F16"])
     @pytest.mark.parametrize("tied", [True, False])
-    def test_greedy_tokens_are_those_of_our_fp32_graph(
+    def test_greedy_tokens_of_a_gpt2_are_those_of_our_fp32_graph(
         self,
         checkpoint: Checkpoint,
         untied: Checkpoint,
@@ -185,26 +229,54 @@ class TestLlamaCpp:
         source = checkpoint if tied else untied
         expected = greedy_ids(source, tmp_path / "onnx", PROMPT.ids, NEW_TOKENS)
         write_gguf(source, tmp_path / "m.gguf", quantisation)
+        server = LlamaServer(tmp_path / "m.gguf", 128)
+        assert server.greedy(PROMPT.ids, NEW_TOKENS) == list(expected)
+
+    def test_greedy_tokens_of_a_llama_are_those_of_transformers(
+        self, llama: tuple[Checkpoint, list[int]], tmp_path: Path
+    ) -> None:
+        source, expected = llama
+        write_gguf(source, tmp_path / "m.gguf", "F32")
+        server = LlamaServer(tmp_path / "m.gguf", 128)
+        assert server.greedy(PROMPT.ids, NEW_TOKENS) == expected
+
+    def test_a_written_llama_is_read_again(
+        self, llama: tuple[Checkpoint, list[int]], tmp_path: Path
+    ) -> None:
+        source, _ = llama
+        write_gguf(source, tmp_path / "m.gguf", "F32")
+        again = read_gguf(tmp_path / "m.gguf")
+        assert again.decoder == replace(
+            source.decoder,
+            norm_epsilon=pytest.approx(source.decoder.norm_epsilon),
+            rope_factors=pytest.approx(source.decoder.rope_factors),
+        )
+        for name, tensor in source.tensors.items():
+            np.testing.assert_array_equal(again.tensors[name], tensor, name)
+
+    def test_text_becomes_the_same_ids(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
+        write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
+        server = LlamaServer(tmp_path / "m.gguf", 128)
+        spelt = f"{checkpoint.tokens[0]} and {checkpoint.tokens[1]}<|padding:410|>"
+        for text in (TEXT, spelt, "it's  3 o'clock,\n\n  we'll see!"):
+            assert server.tokenize(text) == checkpoint.codec.encode(text)
+
+
+class TestRunner:
+    """The speed peer: llama.cpp through llama-cpp-python, compiled by `make peers`."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed ([peers])")
+
+    def test_greedy_tokens_are_those_of_our_fp32_graph(
+        self, checkpoint: Checkpoint, tmp_path: Path
+    ) -> None:
+        expected = greedy_ids(checkpoint, tmp_path / "onnx", PROMPT.ids, NEW_TOKENS)
+        write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
         runner = open_runner(spec(tmp_path / "m.gguf"), 2)
         try:
             assert runner.single(PROMPT, NEW_TOKENS).ids == expected
-        finally:
-            runner.close()
-
-    def test_text_becomes_the_same_ids(self, checkpoint: Checkpoint, tmp_path: Path) -> None:
-        import llama_cpp
-
-        write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
-        runner: Any = open_runner(spec(tmp_path / "m.gguf"), 1)
-        vocabulary = llama_cpp.llama_model_get_vocab(runner._model)
-        room = (ctypes.c_int32 * 512)()
-        spelt = f"{checkpoint.tokens[0]} and {checkpoint.tokens[1]}<|padding:410|>"
-        try:
-            for text in (TEXT, spelt, "it's  3 o'clock,\n\n  we'll see!"):
-                raw = text.encode()
-                # add_special as a program would; parse_special off, as for text
-                count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), room, 512, True, False)
-                assert room[:count] == checkpoint.codec.encode(text)
         finally:
             runner.close()
 
