@@ -7,7 +7,6 @@ writes the 98M shape (12 layers × 768, vocabulary 16384).
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any
 import click
 import numpy as np
 
-from edge_slm_converters.architectures import architecture_of
-from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.arrays import Float32
-from edge_slm_converters.checkpoint import HEAD
+from edge_slm_converters.hugging_face import write_weights
 from edge_slm_runtime.decoder import Decoder, gpt2
-from edge_slm_runtime.errors import CheckpointError, DependencyMissing, EdgeSlmError
+from edge_slm_runtime.errors import CheckpointError, EdgeSlmError
 from edge_slm_runtime.files import write_folder_aside
 
 # What a Decoder has that a GPT-2 of the same shape has not.
@@ -61,12 +58,6 @@ def random_checkpoint(
     tokenizer's is padding. Raises TargetExists,
     CheckpointError, DependencyMissing.
     """
-    try:
-        from safetensors.numpy import save_file
-    except ImportError:
-        raise DependencyMissing(
-            "writing a checkpoint needs safetensors", "pip install 'edge-slm[convert]'"
-        ) from None
     copied = [Path(like) / name for name in ("tokenizer.json", "command.json")]
     if missing := [str(file) for file in copied if not file.is_file()]:
         raise CheckpointError(f"{missing[0]} is missing", "give a checkpoint folder as `like`")
@@ -79,16 +70,8 @@ def random_checkpoint(
         positions=positions,
         **traits,
     )
-    family = architecture_of({"model_type": architecture})
-    config = family.config(decoder)
-    stored = as_stored(family.layout(decoder, config), _random_tensors(decoder, seed, std))
-    tensors = {
-        (name if name == HEAD else f"{family.PREFIX}{name}"): tensor.astype(np.float16)
-        for name, tensor in stored.items()
-    }
     with write_folder_aside(Path(path)) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_weights(folder, decoder, _random_tensors(decoder, seed, std), np.float16)
         for file in copied:
             shutil.copyfile(file, folder / file.name)
     return Path(path)

@@ -27,6 +27,7 @@ from edge_slm_converters.variants import open_variant
 from edge_slm_runtime.decoder import Decoder, gpt2
 
 from .conftest import IDS, Original
+from .shapes import LLAMA
 
 TEXTS = [Scored(tuple(IDS[start : start + 30]), 9) for start in range(0, 31, 6)]
 BITS_8 = Form(8, BYTE_BLOCK)
@@ -42,6 +43,12 @@ BITS_8 = Form(8, BYTE_BLOCK)
         ({"activation_function": "tanh"}, 1e-4),
         ({"tie_word_embeddings": False, "n_inner": 72, "layer_norm_epsilon": 0.05}, 1e-4),
         ({"scale_attn_by_inverse_layer_idx": True}, 1e-4),
+        (LLAMA["two kv heads"], 1e-4),
+        (LLAMA["llama3 scaling"], 1e-4),
+        (LLAMA["tied"], 1e-4),
+        (LLAMA["other heads"], 1e-4),
+        (LLAMA["mlp bias"], 1e-4),
+        (LLAMA["qwen2"], 1e-4),
     ],
 )
 def test_forward_pass_is_transformers(
@@ -151,7 +158,9 @@ def in_blocks(source: Checkpoint, blocks: Mapping[str, Blocks]) -> Checkpoint:
     return replace(source, tensors={**source.tensors, **matrices, "embedding": table})
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"tie_word_embeddings": False}, LLAMA["two kv heads"], LLAMA["qwen2"]]
+)
 def test_biases_take_up_what_is_missing(
     original: Callable[..., Original], settings: dict[str, object]
 ) -> None:

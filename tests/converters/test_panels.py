@@ -26,10 +26,11 @@ from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.panels import LANES, STRIP, UNIT, pack_levels, pack_outputs, stored_name
 
 from .conftest import IDS, Original
-from .shapes import GPT2 as SHAPES
+from .shapes import GPT2, LLAMA
 from .test_graph import precision_of
 
 Maker = Callable[..., Original]
+SHAPES = {**GPT2, **LLAMA}
 
 
 def unpacked(packed: NDArray[np.uint8], bits: int, size: int) -> NDArray[np.uint8]:
@@ -96,7 +97,13 @@ def in_4_bits(source: Checkpoint, size: int) -> Quantised:
 # -- the file --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", ["plain", "untied", "narrow inner", "smallest ugly"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *("plain", "untied", "narrow inner", "smallest ugly"),
+        *("llama", "tied", "odd inner", "mlp bias", "wide heads", "qwen2"),
+    ],
+)
 def test_the_file_holds_the_blocks(original: Maker, tmp_path: Path, shape: str) -> None:
     """Level for level, zeros where it was filled up; the queries' factor in the scales, which
     are rounded to half precision."""
@@ -120,22 +127,25 @@ def test_the_file_holds_the_blocks(original: Maker, tmp_path: Path, shape: str) 
     assert {f"{name}.bias" for name in canonical} < set(tensors)
     for name, blocks in expected.items():
         matrix, scale = matrix_of(tensors, name, blocks)
-        outputs = blocks.steps.shape[1]
-        factor = np.ones(outputs, np.float32)
+        outputs = np.arange(blocks.steps.shape[1])
+        factor = np.ones(len(outputs), np.float32)
         if name.endswith("c_attn"):
-            factor[: source.decoder.width] = source.decoder.attention_scale[0]
+            factor[: source.decoder.attention_width] = source.decoder.attention_scale[0]
+        if name.endswith("c_fc") and source.decoder.mlp == "gated":
+            half, within = np.divmod(outputs, source.decoder.inner)
+            outputs = within // LANES * 2 * LANES + half * LANES + within % LANES
         kept = (blocks.scale * factor).astype(np.float16).astype(np.float32)
-        np.testing.assert_array_equal(scale[: len(kept), :outputs], kept)
-        assert not scale[:, outputs:].any()
+        np.testing.assert_array_equal(scale[: len(kept), outputs], kept)
+        assert not np.delete(scale, outputs, 1).any()
         rows = len(blocks.steps)
         exact = blocks.steps * np.repeat(kept, blocks.size, 0)[:rows]
-        np.testing.assert_array_equal(matrix[:rows, :outputs], exact)
+        np.testing.assert_array_equal(matrix[:rows, outputs], exact)
         assert not matrix[rows:].any()
         if f"{name}.bias" in tensors:
             bias = tensors[f"{name}.bias"]
             given = source.tensors[f"{canonical[name]}.bias"]
-            np.testing.assert_array_equal(bias[:outputs], given * factor)
-            assert not bias[outputs:].any()
+            np.testing.assert_array_equal(bias[outputs], given * factor)
+            assert not np.delete(bias, outputs).any()
 
 
 def matrix_of(
@@ -161,10 +171,10 @@ def test_there_is_no_fp32(tiny_checkpoint: Path, tmp_path: Path) -> None:
 # -- logits ----------------------------------------------------------------------------
 
 # Least top-1 agreement with transformers and most KL. Measured on these random weights:
-# int8 0.91 … 1.00 and 0.0049 (attention without a scale; else 0.0016), int4 0.63 … 0.95 and 0.071.
-QUANTISED = {"int8": (0.85, 0.008), "int4": (0.4, 0.2)}
-# The same against onnxruntime with the same weights. Measured 0.93 … 1.00 and 0.00064.
-SAME_WEIGHTS = (0.88, 0.001)
+# int8 0.81 … 1.00 and 0.0049 (attention without a scale; else 0.0016), int4 0.63 … 0.95 and 0.071.
+QUANTISED = {"int8": (0.75, 0.008), "int4": (0.4, 0.2)}
+# The same against onnxruntime with the same weights. Measured 0.88 … 1.00 and 0.0014.
+SAME_WEIGHTS = (0.85, 0.002)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

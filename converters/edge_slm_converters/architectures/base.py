@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,9 +45,9 @@ class Architecture(Protocol):
     def layout(self, decoder: Decoder, config: Config) -> Layout:
         """Of every tensor of `decoder`."""
 
-    def config(self, decoder: Decoder) -> dict[str, Any]:
-        """The config.json that `decoder` reads as this Decoder; a model without optional
-        biases. For models that are made here."""
+    def config(self, decoder: Decoder, biased: Collection[str] = ()) -> dict[str, Any]:
+        """The config.json that is read as this Decoder. biased: the matrices of a layer that
+        have biases other than zeros. Raises CheckpointError for what it cannot say."""
 
     GGUF_PARTS: Parts
     GGUF_NEEDS_BIASES: bool  # by llama.cpp, be they zeros

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from edge_slm_converters.architectures.base import (
@@ -53,7 +54,11 @@ def layout(decoder: Decoder, config: Config) -> Layout:
     return {name: stored(shape, _name(name)) for name, shape in decoder.shapes().items()}
 
 
-def config(decoder: Decoder) -> dict[str, Any]:
+def config(decoder: Decoder, biased: Collection[str] = ()) -> dict[str, Any]:
+    scales = {
+        "scale_attn_weights": decoder.attention_scale[0] != 1.0,
+        "scale_attn_by_inverse_layer_idx": len(set(decoder.attention_scale)) > 1,
+    }
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -66,6 +71,7 @@ def config(decoder: Decoder) -> dict[str, Any]:
         "activation_function": activation_name(decoder),
         "layer_norm_epsilon": decoder.norm_epsilon,
         "tie_word_embeddings": decoder.tied,
+        **scales,
         "bos_token_id": 0,
         "eos_token_id": 0,
     }

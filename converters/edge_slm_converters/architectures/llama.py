@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def layout(decoder: Decoder, config: Config) -> Layout:
     return {name: found[name] for name in d.shapes()}
 
 
-def config(decoder: Decoder) -> dict[str, Any]:
+def config(decoder: Decoder, biased: Collection[str] = ()) -> dict[str, Any]:
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -119,6 +120,9 @@ def config(decoder: Decoder) -> dict[str, Any]:
         "hidden_act": activation_name(decoder),
         "rms_norm_eps": decoder.norm_epsilon,
         "rope_theta": decoder.rope_theta,
+        "rope_scaling": _scaling(decoder),
+        "attention_bias": not {"qkv", "out"}.isdisjoint(biased),
+        "mlp_bias": not {"up", "down"}.isdisjoint(biased),
         "tie_word_embeddings": decoder.tied,
         "bos_token_id": 0,
         "eos_token_id": 0,
@@ -244,6 +248,13 @@ def _rotary(config: Config, head_width: int) -> tuple[float, tuple[float, ...]]:
     raise CheckpointError(
         f"config.json: rope scaling {kind!r} cannot be converted", "linear and llama3 can"
     )
+
+
+def _scaling(decoder: Decoder) -> dict[str, Any] | None:
+    """`rope_scaling` of a Decoder. Raises CheckpointError for factors that are not linear."""
+    if len(factors := set(decoder.rope_factors)) > 1:
+        raise CheckpointError("config.json cannot say rotary factors that are not linear")
+    return {"rope_type": "linear", "factor": factors.pop()} if factors else None
 
 
 def _llama3_factors(scaling: Config, theta: float, head_width: int) -> tuple[float, ...]:
