@@ -135,6 +135,7 @@ GGUF_PARTS: Parts = {
     "up": ("ffn_gate", "ffn_up"),
     "down": ("ffn_down",),
 }
+GGUF_INTERLEAVED: tuple[str, ...] = ("attn_q", "attn_k")
 GGUF_NEEDS_BIASES = False
 # Keys of a GGUF file that change the computation, and their harmless values.
 _GGUF_ALLOWED = {"expert_count": 0, "attention.clamp_kqv": 0.0, "attention.scale": 0.0}
