@@ -7,7 +7,7 @@ matrix nor a place to swap one, so the model is computed here once more, a layer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -70,11 +70,10 @@ class ForwardPass:
 
     def _inner(self, up: Float32) -> Float32:
         """The activation of [T, inner]; of a gated layer's [T, 2 × inner], times the second
-        half. A few rows at a time, which stay in the processor's cache: 10 times faster."""
+        half."""
         activation, inner = ACTIVATIONS[self.decoder.activation], self.decoder.inner
         found = np.empty((len(up), inner), np.float32)
-        for start in range(0, len(up), CACHED_ROWS):
-            rows = slice(start, start + CACHED_ROWS)
+        for rows in pieces(len(up)):
             found[rows] = activation(up[rows, :inner])
             if self.decoder.mlp == "gated":
                 found[rows] *= up[rows, inner:]
@@ -116,6 +115,12 @@ class ForwardPass:
         if self.decoder.norm == "layer":
             x += self._tensors[f"{name}.bias"]
         return x
+
+
+def pieces(rows: int) -> Iterator[slice]:
+    """Slices of a few rows, whose intermediate results stay in the processor's cache."""
+    for start in range(0, rows, CACHED_ROWS):
+        yield slice(start, start + CACHED_ROWS)
 
 
 def output(x: Float32, matrix: Float32, bias: Float32, residual: Float32 | None) -> Float32:
