@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from math import prod
 from threading import Lock
 from typing import Any
@@ -31,13 +32,14 @@ ALIGN = 2
 
 class KVCache:
     """prompts: per row, the tokens whose keys and values stand at its first positions.
-    written: positions whose memory may be in use."""
+    written: positions whose memory may be in use. block: positions whose keys lie together,
+    and are copied together."""
 
-    def __init__(self, shape: Shape, dtype: Any) -> None:
+    def __init__(self, shape: Shape, dtype: Any, block: int = 1) -> None:
         """Raises EngineError when there is no memory for it."""
         self.array = _pages(shape, np.dtype(dtype))
         self.prompts: list[tuple[int, ...]] = [()] * shape[1]
-        self.written = 0
+        self.written, self._block = 0, block
 
     def begin(self, row: int, prompt: Sequence[int]) -> int:
         """Brings as much of `prompt` into `row` as any row still holds, to a multiple of
@@ -51,7 +53,8 @@ class KVCache:
     def copy(self, row: int, source: KVCache, source_row: int, positions: int) -> None:
         """Makes the first `positions` of `row` those of another row."""
         if source is not self or source_row != row:
-            self.array[:, row, :, :positions] = source.array[:, source_row, :, :positions]
+            end = -(-positions // self._block) * self._block
+            self.array[:, row, :, :end] = source.array[:, source_row, :, :end]
         self.prompts[row] = source.prompts[source_row][:positions]
 
 
@@ -62,9 +65,10 @@ class PrefixCache:
     freed, except the last; a `limit` of 0 keeps none.
     """
 
-    def __init__(self, shape: Shape, limit: int, dtype: Any) -> None:
+    def __init__(self, shape: Shape, limit: int, dtype: Any, block: int = 1) -> None:
         """`shape` has one row."""
         self._shape, self._limit, self._dtype = shape, limit, np.dtype(dtype)
+        self._new = partial(KVCache, shape, dtype, block)
         self._kept: list[KVCache] = []  # last used, last
         self._lock = Lock()
 
@@ -87,14 +91,14 @@ class PrefixCache:
         with self._lock:
             best = max(self._kept, key=lambda cache: _known(cache, prompt), default=None)
             if best is None:
-                return KVCache(self._shape, self._dtype)
+                return self._new()
             self._kept.remove(best)
             known = _known(best, prompt)
             full = self.bytes + self._bytes(best.written + len(prompt)) > self._limit
             if full or 2 * known >= len(best.prompts[0]):
                 return best
             self._kept.append(best)  # used last
-            fresh = KVCache(self._shape, self._dtype)
+            fresh = self._new()
             fresh.copy(0, best, 0, known)
             return fresh
 
