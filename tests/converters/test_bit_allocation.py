@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import edge_slm_runtime
 from edge_slm_bench.metrics.examples import Scored
-from edge_slm_converters import calibration_texts, gguf
+from edge_slm_converters import calibration_texts, gguf_writer
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.bit_allocation import FORMS, Form, choose, costs, int4, quantised
 from edge_slm_converters.blocks import Blocks, bytewise
@@ -108,7 +108,7 @@ def test_padding_is_not_taken_for_small() -> None:
 def test_at_98m_the_limit_leaves_room_for_some_in_8_bits() -> None:
     decoder = shape(12, 768)
     head = Quantised("int4").head_bytes(decoder.width, decoder.vocab_size)
-    limit = gguf.step_bytes(decoder, "Q4_0") - head
+    limit = gguf_writer.step_bytes(decoder, "Q4_0") - head
     first = {
         name: (9.0, 8.0, 7.0, 0.1) for name in decoder.matrices() if name.startswith("layers.0.")
     }

@@ -23,6 +23,8 @@ from edge_slm_runtime.errors import DataError, UnknownTask
 
 from .conftest import made_samples
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def slm() -> Iterator[SLM]:

@@ -204,6 +204,7 @@ def test_a_llama_greedily(llama: Path) -> None:
         assert answer == Outcome(generator.codec.decode(written).strip(), ids[-1] == 0)
 
 
+@pytest.mark.slow
 def test_rows_of_a_llama_do_not_depend_on_their_neighbours(llama: Path) -> None:
     asked = episodes(12)
     whole = EpisodeGenerator(llama, device="cpu")(asked)
