@@ -18,7 +18,8 @@ import numpy as np
 
 from edge_slm.distill.buffer import Scored
 from edge_slm.distill.generate import Episode, EpisodeGenerator
-from edge_slm.distill.hindsight import Edges, level_of
+from edge_slm.distill.levels import Edges, Levels
+from edge_slm.distill.precision import use_bf16
 from edge_slm.distill.prepare import Prepared
 from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample
@@ -30,15 +31,13 @@ from edge_slm_runtime.files import write_jsonl
 _CHUNK = 512  # episodes generated together; a killed round repeats at most these
 
 
-def command(
-    task: str, best: Sequence[Scored], edges: Sequence[float], rng: random.Random
-) -> Command:
+def command(task: str, best: Sequence[Scored], levels: Levels, rng: random.Random) -> Command:
     """The next command for a task, derived from its best episodes."""
     horizon = round(float(np.mean([sample.words for sample, _ in best])))
     returns = [reward for _, reward in best]
     mean, deviation = float(np.mean(returns)), float(np.std(returns))
-    level = level_of(rng.uniform(mean, mean + deviation), edges)
-    return Command(task, min(max(horizon, 1), WORD_EDGES[-1] - 1), level)
+    words = min(max(horizon, 1), WORD_EDGES[-1] - 1)
+    return Command(task, words, levels.of(rng.uniform(mean, mean + deviation), words))
 
 
 def plan(prepared: Prepared, edges: Edges, number: int) -> list[Episode]:
@@ -80,7 +79,7 @@ def explore(
     prepared.buffer.add(own, [row["reward"] for row in ended])
     errors = [abs(row["words"] - sample.words) for row, sample in zip(ended, own, strict=True)]
     asked = [row["relevance"] for row in ended]
-    got = [level_of(row["reward"], edges[row["task"]]) for row in ended]
+    got = [edges[s.task].of(row["reward"], s.words) for row, s in zip(ended, own, strict=True)]
     return {
         "episodes": len(rows),
         "ended": len(ended),
@@ -101,7 +100,7 @@ def _generate(
     report: StageProgress,
 ) -> None:
     recipe = prepared.recipe
-    path, bf16 = out.with_suffix(".journal"), recipe.train.precision == "bf16"
+    path, bf16 = out.with_suffix(".journal"), use_bf16(recipe.train.precision)
     with Journal(path, group=_CHUNK) as journal:
         generator = None
         for start in range(journal.count, len(episodes), _CHUNK):

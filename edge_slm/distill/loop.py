@@ -26,6 +26,7 @@ from typing import Any
 from edge_slm.distill.checkpoint import save_checkpoint, save_state
 from edge_slm.distill.explore import explore
 from edge_slm.distill.model import fresh_model, grown_model, weights_digest
+from edge_slm.distill.precision import use_bf16
 from edge_slm.distill.prepare import (
     Labelled,
     Prepared,
@@ -85,7 +86,7 @@ def distill(
         if recipe.teacher:
             data = [*data, _taught(recipe, data, out, server, report)]
         reward = make_reward(
-            recipe.reward, cache, bf16=recipe.train.precision == "bf16", server=server
+            recipe.reward, cache, bf16=use_bf16(recipe.train.precision), server=server
         )
         prepared = prepare(recipe, data, reward, report)
     general = read_text(text) if text else ""
@@ -155,7 +156,10 @@ class _Training:
         self.out, self.accelerator, self.report = out, accelerator, report
         self.steps_left = max_steps
         if recipe.model.init:
-            model, self.tokenizer = grown_model(recipe.model, bare_schema(recipe), recipe.seed)
+            texts = [text for s in prepared.pairs for text in (f" {s.request}", s.response)]
+            model, self.tokenizer = grown_model(
+                recipe.model, bare_schema(recipe), recipe.seed, texts
+            )
         else:
             model = fresh_model(recipe.model, recipe.seed)
             self.tokenizer = new_tokenizer(prepared, general)
@@ -273,7 +277,9 @@ class _Training:
         if not self.accelerator.is_main_process:
             return target
         recipe, facts = self.recipe, dict(self.prepared.facts)
-        facts["relevance_level_edges"] = dict(self.labelled.edges)
+        facts["relevance_level_edges"] = {
+            task: levels.to_json() for task, levels in self.labelled.edges.items()
+        }
         facts["samples_too_long"] = self.labelled.too_long
         origin = {}
         if recipe.model.init:

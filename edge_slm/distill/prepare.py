@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.buffer import Buffer
-from edge_slm.distill.hindsight import Edges, build_schema, level_edges, relabel
+from edge_slm.distill.hindsight import build_schema, relabel
+from edge_slm.distill.levels import Edges, level_edges
 from edge_slm.distill.packing import Encoded, encode_records, encode_text
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.rewards import Reward
@@ -75,9 +76,10 @@ def label(prepared: Prepared, tokenizer: Any) -> Labelled:
     """Levels from the present buffer, and all samples labelled with them."""
     recipe, h = prepared.recipe, prepared.recipe.hindsight
     samples, rewards = prepared.buffer.samples(), prepared.buffer.rewards()
-    edges = level_edges(samples, rewards, h.levels, h.quantiles)
+    edges = level_edges(samples, rewards, h.levels, bands=h.bands, together=h.quantiles == "global")
     records = relabel(samples, rewards, edges, plain=h.plain)
-    schema = build_schema(recipe.data.tasks, records, h.levels, h.position)
+    spelling = {"cases": dict(recipe.data.cases), "spaced": recipe.data.spaced}
+    schema = build_schema(recipe.data.tasks, records, h.levels, h.position, **spelling)
     positions = recipe.model.positions
     train, too_long = encode_records(records, tokenizer, schema, positions)
     held = relabel(prepared.held, prepared.held_rewards, edges, plain=h.plain)
@@ -90,6 +92,8 @@ def bare_schema(recipe: Recipe) -> CommandSchema:
     return CommandSchema(
         default_axes(recipe.data.tasks, recipe.hindsight.levels),
         position=recipe.hindsight.position,
+        cases=dict(recipe.data.cases),
+        spaced=recipe.data.spaced,
     )
 
 

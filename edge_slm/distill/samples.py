@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_slm.distill.cuts import whole_cuts
 from edge_slm.distill.split import held_out
 from edge_slm_runtime.command import WORD_EDGES, clean_request, count_words
 from edge_slm_runtime.errors import DataError, RequestError
@@ -33,10 +34,13 @@ class Sample:
         return count_words(self.response)
 
 
-def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, str]]:
+def read_jsonl(
+    paths: Iterable[str | Path], leave_out: Sequence[str] = ()
+) -> Iterator[tuple[str | None, str, str]]:
     """(request or None, response, task) of every line of the files (or folders of files).
 
-    Raises DataError with file and line.
+    leave_out: beginnings of the "source" of lines that are skipped. Raises DataError with
+    file and line.
     """
     for given in map(Path, paths):
         files = sorted(given.glob("*.jsonl")) if given.is_dir() else [given]
@@ -47,12 +51,14 @@ def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, s
                 with file.open("rb") as lines:
                     for number, line in enumerate(lines, 1):
                         if line.strip():
-                            yield _parse(line, f"{file}:{number}")
+                            *row, source = _parse(line, f"{file}:{number}")
+                            if not (leave_out and source.startswith(tuple(leave_out))):
+                                yield row[0], row[1] or "", row[2] or ""
             except OSError as error:
                 raise DataError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _parse(line: bytes, where: str) -> tuple[str | None, str, str]:
+def _parse(line: bytes, where: str) -> tuple[str | None, str, str, str]:
     hint = 'expected {"request": text or null, "response": text, "task": name}'
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -66,18 +72,20 @@ def _parse(line: bytes, where: str) -> tuple[str | None, str, str]:
             raise DataError(f"{where}: {name} is {value!r}", hint)
         if any("\ud800" <= char <= "\udfff" for char in value):
             raise DataError(f"{where}: {name} holds half a character", "write valid UTF-8")
-    return request, response, task
+    return request, response, task, str(row.get("source", ""))
 
 
 def read_samples(
-    paths: Iterable[str | Path], tasks: Sequence[str] | None = None
+    paths: Iterable[str | Path],
+    tasks: Sequence[str] | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Iterator[Sample]:
     """The usable samples of `tasks` (None: of all), white space folded.
 
     Usable: a complete request, and a response that differs from it and has a length that a
     command can ask for. A response alone has request "". Raises DataError with file and line.
     """
-    for request, response, task in read_jsonl(paths):
+    for request, response, task in read_jsonl(paths, leave_out):
         if tasks is not None and task not in tasks:
             continue
         text = " ".join(response.split())
@@ -101,18 +109,35 @@ def read_samples(
 def divide(pairs: Sequence[Sample], percent: int) -> tuple[list[Sample], list[Sample]]:
     """(training side, held-out side) of the distinct pairs, by the hash of the request.
 
-    The same text often answers several requests: a held-out pair whose response begins
-    like one of the training side is on neither side.
+    Groups of near-duplicates, pairs that share a request, the content of one, or the
+    beginning of a response, stay together: where a group has a held-out pair, its others are
+    on neither side.
     """
     unique = list(dict.fromkeys(pairs))
-    train = [pair for pair in unique if not held_out(pair.request, percent)]
-    seen = {_opening(pair.response) for pair in train}
-    held = [
-        pair
-        for pair in unique
-        if held_out(pair.request, percent) and _opening(pair.response) not in seen
-    ]
-    return train, held
+    held = [held_out(pair.request, percent) for pair in unique]
+    group = _groups(unique)
+    touched = {group[i] for i, is_held in enumerate(held) if is_held}
+    train = [pair for i, pair in enumerate(unique) if group[i] not in touched]
+    return train, [pair for pair, is_held in zip(unique, held, strict=True) if is_held]
+
+
+def _groups(pairs: Sequence[Sample]) -> list[int]:
+    """The group of each pair: pairs with a key in common are in one (union-find)."""
+    parent = list(range(len(pairs)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, pair in enumerate(pairs):
+        words = sorted({word.strip(".,;:!?\"'()") for word in pair.request.lower().split()})
+        for key in (f"q {' '.join(words)}", f"a {_opening(pair.response)}"):
+            j = first.setdefault(key, i)
+            parent[root(i)] = root(j)
+    return [root(i) for i in range(len(pairs))]
 
 
 def load_samples(
@@ -120,17 +145,28 @@ def load_samples(
 ) -> tuple[list[Sample], list[Sample], list[Sample]]:
     """(training pairs, held-out pairs, lone responses) of the recipe's tasks.
 
+    Held-out pairs: those of dev if the recipe has some, else all.
+
     Lone responses that begin like one of a pair are dropped, so that no held-out text is
     among them. Raises DataError when a task has no pair to train on.
     """
     pairs: list[Sample] = []
     lone: dict[str, Sample] = {}
-    for sample in read_samples(paths, recipe.tasks):
+    longest = recipe.max_response_words
+    for sample in read_samples(paths, recipe.tasks, recipe.leave_out):
+        if sample.words > longest:
+            cuts = [c for c in whole_cuts(sample.response) if count_words(c) <= longest]
+            if not cuts:
+                continue
+            sample = replace(sample, response=cuts[-1])  # noqa: PLW2901  # the longest whole part
         if not sample.request:
             lone[sample.response] = sample
         elif count_words(sample.request) <= recipe.max_request_words:
             pairs.append(sample)
-    side, held = divide(pairs, recipe.holdout_percent)
+    # The hash of a held-out request is below the percentage: those of dev are above the test's.
+    side, held = divide(pairs, recipe.holdout_percent + recipe.dev_percent)
+    if recipe.dev_percent:
+        held = [pair for pair in held if not held_out(pair.request, recipe.holdout_percent)]
     rng = random.Random(seed)
     train: list[Sample] = []
     for task in recipe.tasks:
@@ -138,9 +174,22 @@ def load_samples(
         if not kept:
             raise DataError(f"no usable sample for task {task}", "check the data or the recipe")
         rng.shuffle(kept)
-        train += kept[: recipe.max_rows.get(task, len(kept))]
+        kept = kept[: recipe.max_rows.get(task, len(kept))]
+        if recipe.words:
+            kept = _as_long_as(kept, recipe.words * recipe.mix[task] / sum(recipe.mix.values()))
+        train += kept
     taken = {_opening(pair.response) for pair in pairs}
     return train, held, [s for s in lone.values() if _opening(s.response) not in taken]
+
+
+def _as_long_as(samples: Sequence[Sample], words: float) -> list[Sample]:
+    """The first samples, up to so many words of responses."""
+    chosen: list[Sample] = []
+    for sample in samples:
+        if (words := words - sample.words) < 0:
+            break
+        chosen.append(sample)
+    return chosen
 
 
 def _opening(text: str) -> str:
