@@ -15,7 +15,7 @@ from edge_slm.distill.tokenizer import trimmed, with_control_tokens
 from edge_slm_converters.architectures import architecture_of
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.checkpoint import HEAD
-from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.command import END, REQUEST, CommandSchema
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
 
@@ -59,6 +59,8 @@ def grown_model(
         old_tokenizer = trimmed(old_tokenizer, texts, recipe.trim)
     tokenizer, _ = with_control_tokens(old_tokenizer, schema)
     names = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    # What begins and ends its texts begins and ends ours.
+    vocabulary = {REQUEST: config.bos_token_id, END: config.eos_token_id} | vocabulary
     old_ids = [vocabulary.get(token) for token, _ in names]
     generator = torch.Generator().manual_seed(seed)
     tables = [model.get_input_embeddings]
@@ -139,6 +141,8 @@ def _from_gguf(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
         name if name == HEAD else architecture.PREFIX + name: torch.from_numpy(np.array(tensor))
         for name, tensor in as_stored(layout, source.tensors).items()
     }
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(model.config, name, source.metadata.values.get(f"tokenizer.ggml.{name}"))
     # What may be missing: a tied head, and buffers.
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     return model, tokenizer_json(source.metadata.values)

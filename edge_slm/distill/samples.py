@@ -109,35 +109,20 @@ def read_samples(
 def divide(pairs: Sequence[Sample], percent: int) -> tuple[list[Sample], list[Sample]]:
     """(training side, held-out side) of the distinct pairs, by the hash of the request.
 
-    Groups of near-duplicates, pairs that share a request, the content of one, or the
-    beginning of a response, stay together: where a group has a held-out pair, its others are
-    on neither side.
+    Near-duplicates are on one side only: not trained on are pairs whose request has the words
+    of a held-out one, and not held out are pairs whose response begins like one that is
+    trained on, since the same text often answers several requests.
     """
     unique = list(dict.fromkeys(pairs))
-    held = [held_out(pair.request, percent) for pair in unique]
-    group = _groups(unique)
-    touched = {group[i] for i, is_held in enumerate(held) if is_held}
-    train = [pair for i, pair in enumerate(unique) if group[i] not in touched]
-    return train, [pair for pair, is_held in zip(unique, held, strict=True) if is_held]
+    held = [pair for pair in unique if held_out(pair.request, percent)]
+    asked = {_words(pair.request) for pair in held}
+    train = [pair for pair in unique if _words(pair.request) not in asked]
+    seen = {_opening(pair.response) for pair in train}
+    return train, [pair for pair in held if _opening(pair.response) not in seen]
 
 
-def _groups(pairs: Sequence[Sample]) -> list[int]:
-    """The group of each pair: pairs with a key in common are in one (union-find)."""
-    parent = list(range(len(pairs)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[str, int] = {}
-    for i, pair in enumerate(pairs):
-        words = sorted({word.strip(".,;:!?\"'()") for word in pair.request.lower().split()})
-        for key in (f"q {' '.join(words)}", f"a {_opening(pair.response)}"):
-            j = first.setdefault(key, i)
-            parent[root(i)] = root(j)
-    return [root(i) for i in range(len(pairs))]
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word.strip(".,;:!?\"'()") for word in text.lower().split())
 
 
 def load_samples(
