@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from edge_slm_bench.metrics.examples import Scored
-from edge_slm_bench.metrics.fidelity import log_softmax
 from edge_slm_converters import gguf_writer
-from edge_slm_converters.arrays import Float32
+from edge_slm_converters.arrays import Float32, Float64
 from edge_slm_converters.blocks import Blocks, block_bytes, bytewise, nearest
-from edge_slm_converters.calibration import ForwardPass, output
+from edge_slm_converters.calibration import ForwardPass, output, pieces
 from edge_slm_converters.checkpoint import Checkpoint
 from edge_slm_converters.gptq import error_feedback_target, gptq
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised
@@ -30,7 +29,8 @@ from edge_slm_runtime.decoder import Decoder
 
 Costs = Mapping[str, Sequence[float]]  # matrix → mean KL in nats, in each of FORMS
 Step = Callable[[str, float], None]  # a line, and the share of the work that follows it
-PROBE_TEXTS = 12  # on how many texts the costs are measured
+# On how many texts the costs are measured: so many, as long as positions × parameters are below.
+PROBE_TEXTS, PROBE_WORK = 12, 40_000_000_000
 PROBING = 0.3  # the share of the time that this takes
 
 
@@ -65,7 +65,9 @@ def int4(
     """
     decoder = checkpoint.decoder
     measured = costs(
-        checkpoint, texts[:PROBE_TEXTS], lambda line, share: step(line, share * PROBING)
+        checkpoint,
+        _probes(texts, checkpoint.parameters),
+        lambda line, share: step(line, share * PROBING),
     )
     head = Quantised("int4").head_bytes(decoder.width, decoder.vocab_size)
     limit = gguf_writer.step_bytes(decoder, "Q4_0") - head
@@ -90,6 +92,11 @@ def int4(
     return fitted, Quantised("int4", blocks), record
 
 
+def _probes(texts: Sequence[Scored], parameters: int) -> Sequence[Scored]:
+    positions = np.cumsum([len(text.ids) for text in texts[:PROBE_TEXTS]])
+    return texts[: max(1, int((positions <= PROBE_WORK // parameters).sum()))]
+
+
 def quantised(
     checkpoint: Checkpoint,
     texts: Sequence[Scored],
@@ -108,18 +115,21 @@ def quantised(
         return wanted[name]
 
     def quantise(name: str, x: Float32, residual: Float32 | None) -> Float32:
-        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-        goal, form, moment = wanted.pop(name), forms[name], x.T @ x / np.float32(len(x))
-        weight = error_feedback_target(weight, x, goal - output(x, weight, bias, residual), moment)
+        form, count = forms[name], np.float32(len(x))
+        goal = wanted.pop(name) if residual is None else wanted.pop(name) - residual
+        moment, mean, goal_mean = x.T @ x / count, x.mean(0), goal.mean(0)
+        weight = tensors[f"{name}.weight"]
+        # The covariance of the inputs and the error of the outputs, without computing the latter.
+        error = x.T @ goal / count - np.outer(mean, goal_mean)
+        error -= (moment - np.outer(mean, mean)) @ weight
+        weight = error_feedback_target(weight, error, moment)
         if form.bits == 8:
             blocks[name] = bytewise(weight, form.block)
         else:
             blocks[name] = gptq(weight, moment, form.block)
-        y = output(x, blocks[name].matrix(), bias, residual)
-        shift = (goal - y).mean(0)
-        tensors[f"{name}.bias"] = bias + shift
-        y += shift
-        return y
+        matrix = blocks[name].matrix()
+        tensors[f"{name}.bias"] = goal_mean - mean @ matrix
+        return output(x, matrix, tensors[f"{name}.bias"], residual)
 
     x, y = original.embedded(), model.embedded()
     for i in range(decoder.layers):
@@ -147,7 +157,7 @@ def costs(
 
     for i in range(decoder.layers):
         before.append(model.layer(i, before[-1], watched))
-    expected = log_softmax(model.logits(before[-1], checkpoint.head))
+    expected = Predictions(model.logits(before[-1], checkpoint.head))
 
     def kl(name: str, matrix: Float32) -> float:
         first = int(name.split(".")[1])
@@ -155,8 +165,7 @@ def costs(
         x = before[first]
         for i in range(first, decoder.layers):
             x = changed.layer(i, x)
-        found = log_softmax(model.logits(x, checkpoint.head))
-        return float((np.exp(expected) * (expected - found)).sum(-1).mean())
+        return expected.kl(model.logits(x, checkpoint.head))
 
     found = {}
     for name in (matrices := decoder.matrices()):
@@ -167,6 +176,41 @@ def costs(
         probed = FORMS.index(PROBED)
         rate = kl(name, rounded[probed]) / errors[probed] if errors[probed] else 0.0
         found[name] = [rate * error for error in errors]
+    return found
+
+
+class Predictions:
+    """The distributions [T,V] of the float32 model, for the KL of others to them.
+
+    Computed in float32 with sums in float64: exact to about 1e-7 nats.
+    """
+
+    def __init__(self, logits: Float32) -> None:
+        log_share = logits - _log_sums(logits).astype(np.float32)[:, None]
+        self._share = np.exp(log_share)
+        self._negative_entropy = _dot(self._share, log_share)
+
+    def kl(self, logits: Float32) -> float:
+        """The mean over positions of Σ p (log p − log q), q the distribution of `logits`."""
+        cross = _dot(self._share, logits) - _log_sums(logits)
+        return float((self._negative_entropy - cross).mean())
+
+
+def _log_sums(logits: Float32) -> Float64:
+    """log Σ exp(logits) of each row."""
+    found = np.empty(len(logits))
+    for rows in pieces(len(logits)):
+        largest = logits[rows].max(-1)
+        sums = np.exp(logits[rows] - largest[:, None]).sum(-1, dtype=np.float64)
+        found[rows] = largest + np.log(sums)
+    return found
+
+
+def _dot(a: Float32, b: Float32) -> Float64:
+    """Σ a · b of each row."""
+    found = np.empty(len(a))
+    for rows in pieces(len(a)):
+        found[rows] = (a[rows] * b[rows]).sum(-1, dtype=np.float64)
     return found
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_slm_converters.architectures import GGUF_ARCHITECTURES
+from edge_slm_converters.architectures.base import Architecture
 from edge_slm_converters.arrays import Float32
-from edge_slm_converters.gguf_metadata import Metadata, Parts
+from edge_slm_converters.gguf_metadata import Metadata
 from edge_slm_converters.gguf_tensors import ROPE_FACTORS, joined, stored_names
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.engines.base import first_line
@@ -64,9 +65,7 @@ def read_gguf(file: Path) -> GgufModel:
     if factors := stored.pop(ROPE_FACTORS, None):
         decoder = replace(decoder, rope_factors=tuple(map(float, _as_float32(file, factors))))
     parameters = sum(int(tensor.n_elements) for tensor in stored.values())
-    return GgufModel(
-        decoder, _tensors(file, decoder, architecture.GGUF_PARTS, stored), parameters, metadata
-    )
+    return GgufModel(decoder, _tensors(file, decoder, architecture, stored), parameters, metadata)
 
 
 def _opened(file: Path) -> GGUFReader:
@@ -85,10 +84,10 @@ def _opened(file: Path) -> GGUFReader:
 
 
 def _tensors(
-    file: Path, decoder: Decoder, parts: Parts, stored: dict[str, ReaderTensor]
+    file: Path, decoder: Decoder, architecture: Architecture, stored: dict[str, ReaderTensor]
 ) -> dict[str, Float32]:
     shapes, tensors, faults = decoder.shapes(), dict[str, Float32](), list[str]()
-    for name, names in stored_names(decoder, parts):
+    for name, names in stored_names(decoder, architecture.GGUF_PARTS):
         missing = [f"missing {one}" for one in names if one not in stored]
         found = [stored.pop(one) for one in names if one in stored]
         if not found and name.endswith(".bias") and "norm" not in name:
@@ -97,7 +96,8 @@ def _tensors(
         if missing:
             faults += missing
             continue
-        tensors[name] = joined(decoder, {t.name: _as_float32(file, t) for t in found})
+        parts = {tensor.name: _as_float32(file, tensor) for tensor in found}
+        tensors[name] = joined(decoder, parts, architecture.GGUF_INTERLEAVED)
         if tensors[name].shape != shapes[name]:
             faults.append(
                 f"{found[0].name} makes a {name} of {list(tensors[name].shape)}, "

@@ -1,14 +1,14 @@
 """Canonical tensors and those of a GGUF file, in both directions.
 
-A GGUF file keeps linear weights outputs first, and a Llama's queries, keys, values, gate and up
-as matrices of their own. Rows of a Llama's queries and keys are in llama.cpp's order: rotary
-pairs lie side by side in a head (2i, 2i + 1), where the canonical order has its halves
-(i, i + head_width / 2).
+A GGUF file keeps linear weights outputs first, and queries, keys, values, gate and up as matrices
+of their own in most architectures. In some of them rows of queries and keys are in llama.cpp's
+order: rotary pairs lie side by side in a head (2i, 2i + 1), where the canonical order has its
+halves (i, i + head_width / 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from edge_slm_converters.gguf_metadata import Parts
 from edge_slm_runtime.decoder import Decoder
 
 ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies
-_ROTATED = ("attn_q", "attn_k")
 _NORMS = {"attention_norm": ("attn_norm",), "mlp_norm": ("ffn_norm",)}
 _WHOLE = {
     "embedding": "token_embd.weight",
@@ -39,10 +38,15 @@ def stored_names(decoder: Decoder, parts: Parts) -> Iterator[tuple[str, tuple[st
             yield name, tuple(f"blk.{layer}.{part}.{kind}" for part in stored)
 
 
-def joined(decoder: Decoder, stored: Mapping[str, Float32]) -> Float32:
-    """A canonical tensor from its parts, by their names in the file, in order."""
+def joined(
+    decoder: Decoder, stored: Mapping[str, Float32], interleaved: Collection[str]
+) -> Float32:
+    """A canonical tensor from its parts, by their names in the file, in order.
+
+    interleaved: names of an architecture's parts whose rows are in llama.cpp's order.
+    """
     rows = [
-        _halved(part, decoder) if _is_rotated(name, stored) else part
+        _halved(part, decoder) if _part(name) in interleaved else part
         for name, part in stored.items()
     ]
     tensor = rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -50,14 +54,16 @@ def joined(decoder: Decoder, stored: Mapping[str, Float32]) -> Float32:
     return np.ascontiguousarray(tensor.T if _is_linear(name) else tensor)
 
 
-def split(decoder: Decoder, tensor: Float32, names: tuple[str, ...]) -> dict[str, Float32]:
+def split(
+    decoder: Decoder, tensor: Float32, names: tuple[str, ...], interleaved: Collection[str]
+) -> dict[str, Float32]:
     """The parts of a canonical tensor, by their `names` in the file: the inverse of `joined`."""
     rows = tensor.T if _is_linear(names[0]) else tensor
     key_rows = decoder.attention_width + decoder.kv_width
     ends = {1: [], 2: [decoder.inner], 3: [decoder.attention_width, key_rows]}[len(names)]
     parts = dict(zip(names, np.split(rows, ends), strict=True))
     return {
-        name: _interleaved(part, decoder) if _is_rotated(name, parts) else part
+        name: _interleaved(part, decoder) if _part(name) in interleaved else part
         for name, part in parts.items()
     }
 
@@ -66,8 +72,9 @@ def _is_linear(name: str) -> bool:
     return name.startswith("blk.") and name.endswith(".weight") and "norm" not in name
 
 
-def _is_rotated(name: str, parts: Mapping[str, Float32]) -> bool:
-    return len(parts) == 3 and name.split(".")[2] in _ROTATED
+def _part(name: str) -> str:
+    """`attn_q` of `blk.0.attn_q.weight`."""
+    return name.split(".")[-2]
 
 
 def _interleaved(rows: Float32, decoder: Decoder) -> Float32:

@@ -112,7 +112,7 @@ def _stored(
             continue
         matrix = tensor.ndim == 2 and name != "positions"
         kind = kinds.get(name, quantisation) if matrix else "F32"
-        for part, rows in split(decoder, tensor, names).items():
+        for part, rows in split(decoder, tensor, names, architecture.GGUF_INTERLEAVED).items():
             if rows.shape[-1] % BLOCKS[kind][0]:
                 raise CheckpointError(
                     f"{name} cannot be stored as {kind}: rows of {rows.shape[-1]} values "

@@ -43,14 +43,13 @@ def gptq(weight: Float32, moment: Float32, size: int) -> Blocks:
     return refine(gptq_pass(weight, damped, size), weight, damped)
 
 
-def error_feedback_target(
-    weight: Float32, x: Float32, missing: Float32, moment: Float32
-) -> Float32:
-    """`weight` [K,N] plus the part of `missing` [T,N], the error of the outputs, that its
-    inputs x [T,K] explain linearly. The mean of the error is left to the bias.
-    moment: XᵀX / T."""
-    explained = x.T @ (missing - missing.mean(0)) / np.float32(len(x))
-    change = np.linalg.solve(_damped(moment, RIDGE), explained)
+def error_feedback_target(weight: Float32, error: Float32, moment: Float32) -> Float32:
+    """`weight` [K,N] plus what its inputs explain linearly of the error of its outputs.
+
+    error: the covariance [K,N] of the inputs and what the outputs lack; the mean of what they
+    lack is left to the bias. moment: the second moment [K,K] of the inputs.
+    """
+    change = np.linalg.solve(_damped(moment, RIDGE), error)
     found: Float32 = weight + np.float32(CORRECTION) * change
     return found
 
@@ -80,13 +79,14 @@ def refine(blocks: Blocks, weight: Float32, moment: Float32) -> Blocks:
     errors = weight - blocks.matrix()
     for i, start in enumerate(range(0, len(weight), size)):
         end = min(start + size, len(weight))
-        slope = moment[start:end] @ errors
+        slopes, moves = moment[start:end] @ errors, np.empty((end - start, weight.shape[1]), "f4")
         for k in range(start, end):
-            ideal = steps[k] + slope[k - start] / (moment[k, k] * scale[i])
-            moved = to_steps(ideal * scale[i], scale[i], zero[i]) - steps[k]
+            slope = slopes[k - start] - moment[k, start:k] @ moves[: k - start]
+            ideal = steps[k] * scale[i] + slope / moment[k, k]
+            moved = to_steps(ideal, scale[i], zero[i]) - steps[k]
             steps[k] += moved
-            errors[k] -= moved * scale[i]
-            slope -= np.outer(moment[start:end, k], moved * scale[i])
+            moves[k - start] = moved * scale[i]
+        errors[start:end] -= moves
     return replace(blocks, steps=steps)
 
 
@@ -104,7 +104,8 @@ def _refitted(blocks: Blocks, weight: Float32, moment: Float32) -> Float32:
     left = np.empty((outputs, count, count))
     for i, start in enumerate(starts):
         rows = slice(start, start + size)
-        left[:, i] = np.add.reduceat(steps * (moment[:, rows] @ steps[rows]), starts).T
+        products = steps[start:] * (moment[start:, rows] @ steps[rows])
+        left[:, i:, i] = left[:, i, i:] = np.add.reduceat(products, starts[: count - i]).T
     right = np.add.reduceat(steps * (moment @ weight), starts).T
     diagonal = np.einsum("nii->ni", left)
     diagonal += 1e-6 * diagonal.mean(-1, keepdims=True) + 1e-12  # a block of zeros

@@ -26,8 +26,10 @@ from edge_slm_converters.architectures.base import plain_attention
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint, weight_files
 from edge_slm_converters.ct2 import write_ctranslate2
 from edge_slm_converters.gguf_writer import Quantisation, write_gguf
+from edge_slm_converters.hugging_face import write_weights
 from edge_slm_converters.openvino_ir import write_openvino
 from edge_slm_converters.quantise import step_bytes
+from edge_slm_runtime.bundle import TOKENIZER
 from edge_slm_runtime.engines.base import first_line
 from edge_slm_runtime.errors import CheckpointError, EdgeSlmError
 from edge_slm_runtime.files import write_folder_aside
@@ -66,10 +68,12 @@ def prepare(
     folder: Path,
     names: Sequence[str],
     progress: Callable[[str], None] | None = None,
+    context: int | None = None,
 ) -> tuple[list[Spec], dict[str, str]]:
     """Makes the peers `names` (of `PEERS`) ready, their files under `folder`.
 
-    progress: called with each name before it is begun. Returns the specs of what is
+    progress: called with each name before it is begun. context: positions that they get, by
+    default all of the checkpoint's; some engines take memory for each. Returns the specs of what is
     ready, and name → reason for what is not: a package that is not installed, or the
     first line of what its exporter said.
     """
@@ -82,7 +86,7 @@ def prepare(
         if absent:
             missing[name] = f"{' and '.join(absent)} not installed (pip install 'edge-slm[peers]')"
             continue
-        made = _in_own_process(name, checkpoint, folder)
+        made = _in_own_process(name, checkpoint, folder, context)
         if isinstance(made, str):
             missing[name] = made
         else:
@@ -98,9 +102,10 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _in_own_process(name: str, checkpoint: Path, folder: Path) -> Spec | str:
+def _in_own_process(name: str, checkpoint: Path, folder: Path, context: int | None) -> Spec | str:
     """The spec, or why there is none."""
-    job = {"name": name, "checkpoint": str(checkpoint), "folder": str(folder)}
+    paths = {"checkpoint": str(checkpoint), "folder": str(folder)}
+    job = {"name": name, **paths, "context": context}
     child = subprocess.run(
         [sys.executable, "-m", "edge_slm_converters.peers"],
         input=json.dumps(job),
@@ -117,14 +122,15 @@ def _in_own_process(name: str, checkpoint: Path, folder: Path) -> Spec | str:
     return str(answer["error"]) if "error" in answer else Spec.of(answer)
 
 
-def make(name: str, checkpoint: Path, folder: Path) -> Spec:
+def make(name: str, checkpoint: Path, folder: Path, context: int | None = None) -> Spec:
     """Makes one peer ready in this process; raises what its exporter raises."""
     peer = PEERS[name]
-    source, target = read_checkpoint(checkpoint), folder / name
+    source, target = read_checkpoint(checkpoint, context=context), folder / name
     per_token = 0
     match peer.runner:
         case "transformers":  # reads the checkpoint itself
-            target, files = checkpoint, weight_files(checkpoint)
+            target = _as_folder(source, folder)
+            files = weight_files(target)
         case "llama_cpp":
             target = folder / f"{name}.gguf"
             quantisation = cast(Quantisation, name.removeprefix("llama.cpp-"))
@@ -149,6 +155,18 @@ def make(name: str, checkpoint: Path, folder: Path) -> Spec:
     )
 
 
+def _as_folder(source: Checkpoint, folder: Path) -> Path:
+    """The checkpoint as a Hugging Face folder: its own, or one written for a GGUF file."""
+    if source.path.is_dir():
+        return source.path
+    written = folder / "checkpoint"
+    if not written.exists():
+        with write_folder_aside(written) as place:
+            write_weights(place, source.decoder, source.tensors)
+            (place / TOKENIZER).write_bytes(source.text.tokenizer)
+    return written
+
+
 def _write_optimum(source: Checkpoint, precision: str, folder: Path) -> None:
     """optimum's ONNX export with a KV cache, and its dynamic int8 preset for this processor.
 
@@ -162,7 +180,7 @@ def _write_optimum(source: Checkpoint, precision: str, folder: Path) -> None:
 
         with write_folder_aside(exported) as place:
             main_export(
-                str(source.path),
+                str(_as_folder(source, folder)),
                 place,
                 task="text-generation-with-past",
                 dtype="fp32",
@@ -195,7 +213,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     job = json.load(sys.stdin)
     try:
-        made = make(job["name"], Path(job["checkpoint"]), Path(job["folder"])).as_dict()
+        paths = Path(job["checkpoint"]), Path(job["folder"])
+        made = make(job["name"], *paths, job["context"]).as_dict()
     except EdgeSlmError as error:
         made = {"error": str(error)}
     except Exception as error:

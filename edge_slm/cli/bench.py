@@ -219,7 +219,9 @@ def _models(bundles: Sequence[Path], options: dict[str, Any], scratch: Path) -> 
     wanted = options["peer_variants"].split(",") if options["peer_variants"] else None
     for number, checkpoint in enumerate(options["peers"]):
         place = _made_from(checkpoint, models)
-        specs, missing = _prepared(checkpoint, scratch / str(number), wanted)
+        specs, missing = _prepared(
+            checkpoint, scratch / str(number), wanted, models[place].manifest.model.positions
+        )
         models[place] = replace(
             models[place],
             specs=(*models[place].specs, *specs),
@@ -243,7 +245,7 @@ def _made_from(checkpoint: Path, models: Sequence[Model]) -> int:
     )
 
 
-def _prepared(checkpoint: Path, scratch: Path, names: Sequence[str] | None) -> Any:
+def _prepared(checkpoint: Path, scratch: Path, names: Sequence[str] | None, context: int) -> Any:
     from edge_slm_converters.peers import PEERS, prepare
 
     chosen = names or list(PEERS)
@@ -256,7 +258,7 @@ def _prepared(checkpoint: Path, scratch: Path, names: Sequence[str] | None) -> A
             progress.update(task, description=f"preparing {name}")
             progress.advance(task)
 
-        return prepare(checkpoint, scratch, chosen, step)
+        return prepare(checkpoint, scratch, chosen, step, context)
 
 
 def _examples(model: Model, options: dict[str, Any]) -> list[Example]:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import NFC
 
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
@@ -148,7 +149,7 @@ def open_tokenizer(source: Path | bytes) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ManifestInvalid(f"{_NAME} cannot be read: {error}") from None
-    if tokenizer.normalizer is not None:
+    if not isinstance(tokenizer.normalizer, NFC | None):  # NFC is the same text
         raise ManifestInvalid(f"{_NAME} has a normalizer; it would change requests")
     if getattr(tokenizer.model, "dropout", None):
         raise ManifestInvalid(f"{_NAME} has dropout; it would split requests at random")

@@ -17,6 +17,7 @@ from edge_slm_converters import VARIANTS, convert, goldens, read_checkpoint
 from edge_slm_converters.architectures import llama
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.gguf_writer import write_gguf
+from edge_slm_converters.peers import make
 from edge_slm_runtime import read_manifest
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.decoder import Decoder
@@ -146,6 +147,16 @@ def test_a_gguf_file_is_the_same_model(folder: Path, bundle: Path, tmp_path: Pat
         for variant in ("onnx-fp32", "numba-int8"):
             assert ours.ids[variant] == theirs.ids[variant]
     assert set(here.provenance["checkpoint"]) == {"chat.gguf"}
+
+
+def test_peers_read_a_gguf_file_as_a_folder(folder: Path, tmp_path: Path) -> None:
+    source = read_checkpoint(folder)
+    write_gguf(source, tmp_path / "m.gguf", "F32")
+    spec = make("transformers-fp32", tmp_path / "m.gguf", tmp_path, context=160)
+    written = read_checkpoint(spec.path)
+    assert written.decoder.positions == 160
+    for name, tensor in source.tensors.items():
+        np.testing.assert_array_equal(written.tensors[name], tensor)
 
 
 def _add_template(file: Path, out: Path, template: str) -> None:

@@ -114,8 +114,10 @@ def test_splitting_a_tensor_undoes_joining_it(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", extra={"blk.0.attn_q.bias": np.arange(WIDTH)} | BIASES)
     model = read_gguf(tmp_path / "m.gguf")
     for name, names in stored_names(model.decoder, llama.GGUF_PARTS):
-        parts = split(model.decoder, model.tensors[name], names)
-        assert np.array_equal(joined(model.decoder, parts), model.tensors[name]), name
+        parts = split(model.decoder, model.tensors[name], names, llama.GGUF_INTERLEAVED)
+        assert np.array_equal(
+            joined(model.decoder, parts, llama.GGUF_INTERLEAVED), model.tensors[name]
+        ), name
 
 
 BIASES = {f"blk.0.{name}.bias": np.arange(WIDTH // 2) for name in ("attn_k", "attn_v")}

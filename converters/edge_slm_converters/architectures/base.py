@@ -50,6 +50,7 @@ class Architecture(Protocol):
         have biases other than zeros. Raises CheckpointError for what it cannot say."""
 
     GGUF_PARTS: Parts
+    GGUF_INTERLEAVED: tuple[str, ...]  # parts with rotary pairs side by side
     GGUF_NEEDS_BIASES: bool  # by llama.cpp, be they zeros
 
     def gguf_decoder(self, metadata: Metadata) -> Decoder:

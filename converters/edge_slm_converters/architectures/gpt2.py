@@ -83,6 +83,7 @@ GGUF_PARTS: Parts = {
     "up": ("ffn_up",),
     "down": ("ffn_down",),
 }
+GGUF_INTERLEAVED: tuple[str, ...] = ()
 GGUF_NEEDS_BIASES = True
 
 

@@ -48,8 +48,8 @@ def decoder(config: Config) -> Decoder:
     if head_width % 2:
         raise CheckpointError(f"config.json: head_dim {head_width} is odd")
     positions = positive(config, "max_position_embeddings", default=2048)
-    _refuse_windows(config, positions)
-    theta, factors = _rotary(config, head_width)
+    refuse_windows(config, positions)
+    theta, factors = rotary(config, head_width)
     return Decoder(
         architecture="llama",
         layers=layers,
@@ -135,6 +135,7 @@ GGUF_PARTS: Parts = {
     "up": ("ffn_gate", "ffn_up"),
     "down": ("ffn_down",),
 }
+GGUF_INTERLEAVED: tuple[str, ...] = ("attn_q", "attn_k")
 GGUF_NEEDS_BIASES = False
 # Keys of a GGUF file that change the computation, and their harmless values.
 _GGUF_ALLOWED = {"expert_count": 0, "attention.clamp_kqv": 0.0, "attention.scale": 0.0}
@@ -219,7 +220,7 @@ def _biased(config: Config) -> set[str]:
     return found | ({"up", "down"} if config.get("mlp_bias") else set())
 
 
-def _refuse_windows(config: Config, positions: int) -> None:
+def refuse_windows(config: Config, positions: int) -> None:
     """Sliding windows, unless they are as long as the context."""
     refuse_unless(config, {"use_sliding_window": [False]})
     if config["model_type"] != "qwen2":  # which has the window switched off
@@ -234,7 +235,7 @@ def _refuse_windows(config: Config, positions: int) -> None:
         raise CheckpointError(f"config.json: layer_types {min(others)!r} cannot be converted")
 
 
-def _rotary(config: Config, head_width: int) -> tuple[float, tuple[float, ...]]:
+def rotary(config: Config, head_width: int) -> tuple[float, tuple[float, ...]]:
     """rope_theta and rope_factors. Newer files keep both in `rope_parameters`."""
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(positive({**config, **scaling}, "rope_theta", kind=int | float, default=10000.0))
