@@ -145,6 +145,7 @@ def measure(
     from edge_slm.distill.recipe import RewardRecipe
     from edge_slm.distill.rewards import make_reward
     from edge_slm.distill.samples import divide, held_out_samples, read_samples
+    from edge_slm.distill.split import Reading
 
     with ExitStack() as stack:
         slm = stack.enter_context(edge_slm.load(bundle, **settings))
@@ -153,15 +154,16 @@ def measure(
         if not made_by:
             raise DataError("the bundle does not say what was held out", "convert a trained model")
         recipe = made_by["recipe"]
-        percent = recipe["data"]["holdout_percent"]
+        reading = Reading.of(recipe["data"])
         reward = RewardRecipe.model_validate(recipe.get("reward", {}))
         report("read", 0, 1, "")
         for task in tasks:
             slm.schema.axis("task").value_of(task)
-        samples = held_out_samples(data, tasks or slm.schema.tasks, requests, percent)
+        samples = held_out_samples(data, tasks or slm.schema.tasks, requests, reading)
         if len(samples) < 2:
             raise DataError(f"{len(samples)} held-out requests are too few", "give more data")
-        train, _ = divide([s for s in read_samples(data) if s.request], percent)
+        pairs = [s for s in read_samples(data, reading=reading) if s.request]
+        train, _ = divide(pairs, reading.holdout_percent)
         report("read", 1, 1, f"{len(samples)} held-out requests")
         return run(
             slm,

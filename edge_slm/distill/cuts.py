@@ -1,4 +1,4 @@
-"""Where a text may end early."""
+"""Where a text may end, and how."""
 
 from __future__ import annotations
 
@@ -25,7 +25,17 @@ def whole_cuts(text: str) -> list[str]:
     if cuts or text[-1:] in ".!?":
         return cuts
     phrases = text.split(", ")
-    longest = max(count_words(phrase) for phrase in phrases[1:]) if phrases[1:] else 0
-    if len(phrases) < 4 or longest > _LISTED:
-        return []
-    return [", ".join(phrases[:n]) for n in range(2, len(phrases))]
+    return [", ".join(phrases[:n]) for n in range(2, len(phrases))] if _is_list(text) else []
+
+
+def with_full_stop(text: str) -> str:
+    """The text with a full stop, if it is a sentence that has no mark at its end."""
+    if _is_list(text) or not (text[-1:].isalnum() or text[-1:] in "\"'”’)"):
+        return text
+    return text if text.rstrip("\"'”’)")[-1:] in ".!?" else f"{text}."
+
+
+def _is_list(text: str) -> bool:
+    """Whether it is a list of short phrases."""
+    first, *phrases = text.split(", ")
+    return len(phrases) > 2 and max(map(count_words, phrases)) <= _LISTED

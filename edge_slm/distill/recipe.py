@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from edge_slm.distill.split import HOLDOUT_PERCENT
+from edge_slm.distill.split import HOLDOUT_PERCENT, Reading
 from edge_slm_runtime.command import (
     ANY,
     RELEVANCE_LEVELS,
@@ -40,7 +40,7 @@ else:
 Count = Annotated[int, Field(ge=0)]
 # Settings by section that are newer than published checkpoints.
 _NEWER = {
-    "data": "dev_percent max_response_words leave_out mix words cases spaced".split(),
+    "data": "dev_percent max_response_words sentences leave_out mix words cases spaced".split(),
     "reward": ["gated"],
     "hindsight": "cut_share fragment_share bare_share bands".split(),
     "model": "architecture kv_heads inner trim".split(),
@@ -62,11 +62,16 @@ class DataRecipe(_Section):
     dev_percent: int = Field(default=0, ge=0, le=50)  # besides; 0: the held-out ones are
     max_request_words: int = Field(default=40, ge=1)
     max_response_words: int = Field(default=WORD_EDGES[-1] - 1, ge=1)
+    sentences: tuple[TaskName, ...] = ()  # tasks whose responses end in a full stop
     leave_out: tuple[str, ...] = ()  # sources of rows, by the beginning of their "source"
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}  # per task; shares of response words
     words: int = Field(default=0, ge=0)  # of all responses that are used, by `mix`; 0: all
     cases: dict[str, Literal["lower", "title"]] = {}  # per task, of requests
     spaced: bool = False  # whether a space precedes requests
+
+    def reading(self) -> Reading:
+        """How samples are read, for `read_samples`."""
+        return Reading.of(self.model_dump())
 
 
 class TeacherRecipe(_Section):

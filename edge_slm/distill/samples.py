@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_slm.distill.cuts import whole_cuts
-from edge_slm.distill.split import held_out
-from edge_slm_runtime.command import WORD_EDGES, clean_request, count_words
+from edge_slm.distill.cuts import whole_cuts, with_full_stop
+from edge_slm.distill.split import EVERYTHING, Reading, held_out
+from edge_slm_runtime.command import clean_request, count_words
 from edge_slm_runtime.errors import DataError, RequestError
 from edge_slm_runtime.words import UNFINISHED_REQUEST
 
@@ -78,21 +78,26 @@ def _parse(line: bytes, where: str) -> tuple[str | None, str, str, str]:
 def read_samples(
     paths: Iterable[str | Path],
     tasks: Sequence[str] | None = None,
-    leave_out: Sequence[str] = (),
+    reading: Reading = EVERYTHING,
 ) -> Iterator[Sample]:
     """The usable samples of `tasks` (None: of all), white space folded.
 
     Usable: a complete request, and a response that differs from it and has a length that a
     command can ask for. A response alone has request "". Raises DataError with file and line.
     """
-    for request, response, task in read_jsonl(paths, leave_out):
+    for request, response, task in read_jsonl(paths, reading.leave_out):
         if tasks is not None and task not in tasks:
             continue
         text = " ".join(response.split())
         if text.count('"') % 2:  # cut just before or after a closing quotation mark
             text = text.rstrip('" ')
-        if not 0 < count_words(text) < WORD_EDGES[-1]:
+        if count_words(text) > reading.longest:
+            whole = [cut for cut in whole_cuts(text) if count_words(cut) <= reading.longest]
+            text = whole[-1] if whole else ""
+        if not text:
             continue
+        if task in reading.sentences:
+            text = with_full_stop(text)
         if request is None:
             yield Sample("", text, task)
             continue
@@ -137,13 +142,7 @@ def load_samples(
     """
     pairs: list[Sample] = []
     lone: dict[str, Sample] = {}
-    longest = recipe.max_response_words
-    for sample in read_samples(paths, recipe.tasks, recipe.leave_out):
-        if sample.words > longest:
-            cuts = [c for c in whole_cuts(sample.response) if count_words(c) <= longest]
-            if not cuts:
-                continue
-            sample = replace(sample, response=cuts[-1])  # noqa: PLW2901  # the longest whole part
+    for sample in read_samples(paths, recipe.tasks, recipe.reading()):
         if not sample.request:
             lone[sample.response] = sample
         elif count_words(sample.request) <= recipe.max_request_words:
@@ -182,12 +181,13 @@ def _opening(text: str) -> str:
 
 
 def held_out_samples(
-    data: Sequence[str | Path], tasks: Sequence[str], count: int, percent: int
+    data: Sequence[str | Path], tasks: Sequence[str], count: int, reading: Reading
 ) -> list[Sample]:
     """Up to `count` held-out samples, one per request, spread over `tasks` as evenly as the
     data allows."""
     # Of all tasks: a text may be of one task in training and of another here.
-    _, held = divide([sample for sample in read_samples(data) if sample.request], percent)
+    pairs = [sample for sample in read_samples(data, reading=reading) if sample.request]
+    _, held = divide(pairs, reading.holdout_percent)
     by_task: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
     for sample in held:
         if sample.task in by_task:
