@@ -37,5 +37,5 @@ def with_full_stop(text: str) -> str:
 
 def _is_list(text: str) -> bool:
     """Whether it is a list of short phrases."""
-    first, *phrases = text.split(", ")
+    _, *phrases = text.split(", ")
     return len(phrases) > 2 and max(map(count_words, phrases)) <= _LISTED
