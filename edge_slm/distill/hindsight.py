@@ -28,15 +28,12 @@ from edge_slm_runtime.command import (
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A request, its response, and the command that the response obeys.
-
-    whole: the command is never left open, because without it the response would be wrong.
-    """
+    """A request, its response, and the command that the response obeys; kind: of the sample."""
 
     request: str
     response: str
     command: Command
-    whole: bool = False
+    kind: str = "pair"
 
 
 def relabel(
@@ -54,7 +51,7 @@ def relabel(
         return Command(sample.task, sample.words, edges[sample.task].of(reward, sample.words))
 
     return [
-        Record(sample.request, sample.response, achieved(sample, reward), sample.kind == "mismatch")
+        Record(sample.request, sample.response, achieved(sample, reward), sample.kind)
         for sample, reward in zip(samples, rewards.tolist(), strict=True)
     ]
 

@@ -159,7 +159,7 @@ class Packer:
                 prompt, has_length = [0], False  # END is id 0
                 if encoded.record:
                     command = encoded.record.command
-                    if not encoded.record.whole:
+                    if encoded.record.kind != "mismatch":  # which is wrong without its level
                         command = drop(command, self._dropout, rng, self._bare)
                     prompt = self._schema.frame(encoded.request, command)
                     has_length = command.words is not None

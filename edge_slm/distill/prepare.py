@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def prepare(
     """Raises DataError (unusable data, by file and line) and DependencyMissing."""
     report("read", 0, 1, "")
     pairs, held, lone = load_samples(data, recipe.data, recipe.seed)
-    samples = vary(pairs, lone, recipe.hindsight, recipe.data.holdout_percent, recipe.seed)
+    samples = vary(pairs, lone, recipe.hindsight, recipe.data.reading().held_percent, recipe.seed)
     report("read", 1, 1, f"{len(pairs)} pairs → {len(samples)} samples")
     scores = reward.score(samples + held, lambda done, total: report("score", done, total, ""))
     buffer = Buffer(recipe.hindsight.capacity)
@@ -85,6 +86,17 @@ def label(prepared: Prepared, tokenizer: Any) -> Labelled:
     held = relabel(prepared.held, prepared.held_rewards, edges, plain=h.plain)
     valid, _ = encode_records(held, tokenizer, schema, positions)
     return Labelled(schema, edges, train, valid, too_long)
+
+
+def with_own(labelled: Labelled, share: float, seed: str) -> Labelled:
+    """With as many of the other training records as make own episodes `share` of all; 0: all."""
+    own = [e for e in labelled.train if e.record and e.record.kind == "own"]
+    others = [e for e in labelled.train if not e.record or e.record.kind != "own"]
+    count = round(len(own) * (1 - share) / share) if share else len(others)
+    if count >= len(others):
+        return labelled
+    chosen = random.Random(seed).sample(others, count)
+    return replace(labelled, train=own + chosen)
 
 
 def bare_schema(recipe: Recipe) -> CommandSchema:

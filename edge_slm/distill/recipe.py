@@ -41,10 +41,12 @@ Count = Annotated[int, Field(ge=0)]
 # Settings by section that are newer than published checkpoints.
 _NEWER = {
     "data": "dev_percent max_response_words sentences leave_out mix words cases spaced".split(),
+    "teacher": ["keep"],
     "reward": ["gated"],
     "hindsight": "cut_share fragment_share bare_share bands".split(),
     "model": "architecture kv_heads inner trim".split(),
     "train": ["evaluate_rows"],
+    "explore": "engine keep own_share".split(),
 }
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it becomes part of a token
 
@@ -77,11 +79,12 @@ class DataRecipe(_Section):
 class TeacherRecipe(_Section):
     """The teacher, and how many samples it writes before training begins."""
 
-    kind: Literal["grammar", "server", "transformers"]
-    model: str = ""  # the server's name of it, or a folder or hub name
+    kind: Literal["grammar", "bundle", "server", "transformers"]
+    model: str = ""  # a bundle; the server's name of it; or a folder or hub name
     source: Literal["invent", "data"] = "invent"  # requests: its own, or those of the data
     requests: int = Field(default=1000, ge=1)  # per task
     candidates: int = Field(default=4, ge=1)  # answers per request
+    keep: int = Field(default=0, ge=0)  # best candidates by reward; 0: all
     temperature: float = Field(default=0.9, ge=0)
 
 
@@ -203,6 +206,9 @@ class ExploreRecipe(_Section):
     rounds: int = Field(default=0, ge=0)
     requests: int = Field(default=1000, ge=1)  # drawn per task and round
     candidates: int = Field(default=2, ge=1)  # generations per request
+    engine: Literal["torch", "own"] = "torch"  # own: our fastest engine, int8
+    keep: int = Field(default=0, ge=0)  # best candidates by reward; 0: all
+    own_share: float = Field(default=0.0, ge=0, lt=1)  # of a round's records; 0: all are used
     best: int = Field(default=100, ge=1)  # episodes that a command is made from
     bands: int = Field(default=1, ge=1)  # length bands that take turns; 1 is the paper's way
     temperature: float = Field(default=1.0, gt=0)
@@ -261,6 +267,8 @@ class Recipe(_Section):
             + reward.fluency * (not reward.gated)
         ):
             raise ValueError("reward: one of the weights must be above 0")
+        if self.teacher and self.teacher.kind == "bundle" and self.teacher.source != "data":
+            raise ValueError("teacher: a bundle invents no requests; set source = 'data'")
         if data.words and not data.mix:
             raise ValueError("data.words needs data.mix")
         if data.mix and set(data.mix) != set(tasks):
@@ -314,6 +322,8 @@ class Recipe(_Section):
         of an older recipe stays as it is."""
         data = self.model_dump(mode="json")
         for section, names in _NEWER.items():
+            if data[section] is None:
+                continue
             fields = type(getattr(self, section)).model_fields
             for name in names:
                 if data[section][name] == json.loads(json.dumps(fields[name].default)):

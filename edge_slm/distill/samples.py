@@ -39,6 +39,8 @@ def read_jsonl(
 ) -> Iterator[tuple[str | None, str, str]]:
     """(request or None, response, task) of every line of the files (or folders of files).
 
+    A request alone, for a teacher to answer, has the response "".
+
     leave_out: beginnings of the "source" of lines that are skipped. Raises DataError with
     file and line.
     """
@@ -59,7 +61,7 @@ def read_jsonl(
 
 
 def _parse(line: bytes, where: str) -> tuple[str | None, str, str, str]:
-    hint = 'expected {"request": text or null, "response": text, "task": name}'
+    hint = 'expected {"request": text or null, "response": text or null, "task": name}'
     try:
         row = json.loads(line.decode("utf-8-sig"))
         request, response, task = row["request"], row["response"], row["task"]
@@ -67,6 +69,7 @@ def _parse(line: bytes, where: str) -> tuple[str | None, str, str, str]:
         raise DataError(f"{where}: not a JSON object: {error}", hint) from None
     except KeyError as error:
         raise DataError(f"{where}: {error} is missing", hint) from None
+    response = "" if response is None and request else response
     for name, value in (("request", request or ""), ("response", response), ("task", task)):
         if not isinstance(value, str):
             raise DataError(f"{where}: {name} is {value!r}", hint)
@@ -111,6 +114,23 @@ def read_samples(
             yield Sample(folded, text, task)
 
 
+def read_requests(
+    paths: Iterable[str | Path], tasks: Sequence[str], reading: Reading
+) -> dict[str, list[str]]:
+    """Task → the distinct requests for a teacher: those of all rows that are not held out."""
+    requests: dict[str, dict[str, None]] = {task: {} for task in tasks}
+    for request, _, task in read_jsonl(paths, reading.leave_out):
+        if not request or task not in requests:
+            continue
+        try:
+            folded = clean_request(request)
+        except RequestError:
+            continue
+        if not held_out(folded, reading.held_percent):
+            requests[task][folded] = None
+    return {task: list(found) for task, found in requests.items()}
+
+
 def divide(pairs: Sequence[Sample], percent: int) -> tuple[list[Sample], list[Sample]]:
     """(training side, held-out side) of the distinct pairs, by the hash of the request.
 
@@ -148,7 +168,7 @@ def load_samples(
         elif count_words(sample.request) <= recipe.max_request_words:
             pairs.append(sample)
     # The hash of a held-out request is below the percentage: those of dev are above the test's.
-    side, held = divide(pairs, recipe.holdout_percent + recipe.dev_percent)
+    side, held = divide(pairs, recipe.reading().held_percent)
     if recipe.dev_percent:
         held = [pair for pair in held if not held_out(pair.request, recipe.holdout_percent)]
     rng = random.Random(seed)

@@ -189,7 +189,10 @@ class Trainer:
         torch.manual_seed(zlib.crc32(drawn.encode()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
-                self.at, self.total_steps, self.stage.learning_rate, t.warmup_steps
+                self.at,
+                self.total_steps,
+                self.stage.learning_rate,
+                min(t.warmup_steps, self.total_steps // 10),
             )
         tokens = max(1, batch.loss_tokens)
         mine = batch.rows(slice(a.process_index, None, a.num_processes))
