@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +29,8 @@ class EngineGenerator:
     def __init__(self, checkpoint: str | Path) -> None:
         source = read_checkpoint(checkpoint)
         name = "numba-int8" if engine_class("numba").installed() else "onnx-int8"
-        self._folder = tempfile.TemporaryDirectory(prefix="edge-slm-explore-")
-        folder = Path(self._folder.name)
+        folder = Path(tempfile.mkdtemp(prefix="edge-slm-explore-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._slm = open_variant(
             folder, source, write_variant(name, Model(source, PRECISIONS["int8"]), folder)
         )
@@ -44,7 +46,9 @@ class EngineGenerator:
         requests = (
             Request(
                 episode.request,
-                **episode.command.as_dict(),
+                episode.command.task,
+                episode.command.words,
+                episode.command.relevance,
                 temperature=temperature,
                 seed=episode.seed,
                 no_repeat_ngram_size=0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 from edge_slm.distill.teachers.base import Ask
 from edge_slm.distill.teachers.few_shot import (
@@ -57,12 +58,16 @@ class BundleTeacher:
 
     def _request(self, ask: Ask, candidate: int) -> Request:
         seed = ask.seed + candidate
-        settings = {"temperature": self._temperature, "seed": seed, "keep_length": False}
+        settings: dict[str, Any] = {
+            "temperature": self._temperature,
+            "seed": seed,
+            "keep_length": False,
+        }
         schema = self._slm.manifest.prompt.schema
         if schema is None:
-            words = length(ask, candidate)
-            prompt = completion(answer_messages(ask, words))
-            return Request(prompt, max_new_tokens=max_tokens(words), stop=("\n\n",), **settings)
+            about = length(ask, candidate)
+            prompt = completion(answer_messages(ask, about))
+            return Request(prompt, max_new_tokens=max_tokens(about), stop=("\n\n",), **settings)
         words = ask.words or _usual_length(self._slm, ask, random.Random(f"{seed}/{ask.request}"))
         return Request(ask.request, ask.task, words, schema.levels - 1, **settings)
 
