@@ -141,12 +141,13 @@ def held_out(
     """`count` pairs that training by `recipe` (recipe.json of a checkpoint) held out, each
     with its task and length as the command. Raises KeyError when the recipe lacks them."""
     from edge_slm.distill.samples import held_out_samples
+    from edge_slm.distill.split import Reading
     from edge_slm_bench.metrics.examples import Example
 
-    percent = recipe["recipe"]["data"]["holdout_percent"]
+    reading = Reading.of(recipe["recipe"]["data"])
     return [
         Example(s.request, Command(s.task, s.words), s.response)
-        for s in held_out_samples(data, tasks, count, percent)
+        for s in held_out_samples(data, tasks, count, reading)
     ]
 
 
@@ -155,10 +156,12 @@ def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> AnswerJudge | None
     warning, when its packages are not installed."""
     from edge_slm.distill.evaluate.scorers import TextJudge
     from edge_slm.distill.samples import divide, read_samples
+    from edge_slm.distill.split import Reading
 
     recipe = json.loads((checkpoint.path / "recipe.json").read_text("utf-8"))
-    pairs = [sample for sample in read_samples(data) if sample.request]
-    train, _ = divide(pairs, recipe["recipe"]["data"]["holdout_percent"])
+    reading = Reading.of(recipe["recipe"]["data"])
+    pairs = [sample for sample in read_samples(data, reading=reading) if sample.request]
+    train, _ = divide(pairs, reading.holdout_percent)
     try:
         return TextJudge(train, checkpoint.form.grammar.tasks)
     except DependencyMissing as error:

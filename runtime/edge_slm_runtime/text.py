@@ -86,7 +86,7 @@ class TextCodec:
 
         Raises as `PromptForm.clean` and `Axis.value_of`.
         """
-        text = self.form.clean(request)
+        text = self.form.clean(request, command)
         if smuggled := next((mark for mark in self._marks if mark in text), None):
             raise ControlTokenInRequest(f"the request holds the control token {smuggled!r}")
         before, left, right, after = self._around(*self.form.around(command))
