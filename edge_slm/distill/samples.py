@@ -201,13 +201,14 @@ def _opening(text: str) -> str:
 
 
 def held_out_samples(
-    data: Sequence[str | Path], tasks: Sequence[str], count: int, reading: Reading
+    data: Sequence[str | Path], tasks: Sequence[str] | None, count: int, reading: Reading
 ) -> list[Sample]:
     """Up to `count` held-out samples, one per request, spread over `tasks` as evenly as the
-    data allows."""
+    data allows; None is all tasks of the data."""
     # Of all tasks: a text may be of one task in training and of another here.
     pairs = [sample for sample in read_samples(data, reading=reading) if sample.request]
     _, held = divide(pairs, reading.holdout_percent)
+    tasks = sorted({sample.task for sample in held}) if tasks is None else tasks
     by_task: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
     for sample in held:
         if sample.task in by_task:
