@@ -37,7 +37,7 @@ def sampled_answers(
     """
     tokens = min(SAMPLE_TOKENS, source.decoder.positions // 2)
     rng, count = Random(0), sample_count(source.decoder, source.parameters)
-    seed_texts, found = list(REQUESTS), list[Scored]()
+    seed_texts, texts = list(REQUESTS), list[Scored]()
     for start in range(0, count, SAMPLE_ROUND):
         numbers = range(start, min(start + SAMPLE_ROUND, count))
         if step:
@@ -56,13 +56,13 @@ def sampled_answers(
             for seed, one in zip(numbers, asked, strict=True)
         ]
         answers = list(slm.generate_batch(requests, SAMPLE_ROWS))
-        found += [
+        texts += [
             Scored((*one.prompt, *answer.token_ids), len(one.prompt))
             for one, answer in zip(asked, answers, strict=True)
             if answer.token_ids
         ]
         seed_texts = [answer.text for answer in answers if answer.text.strip()] or seed_texts
-    return found
+    return texts
 
 
 def sample_count(decoder: Decoder, parameters: int) -> int:
