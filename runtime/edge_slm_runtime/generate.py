@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal
@@ -215,8 +216,8 @@ class SLM:
         """Counts the rows of all callers that are under way, streams left open too."""
         rows = rows if self._engine.batches else 1
         mine = [object()] * rows
-        self._under_way += mine  # without a lock, as in `PrefixCache`
         try:
+            self._under_way.extend(mine)  # without a lock, as in `PrefixCache`
             if self._most_rows and len(self._under_way) > self._most_rows:
                 raise OutOfMemory(
                     f"{len(self._under_way)} answers at a time need more than max_memory_mb",
@@ -229,7 +230,8 @@ class SLM:
             ) from None
         finally:
             for row in mine:
-                self._under_way.remove(row)
+                with suppress(ValueError):  # interrupted before it was counted
+                    self._under_way.remove(row)
 
     def _batch(self, requests: Iterable[Request], batch_size: int) -> Iterator[Generation]:
         order: deque[Answer] = deque()

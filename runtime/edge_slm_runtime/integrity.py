@@ -30,6 +30,8 @@ from edge_slm_runtime.errors import (
 from edge_slm_runtime.onnx_check import check_onnx
 from edge_slm_runtime.onnx_paths import external_locations
 
+_DEEPEST = 16  # folders; ours have one level
+
 
 def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
     """Checks the whole folder against its manifest and returns the manifest.
@@ -86,6 +88,8 @@ def verify_contents(
 
 def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
     """(posix path, size) of every file; a symlink or special file is refused."""
+    if below.count("/") >= _DEEPEST:
+        raise FileUnlisted(f"{below[:40]}… is nested too deeply", "remove it")
     with os.scandir(root / below) as entries:
         for entry in entries:
             path = f"{below}/{entry.name}" if below else entry.name

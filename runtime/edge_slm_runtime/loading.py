@@ -93,6 +93,10 @@ def load(
         )
         try:
             codec, loaded = _open(root, manifest, variant, options, hashes=verify)
+        except MemoryError:
+            raise OutOfMemory(
+                f"there is no memory to load {variant.name}", "choose a smaller variant"
+            ) from None
         except EngineNotInstalled as error:
             if other is None:
                 raise
