@@ -53,7 +53,8 @@ class Journal:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """The row survives the end of this process; after `sync`, a power cut too."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(row, ensure_ascii=False)
+        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")  # halves of characters
         self._file.flush()
         self.count += 1
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, note, progress_bar
+from edge_slm.cli.console import emit_json, json_option, json_text, note, progress_bar
 from edge_slm.cli.options import model_options, sampling_options
 from edge_slm.cli.output import ResumableOutput
 from edge_slm_runtime.errors import DataError, EdgeSlmError, NotSupportedByEngine
@@ -154,7 +154,7 @@ def _to_stdout(run: BatchRun, stream: BinaryIO) -> tuple[int, int]:
     with progress_bar(visible=not sys.stdout.isatty()) as progress:
         task = progress.add_task("writing", total=None)
         for answer in run.answers(stream, group=run.batch_size):
-            click.echo(json.dumps(answer, ensure_ascii=False))
+            click.echo(json_text(answer))
             progress.advance(task)
             lines, bad = lines + 1, bad + ("error" in answer)
     return lines, bad
@@ -186,7 +186,7 @@ def _numbered(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(line.decode("utf-8"))
+        data = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"not a line of JSON: {error}") from None
     if not isinstance(data, dict):

@@ -108,6 +108,13 @@ def load(
     return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3, most_rows)
 
 
+def load_variant(path: Path, manifest: Manifest, variant: Variant) -> SLM:
+    """A variant of a bundle that was verified. Raises as `load`."""
+    options = EngineOptions(variant.precision, default_threads())
+    codec, engine = _open(path, manifest, variant, options, hashes=False)
+    return SLM(manifest, variant, codec, engine, 0.0)
+
+
 def _open(
     root: Path, manifest: Manifest, variant: Variant, options: EngineOptions, *, hashes: bool
 ) -> tuple[TextCodec, Engine]:
