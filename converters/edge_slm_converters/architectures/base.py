@@ -151,7 +151,7 @@ def flag(config: Config, key: str, default: bool) -> bool:
 
 def positive(config: Config, key: str, *, kind: Any = int, default: float | None = None) -> Any:
     """A number above zero, not too large; null means the default. Raises CheckpointError."""
-    value = default if config.get(key) is None else config[key]
+    value: Any = default if config.get(key) is None else config[key]
     number = isinstance(value, kind) and not isinstance(value, bool)
     if not number or not 0 < value <= (LARGEST if kind is int else sys.float_info.max):
         raise CheckpointError(f"config.json: {key} must be a positive number, got {shown(value)}")

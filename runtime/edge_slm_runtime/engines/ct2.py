@@ -31,7 +31,12 @@ from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.engines.base import Engine, EngineOptions, Native, first_line
 from edge_slm_runtime.engines.ct2_file import check_model
-from edge_slm_runtime.errors import EngineError, NotSupportedByEngine, UsedAfterFork
+from edge_slm_runtime.errors import (
+    EngineError,
+    ManifestInvalid,
+    NotSupportedByEngine,
+    UsedAfterFork,
+)
 from edge_slm_runtime.sampling import Logits, Sampling, not_finite
 
 _COMPUTE_TYPE = {"int8": "int8", "fp32": "float32"}
@@ -61,6 +66,9 @@ class CTranslate2Engine(Engine):
         try:
             self._tokens = _vocabulary(folder, decoder)
             check_model(folder / self.main_file, decoder, options.precision)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ManifestInvalid(f"{folder.name} is not this model: {first_line(error)}") from None
+        try:
             generator = ctranslate2.Generator(
                 str(folder),
                 device="cpu",
@@ -166,7 +174,9 @@ def _vocabulary(folder: Path, decoder: Decoder) -> list[str]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("vocabulary.json is not a list of tokens")
     if len(tokens) != decoder.vocab_size:
-        raise ValueError(f"vocabulary.json has {len(tokens)} tokens, not {decoder.vocab_size}")
+        raise ValueError(
+            f"vocabulary.json has {len(tokens)} tokens, the model {decoder.vocab_size}"
+        )
     if len(set(tokens)) != len(tokens):
         # It looks tokens up by name and would silently take another id.
         raise ValueError("vocabulary.json names a token twice")

@@ -136,10 +136,10 @@ def _shapes(decoder: Decoder, precision: str) -> dict[str, Shape]:
             for part in ("long", "short"):
                 factors = f"layer_{i}/self_attention/rotary_scaling_{part}_factor"
                 shapes[factors] = (d.head_width // 2,)
-    for name, shape in matrices.items():
-        shapes[f"{name}/weight"] = shape
+    for name, matrix in matrices.items():
+        shapes[f"{name}/weight"] = matrix
         if precision == "int8":
-            shapes[f"{name}/weight_scale"] = shape[:1]
+            shapes[f"{name}/weight_scale"] = matrix[:1]
     return {f"decoder/{name}": shape for name, shape in shapes.items()}
 
 
