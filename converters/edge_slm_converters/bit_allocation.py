@@ -31,7 +31,7 @@ Costs = Mapping[str, Sequence[float]]  # matrix → mean KL in nats, in each of 
 Step = Callable[[str, float], None]  # a line, and the share of the work that follows it
 # On how many texts the costs are measured: so many, as long as positions × parameters are below.
 PROBE_TEXTS, PROBE_WORK = 12, 40_000_000_000
-PROBING = 0.3  # the share of the time that this takes
+PROBING = 0.2  # the share of the time that this takes
 
 
 @dataclass(frozen=True, slots=True)

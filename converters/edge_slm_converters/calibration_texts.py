@@ -16,8 +16,10 @@ from edge_slm_runtime.records import Request
 
 # The variety of the texts matters most: with 512 answers to REQUESTS alone, KL on held-out
 # texts was a fifth higher than with 672 various ones.
-SAMPLES = (128, 1024)  # at least, at most
-SAMPLE_WORK = 11_600_000_000  # texts × parameters: the time of calibration grows with them
+SAMPLES = (64, 1024)  # at least, at most
+# Texts × parameters^1.25. The time of a text grows with the parameters, and that of the steps
+# which do not depend on texts grows faster; so a large model gets fewer texts.
+SAMPLE_WORK = 677_000_000_000
 SAMPLE_TOKENS, SAMPLE_ROWS, SAMPLE_ROUND = 96, 32, 128
 SAMPLE_WORDS = (4, 12, 24, 40, 72)
 EXCERPT_WORDS = (4, 8, 16, 30)
@@ -65,7 +67,7 @@ def sampled_answers(
 
 def sample_count(decoder: Decoder, parameters: int) -> int:
     """How many texts a model is calibrated on; a narrow one has fewer moments to learn."""
-    return max(SAMPLES[0], min(SAMPLES[1], 3 * decoder.width, SAMPLE_WORK // parameters))
+    return max(SAMPLES[0], min(SAMPLES[1], 3 * decoder.width, int(SAMPLE_WORK / parameters**1.25)))
 
 
 def _drawn(

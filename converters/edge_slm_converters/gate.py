@@ -24,6 +24,7 @@ from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.sampling import not_finite
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
+MEMORY = 512 << 20  # bytes of logits that are kept while variants are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,23 @@ def measure(
         return meter.result()
     except ValueError as error:
         raise CheckpointError(f"fidelity cannot be measured: {error}") from None
+
+
+def remembered(compute: LogitsOf) -> LogitsOf:
+    """The same logits, kept as far as MEMORY goes: the reference is asked for every variant."""
+    kept: dict[tuple[int, ...], Float32] = {}
+    free = MEMORY
+
+    def logits(ids: Sequence[int]) -> Float32:
+        nonlocal free
+        if (found := kept.get(tuple(ids))) is None:
+            found = compute(ids)
+            if found.nbytes <= free:
+                kept[tuple(ids)] = found = found.copy()
+                free -= found.nbytes
+        return found
+
+    return logits
 
 
 def refusals(

@@ -17,6 +17,7 @@ from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.prompt import PromptForm
+from edge_slm_runtime.records import Request
 
 REQUESTS = (
     "a cosy cabin in the snow",
@@ -79,18 +80,20 @@ def own_answers(slm: SLM, source: Checkpoint) -> list[Scored]:
     """The model's own answers to `built_in_requests`, to be scored."""
     tokens = min(EXAMPLE_TOKENS, source.decoder.positions // 2)
     asked = built_in_requests(source, EXAMPLES, tokens)
-    answers = _greedy(slm, asked, tokens)
+    settings = {"no_repeat_ngram_size": 0, "keep_length": False, "max_new_tokens": tokens}
+    requests = [Request.of(one.request, **one.command.as_dict(), **settings) for one in asked]
     return [
-        Scored((*one.prompt, *ids), len(one.prompt))
-        for one, ids in zip(asked, answers, strict=True)
-        if ids
+        Scored((*one.prompt, *answer.token_ids), len(one.prompt))
+        for one, answer in zip(asked, slm.generate_batch(requests, EXAMPLES), strict=True)
+        if answer.token_ids
     ]
 
 
 def golden_ids(slm: SLM, source: Checkpoint) -> list[tuple[int, ...]]:
     """A variant's token ids for the requests of `goldens`."""
     tokens = min(GOLDEN_TOKENS, source.decoder.positions // 2)
-    return _greedy(slm, built_in_requests(source, GOLDENS, tokens), tokens)
+    asked = built_in_requests(source, GOLDENS, tokens)
+    return [slm.greedy_ids(one.request, one.command, tokens) for one in asked]
 
 
 def goldens(source: Checkpoint, ids: Mapping[str, Sequence[tuple[int, ...]]]) -> list[Golden]:
@@ -104,7 +107,3 @@ def goldens(source: Checkpoint, ids: Mapping[str, Sequence[tuple[int, ...]]]) ->
         Golden(one.request, one.command, tokens, {name: found[i] for name, found in ids.items()})
         for i, one in enumerate(asked)
     ]
-
-
-def _greedy(slm: SLM, asked: Sequence[Asked], tokens: int) -> list[tuple[int, ...]]:
-    return [slm.greedy_ids(one.request, one.command, tokens) for one in asked]

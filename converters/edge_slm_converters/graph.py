@@ -104,13 +104,11 @@ class DecoderGraph:
                 x = graph.node("Gather", [x, last], LAST_POSITION[0], axis=1)
                 residual = graph.node("Gather", [residual, last], LAST_POSITION[1], axis=1)
             x = self.linear(x, f"layers.{i}.out")
-            x, residual = self.add_and_norm(
-                x, residual, f"layers.{i}.mlp_norm", self.bias(f"layers.{i}.out")
-            )
+            x, residual = self.add_and_norm(x, residual, f"layers.{i}.mlp_norm", f"layers.{i}.out")
             x = self.feed_forward(i, x)
             last_layer = i + 1 == decoder.layers
             norm = "final_norm" if last_layer else f"layers.{i + 1}.attention_norm"
-            x, residual = self.add_and_norm(x, residual, norm, self.bias(f"layers.{i}.down"))
+            x, residual = self.add_and_norm(x, residual, norm, f"layers.{i}.down")
         logits = self.precision.head(graph, x, "head", self.head)
         graph.node("Identity", [logits], "logits")
 
@@ -178,11 +176,12 @@ class DecoderGraph:
         return self.graph.node(op, inputs, stored_name(norm), axis=-1, epsilon=epsilon)
 
     def add_and_norm(
-        self, x: str, residual: str, norm: str, bias: str | None = None
+        self, x: str, residual: str, norm: str, linear: str | None = None
     ) -> tuple[str, str]:
-        """(the normalised x + bias + residual, x + bias + residual)."""
+        """(the normalised sum, the sum) of x, the bias of `linear`, whose output x is, and the
+        residual."""
         inputs = [x, residual, *self.norm_weights(norm)]
-        if bias:
+        if linear and (bias := self.bias(linear)):
             inputs.append(bias)
         name = stored_name(norm)
         total = f"{name}.residual"

@@ -265,15 +265,11 @@ def _examples(model: Model, options: dict[str, Any]) -> list[Example]:
     """Pairs of --data that the recipe of the bundle holds out; for an untrained model, those
     that a default recipe does."""
     from edge_slm.cli.convert import held_out
-    from edge_slm.distill.split import HOLDOUT_PERCENT
 
     if not options["data"]:
         return []
-    untrained = {"recipe": {"data": {"holdout_percent": HOLDOUT_PERCENT}}}
-    recipe = model.manifest.provenance.get("recipe") or untrained
-    return held_out(
-        options["data"], model.manifest.prompt.grammar.tasks, recipe, options["examples"]
-    )
+    recipe = model.manifest.provenance.get("recipe")
+    return held_out(options["data"], model.manifest.prompt, recipe, options["examples"])
 
 
 def _write(report: Report, out: Path) -> None:

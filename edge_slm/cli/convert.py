@@ -13,6 +13,7 @@ from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_b
 from edge_slm.cli.options import folder
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import DataError, DependencyMissing
+from edge_slm_runtime.prompt import PromptForm
 
 if TYPE_CHECKING:
     from edge_slm_bench.metrics.examples import Example
@@ -123,12 +124,14 @@ def convert_with_bar(
 
 
 def held_out_examples(checkpoint: Checkpoint, data: Sequence[Path]) -> list[Example]:
-    """About 30 held-out pairs per task. Raises DataError when the checkpoint's recipe does
-    not say what was held out."""
-    tasks = checkpoint.form.grammar.tasks
+    """About 30 held-out pairs per task, or 100 for a model without commands. Raises DataError
+    when a commanded model's recipe does not say what was held out."""
+    schema = checkpoint.form.schema
+    if schema is None:
+        return held_out(data, checkpoint.form, None, 100)
     try:
         recipe = json.loads((checkpoint.path / "recipe.json").read_text("utf-8"))
-        return held_out(data, tasks, recipe, 30 * len(tasks))
+        return held_out(data, checkpoint.form, recipe, 30 * len(schema.tasks))
     except (OSError, ValueError, KeyError):
         raise DataError(
             f"{checkpoint.path} has no recipe.json that says what was held out", "leave --data out"
@@ -136,17 +139,20 @@ def held_out_examples(checkpoint: Checkpoint, data: Sequence[Path]) -> list[Exam
 
 
 def held_out(
-    data: Sequence[Path], tasks: Sequence[str], recipe: Mapping[str, Any], count: int
+    data: Sequence[Path], form: PromptForm, recipe: Mapping[str, Any] | None, count: int
 ) -> list[Example]:
-    """`count` pairs that training by `recipe` (recipe.json of a checkpoint) held out, each
-    with its task and length as the command. Raises KeyError when the recipe lacks them."""
+    """`count` pairs that training by `recipe` (recipe.json of a checkpoint) held out, or that
+    a default recipe would; each with its task and length as the command, if the form of
+    prompts has commands. Raises KeyError when the recipe lacks what was held out."""
     from edge_slm.distill.samples import held_out_samples
+    from edge_slm.distill.split import HOLDOUT_PERCENT, Reading
     from edge_slm_bench.metrics.examples import Example
 
-    percent = recipe["recipe"]["data"]["holdout_percent"]
+    facts = recipe["recipe"]["data"] if recipe else {"holdout_percent": HOLDOUT_PERCENT}
+    tasks = form.schema.tasks if form.schema else None
     return [
-        Example(s.request, Command(s.task, s.words), s.response)
-        for s in held_out_samples(data, tasks, count, percent)
+        Example(s.request, Command(s.task if tasks else None, s.words), s.response)
+        for s in held_out_samples(data, tasks, count, Reading.of(facts))
     ]
 
 
@@ -155,10 +161,12 @@ def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> AnswerJudge | None
     warning, when its packages are not installed."""
     from edge_slm.distill.evaluate.scorers import TextJudge
     from edge_slm.distill.samples import divide, read_samples
+    from edge_slm.distill.split import Reading
 
     recipe = json.loads((checkpoint.path / "recipe.json").read_text("utf-8"))
-    pairs = [sample for sample in read_samples(data) if sample.request]
-    train, _ = divide(pairs, recipe["recipe"]["data"]["holdout_percent"])
+    reading = Reading.of(recipe["recipe"]["data"])
+    pairs = [sample for sample in read_samples(data, reading=reading) if sample.request]
+    train, _ = divide(pairs, reading.holdout_percent)
     try:
         return TextJudge(train, checkpoint.form.grammar.tasks)
     except DependencyMissing as error:

@@ -48,8 +48,8 @@ def _named(
     multiple=True,
     callback=_named,
     metavar="NAME=FILE",
-    help="Another model's answers to compare with: JSONL as the samples, or MODEL=http://… to "
-    "ask an OpenAI-compatible server. Up to 3.",
+    help="Another model's answers to compare with: JSONL as the samples, a bundle, or "
+    "MODEL=http://… to ask an OpenAI-compatible server. Up to 3.",
 )
 @click.option(
     "--baseline",
@@ -145,6 +145,7 @@ def measure(
     from edge_slm.distill.recipe import RewardRecipe
     from edge_slm.distill.rewards import make_reward
     from edge_slm.distill.samples import divide, held_out_samples, read_samples
+    from edge_slm.distill.split import Reading
 
     with ExitStack() as stack:
         slm = stack.enter_context(edge_slm.load(bundle, **settings))
@@ -153,15 +154,16 @@ def measure(
         if not made_by:
             raise DataError("the bundle does not say what was held out", "convert a trained model")
         recipe = made_by["recipe"]
-        percent = recipe["data"]["holdout_percent"]
+        reading = Reading.of(recipe["data"])
         reward = RewardRecipe.model_validate(recipe.get("reward", {}))
         report("read", 0, 1, "")
         for task in tasks:
             slm.schema.axis("task").value_of(task)
-        samples = held_out_samples(data, tasks or slm.schema.tasks, requests, percent)
+        samples = held_out_samples(data, tasks or slm.schema.tasks, requests, reading)
         if len(samples) < 2:
             raise DataError(f"{len(samples)} held-out requests are too few", "give more data")
-        train, _ = divide([s for s in read_samples(data) if s.request], percent)
+        pairs = [s for s in read_samples(data, reading=reading) if s.request]
+        train, _ = divide(pairs, reading.holdout_percent)
         report("read", 1, 1, f"{len(samples)} held-out requests")
         return run(
             slm,
@@ -184,15 +186,20 @@ def measure(
 def _answers(
     name: str, source: str, samples: Sequence[Sample], report: StageProgress
 ) -> dict[str, str]:
-    """Request → text, of a JSONL file or of the server at an address."""
+    """Request → text, of a JSONL file, a bundle or the server at an address."""
     from edge_slm.distill.recipe import TeacherRecipe
     from edge_slm.distill.samples import read_jsonl
     from edge_slm.distill.teachers import Ask, make_teacher
 
-    if source.startswith(("http://", "https://")):
-        teacher = make_teacher(
-            TeacherRecipe(kind="server", model=name, temperature=0), server=source, journal=None
+    server = source if source.startswith(("http://", "https://")) else None
+    if server or Path(source).is_dir():
+        recipe = TeacherRecipe(
+            kind="server" if server else "bundle",
+            model=name if server else source,
+            source="data",
+            temperature=0,
         )
+        teacher = make_teacher(recipe, server=server, journal=None)
         asks = [Ask(s.task, s.request, words=s.words) for s in samples]
         answered = teacher.answer(asks, 1, lambda i, n: report(f"ask {name}", i, n, ""))
         return {ask.request: texts[0] for ask, texts in answered if texts}

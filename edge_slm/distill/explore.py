@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_slm.distill.buffer import Scored
-from edge_slm.distill.generate import Episode, EpisodeGenerator
-from edge_slm.distill.hindsight import Edges, level_of
+from edge_slm.distill.engine import EngineGenerator
+from edge_slm.distill.generate import Episode, EpisodeGenerator, Generator
+from edge_slm.distill.levels import Edges, Levels
+from edge_slm.distill.precision import use_bf16
 from edge_slm.distill.prepare import Prepared
+from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.rewards import Reward
 from edge_slm.distill.samples import Sample
 from edge_slm.journal import Journal
@@ -30,15 +34,13 @@ from edge_slm_runtime.files import write_jsonl
 _CHUNK = 512  # episodes generated together; a killed round repeats at most these
 
 
-def command(
-    task: str, best: Sequence[Scored], edges: Sequence[float], rng: random.Random
-) -> Command:
+def command(task: str, best: Sequence[Scored], levels: Levels, rng: random.Random) -> Command:
     """The next command for a task, derived from its best episodes."""
     horizon = round(float(np.mean([sample.words for sample, _ in best])))
     returns = [reward for _, reward in best]
     mean, deviation = float(np.mean(returns)), float(np.std(returns))
-    level = level_of(rng.uniform(mean, mean + deviation), edges)
-    return Command(task, min(max(horizon, 1), WORD_EDGES[-1] - 1), level)
+    words = min(max(horizon, 1), WORD_EDGES[-1] - 1)
+    return Command(task, words, levels.of(rng.uniform(mean, mean + deviation), words))
 
 
 def plan(prepared: Prepared, edges: Edges, number: int) -> list[Episode]:
@@ -77,18 +79,40 @@ def explore(
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     ended = [row for row in rows if row["ended"]]
     own = [Sample(row["request"], row["text"], row["task"], "own") for row in ended]
-    prepared.buffer.add(own, [row["reward"] for row in ended])
+    kept = _best(ended, prepared.recipe.explore.keep)
+    prepared.buffer.add([own[i] for i in kept], [ended[i]["reward"] for i in kept])
     errors = [abs(row["words"] - sample.words) for row, sample in zip(ended, own, strict=True)]
     asked = [row["relevance"] for row in ended]
-    got = [level_of(row["reward"], edges[row["task"]]) for row in ended]
+    got = [edges[s.task].of(row["reward"], s.words) for row, s in zip(ended, own, strict=True)]
     return {
         "episodes": len(rows),
         "ended": len(ended),
+        "kept": len(kept),
         "mean_reward": round(float(np.mean([row["reward"] for row in ended])), 4),
         "mean_level_asked": round(float(np.mean(asked)), 2),
         "mean_level_achieved": round(float(np.mean(got)), 2),
         "mean_word_error": round(float(np.mean(errors)), 2),
     }
+
+
+def _best(rows: Sequence[Mapping[str, Any]], keep: int) -> list[int]:
+    """Indices of the `keep` rows of each task and request with the highest reward; 0: of all."""
+    if not keep:
+        return list(range(len(rows)))
+    taken: Counter[tuple[str, str]] = Counter()
+    best = []
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i]["reward"]):
+        key = rows[i]["task"], rows[i]["request"]
+        taken[key] += 1
+        if taken[key] <= keep:
+            best.append(i)
+    return sorted(best)
+
+
+def _generator(recipe: Recipe, checkpoint: Path) -> Generator:
+    if recipe.explore.engine == "own":
+        return EngineGenerator(checkpoint)
+    return EpisodeGenerator(checkpoint, bf16=use_bf16(recipe.train.precision))
 
 
 def _generate(
@@ -101,11 +125,11 @@ def _generate(
     report: StageProgress,
 ) -> None:
     recipe = prepared.recipe
-    path, bf16 = out.with_suffix(".journal"), recipe.train.precision == "bf16"
+    path = out.with_suffix(".journal")
     with Journal(path, group=_CHUNK) as journal:
         generator = None
         for start in range(journal.count, len(episodes), _CHUNK):
-            generator = generator or EpisodeGenerator(checkpoint, bf16=bf16)
+            generator = generator or _generator(recipe, checkpoint)
             chunk = episodes[start : start + _CHUNK]
             answers = generator(chunk, temperature=recipe.explore.temperature)
             for episode, answer in zip(chunk, answers, strict=True):

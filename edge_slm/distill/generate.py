@@ -8,13 +8,14 @@ in floating point (of which bf16 has more).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from edge_slm.progress import Progress
 from edge_slm_converters.text_side import read_schema
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import (
@@ -44,6 +45,18 @@ class Outcome:
 
     text: str
     ended: bool
+
+
+class Generator(Protocol):
+    """Generates the outcomes of episodes, in their order."""
+
+    def __call__(
+        self,
+        episodes: Sequence[Episode],
+        *,
+        temperature: float = 1.0,
+        progress: Progress | None = None,
+    ) -> list[Outcome]: ...
 
 
 class EpisodeGenerator:
@@ -87,7 +100,7 @@ class EpisodeGenerator:
         episodes: Sequence[Episode],
         *,
         temperature: float = 1.0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[Outcome]:
         """One answer per episode, in order. temperature 0 is greedy.
 

@@ -26,6 +26,7 @@ from typing import Any
 from edge_slm.distill.checkpoint import save_checkpoint, save_state
 from edge_slm.distill.explore import explore
 from edge_slm.distill.model import fresh_model, grown_model, weights_digest
+from edge_slm.distill.precision import use_bf16
 from edge_slm.distill.prepare import (
     Labelled,
     Prepared,
@@ -35,10 +36,11 @@ from edge_slm.distill.prepare import (
     prepare,
     read_text,
     text_records,
+    with_own,
 )
 from edge_slm.distill.recipe import Recipe, StageRecipe
 from edge_slm.distill.rewards import Reward, make_reward
-from edge_slm.distill.samples import load_samples
+from edge_slm.distill.samples import read_requests
 from edge_slm.distill.teachers import make_teacher, teach
 from edge_slm.progress import StageProgress, silent
 from edge_slm_runtime.errors import DataError, DependencyMissing, TargetExists
@@ -82,11 +84,11 @@ def distill(
         report = silent
     cache = Path(cache) if cache else out / "cache"
     with accelerator.main_process_first():
-        if recipe.teacher:
-            data = [*data, _taught(recipe, data, out, server, report)]
         reward = make_reward(
-            recipe.reward, cache, bf16=recipe.train.precision == "bf16", server=server
+            recipe.reward, cache, bf16=use_bf16(recipe.train.precision), server=server
         )
+        if recipe.teacher:
+            data = [*data, _taught(recipe, data, reward, out, server, report)]
         prepared = prepare(recipe, data, reward, report)
     general = read_text(text) if text else ""
     training = _Training(recipe, prepared, general, reward, out, accelerator, report, max_steps)
@@ -120,19 +122,21 @@ def _accelerator(accelerate: Any) -> Any:
 
 
 def _taught(
-    recipe: Recipe, data: Sequence[str | Path], out: Path, server: str | None, report: StageProgress
+    recipe: Recipe,
+    data: Sequence[str | Path],
+    reward: Reward,
+    out: Path,
+    server: str | None,
+    report: StageProgress,
 ) -> Path:
     """The samples of the teacher, which answers requests of its own or those of the data."""
     assert recipe.teacher is not None
     tasks, requests = recipe.data.tasks, None
     if recipe.teacher.source == "data":
-        pairs, _, _ = load_samples(data, recipe.data, recipe.seed)
-        requests = {
-            task: list(dict.fromkeys(p.request for p in pairs if p.task == task)) for task in tasks
-        }
+        requests = read_requests(data, tasks, recipe.data.reading())
     teacher = make_teacher(recipe.teacher, server=server, journal=out / "teacher.journal.jsonl")
     target = out / "teacher.jsonl"
-    return teach(teacher, tasks, recipe.teacher, target, recipe.seed, report, requests)
+    return teach(teacher, tasks, recipe.teacher, target, recipe.seed, report, requests, reward)
 
 
 class _Training:
@@ -155,7 +159,10 @@ class _Training:
         self.out, self.accelerator, self.report = out, accelerator, report
         self.steps_left = max_steps
         if recipe.model.init:
-            model, self.tokenizer = grown_model(recipe.model, bare_schema(recipe), recipe.seed)
+            texts = [text for s in prepared.pairs for text in (f" {s.request}", s.response)]
+            model, self.tokenizer = grown_model(
+                recipe.model, bare_schema(recipe), recipe.seed, texts
+            )
         else:
             model = fresh_model(recipe.model, recipe.seed)
             self.tokenizer = new_tokenizer(prepared, general)
@@ -192,6 +199,7 @@ class _Training:
                 shutil.rmtree(start, ignore_errors=True)
             self.labelled = label(self.prepared, self.tokenizer)
             stage = StageRecipe(tokens=e.tokens, learning_rate=e.learning_rate)
+            self.labelled = with_own(self.labelled, e.own_share, f"{self.recipe.seed}/{number}")
             if not self.trained(name, stage, kl=e.kl, entropy=e.entropy, achieved=achieved):
                 return self.out / "state.pt"
         self.accelerator.wait_for_everyone()
@@ -273,7 +281,9 @@ class _Training:
         if not self.accelerator.is_main_process:
             return target
         recipe, facts = self.recipe, dict(self.prepared.facts)
-        facts["relevance_level_edges"] = dict(self.labelled.edges)
+        facts["relevance_level_edges"] = {
+            task: levels.to_json() for task, levels in self.labelled.edges.items()
+        }
         facts["samples_too_long"] = self.labelled.too_long
         origin = {}
         if recipe.model.init:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_slm.distill.recipe import ModelRecipe
-from edge_slm.distill.tokenizer import with_control_tokens
+from edge_slm.distill.tokenizer import trimmed, with_control_tokens
 from edge_slm_converters.architectures import architecture_of
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.checkpoint import HEAD
-from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.command import END, REQUEST, CommandSchema
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
 
@@ -28,14 +28,17 @@ def fresh_model(recipe: ModelRecipe, seed: int) -> Any:
     return _of_decoder(recipe.decoder(), recipe)
 
 
-def grown_model(recipe: ModelRecipe, schema: CommandSchema, seed: int) -> tuple[Any, Any]:
+def grown_model(
+    recipe: ModelRecipe, schema: CommandSchema, seed: int, texts: Iterable[str] = ()
+) -> tuple[Any, Any]:
     """(model, tokenizer) of `recipe.init`, with the control tokens of the schema in front of
     its vocabulary.
 
     init: a folder in the Hugging Face layout, its name on the hub, or a GGUF file. Tokens keep
     their embeddings; those of new tokens are drawn from the mean and standard deviation of
-    all (as in Quark, Lu et al., arXiv 2205.13636). Positions beyond the recipe's are cut
-    off. Raises CheckpointError.
+    all (as in Quark, Lu et al., arXiv 2205.13636), those of neighbouring values alike. With
+    `recipe.trim`, only so many tokens are kept, those that `texts` use. Positions beyond the
+    recipe's are cut off. Raises CheckpointError.
     """
     import torch
     from tokenizers import Tokenizer
@@ -50,12 +53,21 @@ def grown_model(recipe: ModelRecipe, schema: CommandSchema, seed: int) -> tuple[
             f"{recipe.positions}",
             "lower model.positions",
         )
-    tokenizer, old_ids = with_control_tokens(old_tokenizer, schema)
+    vocabulary = {token["content"]: token["id"] for token in old_tokenizer["added_tokens"]}
+    vocabulary |= old_tokenizer["model"]["vocab"]
+    if recipe.trim:
+        old_tokenizer = trimmed(old_tokenizer, texts, recipe.trim)
+    tokenizer, _ = with_control_tokens(old_tokenizer, schema)
+    names = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    # What begins and ends its texts begins and ends ours.
+    vocabulary = {REQUEST: config.bos_token_id, END: config.eos_token_id} | vocabulary
+    old_ids = [vocabulary.get(token) for token, _ in names]
     generator = torch.Generator().manual_seed(seed)
     tables = [model.get_input_embeddings]
     if not config.tie_word_embeddings:
         tables.append(model.get_output_embeddings)
-    rows = [_renumbered(table().weight.data, old_ids, generator) for table in tables]
+    likeness = _likeness(schema)
+    rows = [_renumbered(table().weight.data, old_ids, likeness, generator) for table in tables]
     model.resize_token_embeddings(len(old_ids), mean_resizing=False)
     for table, values in zip(tables, rows, strict=True):
         table().weight.data.copy_(values)
@@ -129,16 +141,39 @@ def _from_gguf(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
         name if name == HEAD else architecture.PREFIX + name: torch.from_numpy(np.array(tensor))
         for name, tensor in as_stored(layout, source.tensors).items()
     }
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(model.config, name, source.metadata.values.get(f"tokenizer.ggml.{name}"))
     # What may be missing: a tied head, and buffers.
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     return model, tokenizer_json(source.metadata.values)
 
 
-def _renumbered(old: Any, old_ids: Sequence[int | None], generator: Any) -> Any:
+def _likeness(schema: CommandSchema) -> Any:
+    """[control tokens, control tokens]: weights that make the draws of neighbouring values of
+    an ordered axis alike, each of norm 1. What is learnt of one length then holds for the
+    next, which a few thousand records need."""
+    import torch
+
+    control = schema.special_tokens()
+    at = torch.arange(len(control), dtype=torch.float32)
+    weights = torch.eye(len(control))
+    for axis in schema.axes:
+        if axis.kind == "category":
+            continue
+        tokens = [control.index(axis.token(value)) for value in axis.values]
+        rows = slice(tokens[0], tokens[-1] + 1)
+        width = 1.5 if axis.kind == "bucket" else 0.5
+        distance = at[rows, None] - at[None, rows]
+        weights[rows, rows] = torch.exp(-(distance**2) / (2 * width**2))
+    return weights / weights.norm(dim=1, keepdim=True)
+
+
+def _renumbered(old: Any, old_ids: Sequence[int | None], likeness: Any, generator: Any) -> Any:
     """[new tokens, width]: the rows of the old ids; new rows as those are distributed."""
     import torch
 
     drawn = torch.randn(len(old_ids), old.shape[1], generator=generator)
+    drawn[: len(likeness)] = likeness @ drawn[: len(likeness)]
     rows = old.mean(0) + old.std(0) * drawn
     known = torch.tensor([i is not None for i in old_ids])
     rows[known] = old[torch.tensor([i for i in old_ids if i is not None])]

@@ -41,7 +41,8 @@ def encode_records(
     """(records that fit into `positions` tokens, how many did not fit)."""
     tokenizer.encode_special_tokens = True  # control tokens in data are plain text
     end = tokenizer.token_to_id(END)
-    requests = tokenizer.encode_batch([r.request for r in records], add_special_tokens=False)
+    spelt = [" " * schema.spaced + schema.recased(r.request, r.command.task) for r in records]
+    requests = tokenizer.encode_batch(spelt, add_special_tokens=False)
     responses = tokenizer.encode_batch([r.response for r in records], add_special_tokens=False)
     encoded = [
         Encoded(q.ids, [*a.ids, end], record, _words_begun(a.tokens))
@@ -106,9 +107,12 @@ class Packer:
         length: int,
         dropout: float,
         seed: int,
+        bare: float = 0.0,
     ) -> None:
+        """dropout: of each axis of a command; bare: of all at once."""
         self._records, self._schema = records, schema
-        self._rows, self._length, self._dropout, self._seed = rows, length, dropout, seed
+        self._rows, self._length, self._seed = rows, length, seed
+        self._dropout, self._bare = dropout, bare
 
     def _size(self, record: Encoded) -> int:
         overhead = self._schema.overhead if record.record else 1
@@ -154,7 +158,9 @@ class Packer:
                 encoded = self._records[index]
                 prompt, has_length = [0], False  # END is id 0
                 if encoded.record:
-                    command = drop(encoded.record.command, self._dropout, rng)
+                    command = encoded.record.command
+                    if encoded.record.kind != "mismatch":  # which is wrong without its level
+                        command = drop(command, self._dropout, rng, self._bare)
                     prompt = self._schema.frame(encoded.request, command)
                     has_length = command.words is not None
                 tokens = prompt + encoded.response

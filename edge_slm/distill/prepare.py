@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.buffer import Buffer
-from edge_slm.distill.hindsight import Edges, build_schema, level_edges, relabel
+from edge_slm.distill.hindsight import build_schema, relabel
+from edge_slm.distill.levels import Edges, level_edges
 from edge_slm.distill.packing import Encoded, encode_records, encode_text
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.rewards import Reward
@@ -54,7 +56,7 @@ def prepare(
     """Raises DataError (unusable data, by file and line) and DependencyMissing."""
     report("read", 0, 1, "")
     pairs, held, lone = load_samples(data, recipe.data, recipe.seed)
-    samples = vary(pairs, lone, recipe.hindsight, recipe.data.holdout_percent, recipe.seed)
+    samples = vary(pairs, lone, recipe.hindsight, recipe.data.reading().held_percent, recipe.seed)
     report("read", 1, 1, f"{len(pairs)} pairs → {len(samples)} samples")
     scores = reward.score(samples + held, lambda done, total: report("score", done, total, ""))
     buffer = Buffer(recipe.hindsight.capacity)
@@ -75,9 +77,10 @@ def label(prepared: Prepared, tokenizer: Any) -> Labelled:
     """Levels from the present buffer, and all samples labelled with them."""
     recipe, h = prepared.recipe, prepared.recipe.hindsight
     samples, rewards = prepared.buffer.samples(), prepared.buffer.rewards()
-    edges = level_edges(samples, rewards, h.levels, h.quantiles)
+    edges = level_edges(samples, rewards, h.levels, bands=h.bands, together=h.quantiles == "global")
     records = relabel(samples, rewards, edges, plain=h.plain)
-    schema = build_schema(recipe.data.tasks, records, h.levels, h.position)
+    spelling = {"cases": dict(recipe.data.cases), "spaced": recipe.data.spaced}
+    schema = build_schema(recipe.data.tasks, records, h.levels, h.position, **spelling)
     positions = recipe.model.positions
     train, too_long = encode_records(records, tokenizer, schema, positions)
     held = relabel(prepared.held, prepared.held_rewards, edges, plain=h.plain)
@@ -85,11 +88,24 @@ def label(prepared: Prepared, tokenizer: Any) -> Labelled:
     return Labelled(schema, edges, train, valid, too_long)
 
 
+def with_own(labelled: Labelled, share: float, seed: str) -> Labelled:
+    """With as many of the other training records as make own episodes `share` of all; 0: all."""
+    own = [e for e in labelled.train if e.record and e.record.kind == "own"]
+    others = [e for e in labelled.train if not e.record or e.record.kind != "own"]
+    count = round(len(own) * (1 - share) / share) if share else len(others)
+    if count >= len(others):
+        return labelled
+    chosen = random.Random(seed).sample(others, count)
+    return replace(labelled, train=own + chosen)
+
+
 def bare_schema(recipe: Recipe) -> CommandSchema:
     """The grammar without support; it has all control tokens."""
     return CommandSchema(
         default_axes(recipe.data.tasks, recipe.hindsight.levels),
         position=recipe.hindsight.position,
+        cases=dict(recipe.data.cases),
+        spaced=recipe.data.spaced,
     )
 
 

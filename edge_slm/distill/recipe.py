@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from edge_slm.distill.split import HOLDOUT_PERCENT
+from edge_slm.distill.split import HOLDOUT_PERCENT, Reading
 from edge_slm_runtime.command import (
     ANY,
     RELEVANCE_LEVELS,
+    WORD_EDGES,
     CommandSchema,
     Position,
     default_axes,
@@ -37,7 +38,16 @@ else:
 
 
 Count = Annotated[int, Field(ge=0)]
-_NEWER = ("architecture", "kv_heads", "inner")  # of [model], later than version 0.1.0
+# Settings by section that are newer than published checkpoints.
+_NEWER = {
+    "data": "dev_percent max_response_words sentences leave_out mix words cases spaced".split(),
+    "teacher": ["keep"],
+    "reward": ["gated"],
+    "hindsight": "cut_share fragment_share bare_share bands".split(),
+    "model": "architecture kv_heads inner trim".split(),
+    "train": ["evaluate_rows"],
+    "explore": "engine keep own_share".split(),
+}
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it becomes part of a token
 
 
@@ -51,23 +61,37 @@ class DataRecipe(_Section):
     tasks: tuple[TaskName, ...] = Field(min_length=1)
     max_rows: dict[str, Annotated[int, Field(ge=1)]] = {}  # per task; none = all
     holdout_percent: int = Field(default=HOLDOUT_PERCENT, ge=0, le=50)
+    dev_percent: int = Field(default=0, ge=0, le=50)  # besides; 0: the held-out ones are
     max_request_words: int = Field(default=40, ge=1)
+    max_response_words: int = Field(default=WORD_EDGES[-1] - 1, ge=1)
+    sentences: tuple[TaskName, ...] = ()  # tasks whose responses end in a full stop
+    leave_out: tuple[str, ...] = ()  # sources of rows, by the beginning of their "source"
+    mix: dict[str, Annotated[float, Field(gt=0)]] = {}  # per task; shares of response words
+    words: int = Field(default=0, ge=0)  # of all responses that are used, by `mix`; 0: all
+    cases: dict[str, Literal["lower", "title"]] = {}  # per task, of requests
+    spaced: bool = False  # whether a space precedes requests
+
+    def reading(self) -> Reading:
+        """How samples are read, for `read_samples`."""
+        return Reading.of(self.model_dump())
 
 
 class TeacherRecipe(_Section):
     """The teacher, and how many samples it writes before training begins."""
 
-    kind: Literal["grammar", "server", "transformers"]
-    model: str = ""  # the server's name of it, or a folder or hub name
+    kind: Literal["grammar", "bundle", "server", "transformers"]
+    model: str = ""  # a bundle; the server's name of it; or a folder or hub name
     source: Literal["invent", "data"] = "invent"  # requests: its own, or those of the data
     requests: int = Field(default=1000, ge=1)  # per task
     candidates: int = Field(default=4, ge=1)  # answers per request
+    keep: int = Field(default=0, ge=0)  # best candidates by reward; 0: all
     temperature: float = Field(default=0.9, ge=0)
 
 
 class RewardRecipe(_Section):
     """Weights of the parts of the reward; a part of weight 0 is not computed."""
 
+    gated: bool = False  # fluency multiplies the mean of the others; cosines count up to 0.7
     relevance: float = Field(default=1.0, ge=0)
     keywords: float = Field(default=0.0, ge=0)
     fluency: float = Field(default=0.0, ge=0)
@@ -78,13 +102,17 @@ class RewardRecipe(_Section):
 class HindsightRecipe(_Section):
     """Variants of samples, and the outcomes that become commands."""
 
-    cuts: dict[str, Count] = {}  # per task: length variants per sample, cut at clause ends
+    cuts: dict[str, Count] = {}  # per task: length variants per sample, whole at their length
+    cut_share: float = Field(default=1.0, ge=0, le=1)  # at most, of the words of all responses
     fragments: dict[str, Count] = {}  # per task: requests made of phrases of the response
+    fragment_share: float = Field(default=1.0, ge=0, le=1)  # at most, of all samples
     mismatch_share: float = Field(default=0.12, ge=0, lt=1)
     command_dropout: float = Field(default=0.1, ge=0, lt=1)
+    bare_share: float = Field(default=0.0, ge=0, lt=1)  # records with all axes left open
     plain: bool = False  # supervised training: commands have a task alone
     levels: int = Field(default=RELEVANCE_LEVELS, ge=2, le=20)
     quantiles: Literal["task", "global"] = "task"
+    bands: int = Field(default=1, ge=1)  # of length, each with levels of its own
     position: Position = "bottom"  # of the command, seen from the request
     capacity: int = Field(default=1_000_000, ge=1)  # samples the buffer keeps per task
 
@@ -93,6 +121,7 @@ class ModelRecipe(_Section):
     """The shape of a fresh model; with `init`, only `positions` and `dropout` count."""
 
     init: str = ""  # to start from: a checkpoint's folder or hub name, or a GGUF file
+    trim: int = Field(default=0, ge=0)  # with `init`: tokens to keep, those that the data uses
     architecture: Literal["gpt2", "llama"] = "gpt2"
     vocab_size: int = Field(default=6144, ge=512)
     layers: int = Field(default=6, ge=1)
@@ -154,11 +183,12 @@ class TrainRecipe(_Section):
     warmup_steps: int = Field(default=100, ge=0)
     clip: float = Field(default=1.0, gt=0)
     countdown: float = Field(default=0.0, ge=0)  # weight of the auxiliary word-count loss
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: the faster one, measured
     compile: bool = True
     gradient_checkpointing: bool = False
     save_every: int = Field(default=200, ge=1)  # steps
     evaluate_every: int = Field(default=200, ge=1)  # steps
+    evaluate_rows: int = Field(default=0, ge=0)  # held-out records to evaluate on; 0: all
 
 
 class StageRecipe(_Section):
@@ -176,6 +206,9 @@ class ExploreRecipe(_Section):
     rounds: int = Field(default=0, ge=0)
     requests: int = Field(default=1000, ge=1)  # drawn per task and round
     candidates: int = Field(default=2, ge=1)  # generations per request
+    engine: Literal["torch", "own"] = "torch"  # own: our fastest engine, int8
+    keep: int = Field(default=0, ge=0)  # best candidates by reward; 0: all
+    own_share: float = Field(default=0.0, ge=0, lt=1)  # of a round's records; 0: all are used
     best: int = Field(default=100, ge=1)  # episodes that a command is made from
     bands: int = Field(default=1, ge=1)  # length bands that take turns; 1 is the paper's way
     temperature: float = Field(default=1.0, gt=0)
@@ -204,8 +237,13 @@ class Recipe(_Section):
         tasks, model = self.data.tasks, self.model
         if len(set(tasks)) != len(tasks) or ANY in tasks:
             raise ValueError(f"data.tasks must be different names, none of them {ANY!r}")
-        per_task = {**self.data.max_rows, **self.hindsight.cuts, **self.hindsight.fragments}
-        named = [*per_task, *(task for stage in self.stages for task in stage.tasks)]
+        data, hindsight = self.data, self.hindsight
+        per_task = {**data.max_rows, **data.mix, **data.cases, **hindsight.cuts}
+        named = [
+            *per_task,
+            *hindsight.fragments,
+            *(task for stage in self.stages for task in stage.tasks),
+        ]
         if unknown := sorted(set(named) - set(tasks)):
             raise ValueError(f"settings for {unknown[0]!r}, which is not in data.tasks")
         if all(stage.kind == "text" for stage in self.stages):
@@ -222,8 +260,19 @@ class Recipe(_Section):
         if min(budgets) < self.train.batch_tokens:
             raise ValueError("tokens of every stage and round must be at least train.batch_tokens")
         reward = self.reward
-        if not reward.relevance + reward.keywords + reward.fluency + reward.judge:
+        if (
+            not reward.relevance
+            + reward.keywords
+            + reward.judge
+            + reward.fluency * (not reward.gated)
+        ):
             raise ValueError("reward: one of the weights must be above 0")
+        if self.teacher and self.teacher.kind == "bundle" and self.teacher.source != "data":
+            raise ValueError("teacher: a bundle invents no requests; set source = 'data'")
+        if data.words and not data.mix:
+            raise ValueError("data.words needs data.mix")
+        if data.mix and set(data.mix) != set(tasks):
+            raise ValueError("data.mix must name every task")
         return self
 
     @classmethod
@@ -272,7 +321,11 @@ class Recipe(_Section):
         """The settings, JSON-ready. Without newer ones at their defaults, so that the digest
         of an older recipe stays as it is."""
         data = self.model_dump(mode="json")
-        for name in _NEWER:
-            if data["model"][name] == ModelRecipe.model_fields[name].default:
-                del data["model"][name]
+        for section, names in _NEWER.items():
+            if data[section] is None:
+                continue
+            fields = type(getattr(self, section)).model_fields
+            for name in names:
+                if data[section][name] == json.loads(json.dumps(fields[name].default)):
+                    del data[section][name]
         return data

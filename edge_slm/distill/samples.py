@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_slm.distill.split import held_out
-from edge_slm_runtime.command import WORD_EDGES, clean_request, count_words
+from edge_slm.distill.cuts import whole_cuts, with_full_stop
+from edge_slm.distill.split import EVERYTHING, Reading, held_out
+from edge_slm_runtime.command import clean_request, count_words
 from edge_slm_runtime.errors import DataError, RequestError
 from edge_slm_runtime.words import UNFINISHED_REQUEST
 
@@ -33,10 +34,15 @@ class Sample:
         return count_words(self.response)
 
 
-def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, str]]:
+def read_jsonl(
+    paths: Iterable[str | Path], leave_out: Sequence[str] = ()
+) -> Iterator[tuple[str | None, str, str]]:
     """(request or None, response, task) of every line of the files (or folders of files).
 
-    Raises DataError with file and line.
+    A request alone, for a teacher to answer, has the response "".
+
+    leave_out: beginnings of the "source" of lines that are skipped. Raises DataError with
+    file and line.
     """
     for given in map(Path, paths):
         files = sorted(given.glob("*.jsonl")) if given.is_dir() else [given]
@@ -47,13 +53,15 @@ def read_jsonl(paths: Iterable[str | Path]) -> Iterator[tuple[str | None, str, s
                 with file.open("rb") as lines:
                     for number, line in enumerate(lines, 1):
                         if line.strip():
-                            yield _parse(line, f"{file}:{number}")
+                            *row, source = _parse(line, f"{file}:{number}")
+                            if not (leave_out and source.startswith(tuple(leave_out))):
+                                yield row[0], row[1] or "", row[2] or ""
             except OSError as error:
                 raise DataError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _parse(line: bytes, where: str) -> tuple[str | None, str, str]:
-    hint = 'expected {"request": text or null, "response": text, "task": name}'
+def _parse(line: bytes, where: str) -> tuple[str | None, str, str, str]:
+    hint = 'expected {"request": text or null, "response": text or null, "task": name}'
     try:
         row = json.loads(line.decode("utf-8-sig"))
         request, response, task = row["request"], row["response"], row["task"]
@@ -61,30 +69,38 @@ def _parse(line: bytes, where: str) -> tuple[str | None, str, str]:
         raise DataError(f"{where}: not a JSON object: {error}", hint) from None
     except KeyError as error:
         raise DataError(f"{where}: {error} is missing", hint) from None
+    response = "" if response is None and request else response
     for name, value in (("request", request or ""), ("response", response), ("task", task)):
         if not isinstance(value, str):
             raise DataError(f"{where}: {name} is {value!r}", hint)
         if any("\ud800" <= char <= "\udfff" for char in value):
             raise DataError(f"{where}: {name} holds half a character", "write valid UTF-8")
-    return request, response, task
+    return request, response, task, str(row.get("source", ""))
 
 
 def read_samples(
-    paths: Iterable[str | Path], tasks: Sequence[str] | None = None
+    paths: Iterable[str | Path],
+    tasks: Sequence[str] | None = None,
+    reading: Reading = EVERYTHING,
 ) -> Iterator[Sample]:
     """The usable samples of `tasks` (None: of all), white space folded.
 
     Usable: a complete request, and a response that differs from it and has a length that a
     command can ask for. A response alone has request "". Raises DataError with file and line.
     """
-    for request, response, task in read_jsonl(paths):
+    for request, response, task in read_jsonl(paths, reading.leave_out):
         if tasks is not None and task not in tasks:
             continue
         text = " ".join(response.split())
         if text.count('"') % 2:  # cut just before or after a closing quotation mark
             text = text.rstrip('" ')
-        if not 0 < count_words(text) < WORD_EDGES[-1]:
+        if count_words(text) > reading.longest:
+            whole = [cut for cut in whole_cuts(text) if count_words(cut) <= reading.longest]
+            text = whole[-1] if whole else ""
+        if not text:
             continue
+        if task in reading.sentences:
+            text = with_full_stop(text)
         if request is None:
             yield Sample("", text, task)
             continue
@@ -98,21 +114,40 @@ def read_samples(
             yield Sample(folded, text, task)
 
 
+def read_requests(
+    paths: Iterable[str | Path], tasks: Sequence[str], reading: Reading
+) -> dict[str, list[str]]:
+    """Task → the distinct requests for a teacher: those of all rows that are not held out."""
+    requests: dict[str, dict[str, None]] = {task: {} for task in tasks}
+    for request, _, task in read_jsonl(paths, reading.leave_out):
+        if not request or task not in requests:
+            continue
+        try:
+            folded = clean_request(request)
+        except RequestError:
+            continue
+        if not held_out(folded, reading.held_percent):
+            requests[task][folded] = None
+    return {task: list(found) for task, found in requests.items()}
+
+
 def divide(pairs: Sequence[Sample], percent: int) -> tuple[list[Sample], list[Sample]]:
     """(training side, held-out side) of the distinct pairs, by the hash of the request.
 
-    The same text often answers several requests: a held-out pair whose response begins
-    like one of the training side is on neither side.
+    Near-duplicates are on one side only: not trained on are pairs whose request has the words
+    of a held-out one, and not held out are pairs whose response begins like one that is
+    trained on, since the same text often answers several requests.
     """
     unique = list(dict.fromkeys(pairs))
-    train = [pair for pair in unique if not held_out(pair.request, percent)]
+    held = [pair for pair in unique if held_out(pair.request, percent)]
+    asked = {_words(pair.request) for pair in held}
+    train = [pair for pair in unique if _words(pair.request) not in asked]
     seen = {_opening(pair.response) for pair in train}
-    held = [
-        pair
-        for pair in unique
-        if held_out(pair.request, percent) and _opening(pair.response) not in seen
-    ]
-    return train, held
+    return train, [pair for pair in held if _opening(pair.response) not in seen]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word.strip(".,;:!?\"'()") for word in text.lower().split())
 
 
 def load_samples(
@@ -120,17 +155,22 @@ def load_samples(
 ) -> tuple[list[Sample], list[Sample], list[Sample]]:
     """(training pairs, held-out pairs, lone responses) of the recipe's tasks.
 
+    Held-out pairs: those of dev if the recipe has some, else all.
+
     Lone responses that begin like one of a pair are dropped, so that no held-out text is
     among them. Raises DataError when a task has no pair to train on.
     """
     pairs: list[Sample] = []
     lone: dict[str, Sample] = {}
-    for sample in read_samples(paths, recipe.tasks):
+    for sample in read_samples(paths, recipe.tasks, recipe.reading()):
         if not sample.request:
             lone[sample.response] = sample
         elif count_words(sample.request) <= recipe.max_request_words:
             pairs.append(sample)
-    side, held = divide(pairs, recipe.holdout_percent)
+    # The hash of a held-out request is below the percentage: those of dev are above the test's.
+    side, held = divide(pairs, recipe.reading().held_percent)
+    if recipe.dev_percent:
+        held = [pair for pair in held if not held_out(pair.request, recipe.holdout_percent)]
     rng = random.Random(seed)
     train: list[Sample] = []
     for task in recipe.tasks:
@@ -138,9 +178,22 @@ def load_samples(
         if not kept:
             raise DataError(f"no usable sample for task {task}", "check the data or the recipe")
         rng.shuffle(kept)
-        train += kept[: recipe.max_rows.get(task, len(kept))]
+        kept = kept[: recipe.max_rows.get(task, len(kept))]
+        if recipe.words:
+            kept = _as_long_as(kept, recipe.words * recipe.mix[task] / sum(recipe.mix.values()))
+        train += kept
     taken = {_opening(pair.response) for pair in pairs}
     return train, held, [s for s in lone.values() if _opening(s.response) not in taken]
+
+
+def _as_long_as(samples: Sequence[Sample], words: float) -> list[Sample]:
+    """The first samples, up to so many words of responses."""
+    chosen: list[Sample] = []
+    for sample in samples:
+        if (words := words - sample.words) < 0:
+            break
+        chosen.append(sample)
+    return chosen
 
 
 def _opening(text: str) -> str:
@@ -148,12 +201,14 @@ def _opening(text: str) -> str:
 
 
 def held_out_samples(
-    data: Sequence[str | Path], tasks: Sequence[str], count: int, percent: int
+    data: Sequence[str | Path], tasks: Sequence[str] | None, count: int, reading: Reading
 ) -> list[Sample]:
     """Up to `count` held-out samples, one per request, spread over `tasks` as evenly as the
-    data allows."""
+    data allows; None is all tasks of the data."""
     # Of all tasks: a text may be of one task in training and of another here.
-    _, held = divide([sample for sample in read_samples(data) if sample.request], percent)
+    pairs = [sample for sample in read_samples(data, reading=reading) if sample.request]
+    _, held = divide(pairs, reading.holdout_percent)
+    tasks = sorted({sample.task for sample in held}) if tasks is None else tasks
     by_task: dict[str, dict[str, Sample]] = {task: {} for task in tasks}
     for sample in held:
         if sample.task in by_task:

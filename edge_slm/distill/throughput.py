@@ -87,6 +87,8 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
         raise DependencyMissing(
             "training needs torch and accelerate", "pip install 'edge-slm[train]'"
         ) from None
+    from edge_slm.distill.precision import use_bf16
+
     t, accelerator = recipe.train, Accelerator()
     trainer = _trainer(recipe, steps + _WARM_UP, accelerator)
     batches, seconds, labelled, filled = trainer.batches(), [], 0, 0
@@ -101,7 +103,8 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
     batches.close()  # type: ignore[attr-defined]  # a generator
     on_gpu = accelerator.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    bf16 = t.precision == "bf16"
+    bf16 = use_bf16(t.precision)
+    precision = "bf16" if bf16 else "fp32"
     listed = _PEAKS.get(name) if bf16 else None
     peak = listed or _matmul_peak(accelerator.device, bf16)
     median = statistics.median(seconds)
@@ -109,7 +112,7 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "device": name,
-        "precision": t.precision,
+        "precision": precision,
         "compile": t.compile,
         "parameters": sum(p.numel() for p in trainer.plain.lm.parameters()),
         "tokens_per_step": trainer.tokens_per_step,
@@ -120,7 +123,7 @@ def measure(recipe: Recipe, steps: int = 20) -> dict[str, Any]:
         "filled": filled / (steps * trainer.tokens_per_step),
         "tflops": flops / median / 1e12,
         "peak_tflops": peak,
-        "peak": "data sheet, dense bf16" if listed else f"{t.precision} matmul measured here",
+        "peak": "data sheet, dense bf16" if listed else f"{precision} matmul measured here",
         "mfu": flops / median / 1e12 / peak,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
@@ -149,15 +152,11 @@ def _matmul_peak(device: Any, bf16: bool) -> float:
     """TFLOP/s of the best of several square matrix products."""
     import torch
 
+    from edge_slm.distill.precision import seconds_of_product
+
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if bf16 else torch.float32
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(20):
-        started = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e12
+    return 2 * size**3 / seconds_of_product(dtype, size, device) / 1e12
 
 
 @click.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,50 @@ def _refuse_other_kinds(tokenizer: dict[str, Any]) -> None:
         raise CheckpointError(f"its tokenizer is {kind} with {names}", "give a byte-level BPE")
     if tokenizer.get("normalizer") is not None:
         raise CheckpointError("its tokenizer has a normalizer, which would change requests")
+
+
+def trimmed(tokenizer: dict[str, Any], texts: Iterable[str], size: int) -> dict[str, Any]:
+    """tokenizer.json with at most `size` of its tokens: the bytes, and those that occur most
+    often in `texts`, with all that they are merged from. Ids are counted anew.
+
+    tokenizer: of a byte-level BPE, which can still write any text.
+    """
+    from tokenizers import Tokenizer
+
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in _merges(tokenizer)]
+    made_of: dict[str, tuple[str, str]] = {}
+    for left, right in merges:
+        made_of.setdefault(left + right, (left, right))
+    kept = {token for token in tokenizer["model"]["vocab"] if len(token) == 1}
+    for token, _ in _counts(Tokenizer.from_str(json.dumps(tokenizer)), texts).most_common():
+        needed = _needed(token, made_of) - kept
+        if len(kept) + len(needed) <= size:
+            kept |= needed
+    words = sorted((i, t) for t, i in tokenizer["model"]["vocab"].items() if t in kept)
+    model = {
+        **tokenizer["model"],
+        "vocab": {token: i for i, (_, token) in enumerate(words)},
+        "merges": [[a, b] for a, b in merges if {a, b, a + b} <= kept],
+    }
+    return {**tokenizer, "added_tokens": [], "post_processor": None, "model": model}
+
+
+def _merges(tokenizer: dict[str, Any]) -> list[Any]:
+    return list(tokenizer["model"]["merges"])
+
+
+def _counts(tokenizer: Any, texts: Iterable[str]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        counts.update(encoding.tokens)
+    return counts
+
+
+def _needed(token: str, made_of: Mapping[str, tuple[str, str]]) -> set[str]:
+    """The token and all that it is merged from."""
+    needed, todo = set(), [token]
+    while todo:
+        one = todo.pop()
+        needed.add(one)
+        todo += made_of.get(one, ())
+    return needed

@@ -26,6 +26,7 @@ import torch
 from edge_slm.distill.checkpoint import save_state
 from edge_slm.distill.objective import Learner, tensors
 from edge_slm.distill.packing import Batch, Encoded, Packer
+from edge_slm.distill.precision import use_bf16
 from edge_slm.distill.recipe import Recipe
 from edge_slm.progress import StageProgress
 from edge_slm_runtime.command import CommandSchema
@@ -125,17 +126,21 @@ class Trainer:
                 f"make train.batch_tokens a multiple of {processes} × model.positions",
             )
         self.micro = max(1, t.micro_tokens // length) if t.micro_tokens else self.rows
-        dropout = recipe.hindsight.command_dropout
+        h, valid = recipe.hindsight, stage.valid
+        if t.evaluate_rows:
+            step = max(1, len(valid) // t.evaluate_rows)
+            valid = valid[::step]
         self.packer, self.valid = (
             Packer(
                 encoded,
                 stage.schema,
                 rows=self.rows,
                 length=length,
-                dropout=share,
+                dropout=h.command_dropout * learning,
+                bare=h.bare_share * learning,
                 seed=recipe.seed,
             )
-            for encoded, share in ((stage.train, dropout), (stage.valid, 0.0))
+            for encoded, learning in ((stage.train, True), (valid, False))
         )
         self.tokens_per_step = self.rows * length
         self.total_steps = max(1, stage.tokens // self.tokens_per_step)
@@ -184,7 +189,10 @@ class Trainer:
         torch.manual_seed(zlib.crc32(drawn.encode()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
-                self.at, self.total_steps, self.stage.learning_rate, t.warmup_steps
+                self.at,
+                self.total_steps,
+                self.stage.learning_rate,
+                min(t.warmup_steps, self.total_steps // 10),
             )
         tokens = max(1, batch.loss_tokens)
         mine = batch.rows(slice(a.process_index, None, a.num_processes))
@@ -216,7 +224,7 @@ class Trainer:
     def forward(self, learner: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses of a batch in the precision of the recipe."""
         device = self.accelerator.device
-        bf16 = self.recipe.train.precision == "bf16"
+        bf16 = use_bf16(self.recipe.train.precision)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             parts: dict[str, torch.Tensor] = learner(tensors(batch, device))
         return parts

@@ -2,7 +2,8 @@
 
 Each has an outcome that is true of it:
 
-- *cuts*: the response ends early, at a clause end → shorter lengths;
+- *cuts*: the response ends early, at the end of a sentence or, in a list of phrases, at a
+  comma: it is whole at its length → shorter lengths;
 - *fragments*: the request is one or two phrases of the response → a text that contains its
   subject;
 - *mismatches*: the response belongs to another request → low relevance.
@@ -13,10 +14,11 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edge_slm.distill.cuts import whole_cuts
 from edge_slm.distill.samples import Sample
 from edge_slm.distill.split import held_out
 from edge_slm_runtime.command import count_words
@@ -25,16 +27,7 @@ from edge_slm_runtime.words import UNFINISHED_REQUEST
 if TYPE_CHECKING:
     from edge_slm.distill.recipe import HindsightRecipe
 
-_CLAUSE_END = re.compile(r"(?:[,;:]|(?<=[.!?]))(?=\s)")
 _PHRASE = re.compile(r"[^,;:.!?\"()\[\]]+")
-
-
-def clause_cuts(text: str) -> list[str]:
-    """All proper prefixes of `text` that end at a clause end, shortest first.
-
-    A full stop is kept: without it a complete sentence would look truncated.
-    """
-    return [text[: match.start()].rstrip() for match in _CLAUSE_END.finditer(text)]
 
 
 def fragment_request(text: str, rng: random.Random) -> str | None:
@@ -82,12 +75,14 @@ def vary(
         for _ in range(recipe.fragments.get(sample.task, 0)):
             if request := fragment_request(sample.response, rng):
                 pool.append(replace(sample, request=request, kind="fragment"))
+    pool = _at_most(pool, "fragment", recipe.fragment_share, lambda sample: 1, rng)
     pool = [sample for sample in pool if not held_out(sample.request, holdout_percent)]
     for sample in list(pool):
-        cuts = [cut for cut in clause_cuts(sample.response) if count_words(cut) >= 3]
+        cuts = [cut for cut in whole_cuts(sample.response) if count_words(cut) >= 3]
         for cut in rng.sample(cuts, min(len(cuts), recipe.cuts.get(sample.task, 0))):
-            if cut.lower() != sample.request.lower():
+            if cut.lower().strip(" .") != sample.request.lower().strip(" ."):
                 pool.append(replace(sample, response=cut, kind="cut"))
+    pool = _at_most(pool, "cut", recipe.cut_share, lambda sample: sample.words, rng)
     matched = {(sample.request, sample.response) for sample in pool}
     by_task: dict[str, list[Sample]] = defaultdict(list)
     for sample in pool:
@@ -99,3 +94,23 @@ def vary(
             if (one.request, other.response) not in matched:
                 pool.append(Sample(one.request, other.response, task, "mismatch"))
     return list(dict.fromkeys(pool))
+
+
+def _at_most(
+    pool: list[Sample],
+    kind: str,
+    share: float,
+    size: Callable[[Sample], int],
+    rng: random.Random,
+) -> list[Sample]:
+    """The pool with so many samples of a kind, drawn at random, that they are at most `share`
+    of the size of all."""
+    if share >= 1:
+        return pool
+    others = [sample for sample in pool if sample.kind != kind]
+    left = sum(map(size, others)) * share / (1 - share)
+    for sample in rng.sample(drawn := [s for s in pool if s.kind == kind], len(drawn)):
+        if (left := left - size(sample)) < 0:
+            break
+        others.append(sample)
+    return others

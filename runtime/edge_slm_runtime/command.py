@@ -50,6 +50,7 @@ WORD_EDGES: tuple[int, ...] = (
 )
 RELEVANCE_LEVELS = 10  # unless the schema says otherwise
 Position = Literal["bottom", "top", "both"]  # of the command, seen from the request
+Case = Literal["lower", "title"]  # of a request
 
 _CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
 _VALUE = re.compile(r"[A-Za-z0-9_-]+")  # allowed after the colon
@@ -172,13 +173,17 @@ class CommandSchema:
     support: task → axis name → axis value → count. A value with fewer than
     `min_support` samples counts as unseen. Empty support means "not recorded":
     everything in range is then taken as supported. position: where the command
-    stands; next to the answer ("bottom") small models follow it best.
+    stands; next to the answer ("bottom") small models follow it best. cases: task → case in
+    which its requests are written, that of its answers, so that copied words are the same
+    tokens on both sides. spaced: whether a space precedes a request, for the same reason.
     """
 
     axes: tuple[Axis, ...]
     support: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     min_support: int = 20
     position: Position = "bottom"
+    cases: Mapping[str, Case] = field(default_factory=dict)
+    spaced: bool = False
 
     # -- tokens ---------------------------------------------------------------
 
@@ -213,12 +218,21 @@ class CommandSchema:
     def render(self, request: str, command: Command) -> str:
         """The prompt as text (for people and tests; the model gets `encode`)."""
         before, after = self.around(command)
-        return before + clean_request(request) + after
+        return before + self.recased(clean_request(request), command.task) + after
+
+    def recased(self, request: str, task: str | None) -> str:
+        """A request in the case of its task."""
+        case = self.cases.get(task or "")
+        if case == "lower":
+            return request.lower()
+        if case == "title":
+            return " ".join(word[:1].upper() + word[1:] for word in request.split(" "))
+        return request
 
     def around(self, command: Command) -> tuple[str, str]:
         """Control tokens (before, after) the request, as text. Raises as `Axis.value_of`."""
         before, after = self._around(command)
-        return "".join(before), "".join(after)
+        return "".join(before) + " " * self.spaced, "".join(after)
 
     def _around(self, command: Command) -> tuple[list[str], list[str]]:
         told = self.command_tokens(command)
@@ -302,6 +316,8 @@ class CommandSchema:
             ],
             "min_support": self.min_support,
             "position": self.position,
+            **({"cases": dict(self.cases)} if self.cases else {}),
+            **({"spaced": True} if self.spaced else {}),
             "support": {t: {a: dict(c) for a, c in s.items()} for t, s in self.support.items()},
         }
 
@@ -318,6 +334,8 @@ class CommandSchema:
                 data.get("support", {}),
                 data.get("min_support", 20),
                 data.get("position", "bottom"),
+                data.get("cases", {}),
+                data.get("spaced", False),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestInvalid(f"command schema is malformed: {error!r}") from None
@@ -328,6 +346,11 @@ class CommandSchema:
             _check_axis(axis)
         if schema.position not in get_args(Position):
             raise ManifestInvalid(f"command schema: unknown position {shown(schema.position)}")
+        cases = schema.cases.items() if isinstance(schema.cases, Mapping) else [("", "")]
+        if any(case not in get_args(Case) or not isinstance(task, str) for task, case in cases):
+            raise ManifestInvalid("command schema: cases must be task → lower or title")
+        if not isinstance(schema.spaced, bool):
+            raise ManifestInvalid("command schema: spaced must be true or false")
         if not is_count(schema.min_support) or not _holds_counts(schema.support, depth=3):
             raise ManifestInvalid("command schema: support must be task → axis → value → count")
         return schema

@@ -137,10 +137,11 @@ class Decoder:
         """Width of the keys (or of the values) of a position."""
         return self.kv_heads * self.head_width
 
-    def cache_shape(self, rows: int) -> tuple[int, int, int, int, int]:
+    def cache_shape(self, rows: int, block: int = 1) -> tuple[int, int, int, int, int]:
         """[2 × layers, rows, kv_heads, positions, head_width]; a layer's keys come before its
-        values."""
-        return 2 * self.layers, rows, self.kv_heads, self.positions, self.head_width
+        values. Positions are filled up to a multiple of `block`."""
+        positions = -(-self.positions // block) * block
+        return 2 * self.layers, rows, self.kv_heads, positions, self.head_width
 
     def layer_matrices(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the matrices of a layer, by their names in MATRICES."""

@@ -93,13 +93,15 @@ class PromptForm:
         """The text before and after a request. Raises as `Axis.value_of`."""
         return self.schema.around(command) if self.schema else (self.before, self.after)
 
-    def clean(self, request: str) -> str:
+    def clean(self, request: str, command: Command | None = None) -> str:
         """A request as the model sees it: its ends stripped; white space within is folded
-        under a command, and is the caller's under the other forms.
+        under a command, in the case of its task, and is the caller's under the other forms.
 
         Raises RequestNotText, EmptyRequest, ControlTokenInRequest.
         """
-        return clean_request(request) if self.schema else valid_request(request)
+        if self.schema is None:
+            return valid_request(request)
+        return self.schema.recased(clean_request(request), command.task if command else None)
 
     def to_json(self) -> dict[str, Any]:
         """Keys of the manifest: `command` holds a grammar, `prompt` another form."""

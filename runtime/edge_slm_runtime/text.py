@@ -119,7 +119,7 @@ class TextCodec:
 
         Raises as `PromptForm.clean` and `Axis.value_of`, RequestTooLong, RequestNotText.
         """
-        text = self.form.clean(request)
+        text = self.form.clean(request, command)
         if self._positions is not None:
             self._refuse_huge(text)
         if smuggled := next((mark for mark in self._marks if mark in text), None):

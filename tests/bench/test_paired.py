@@ -141,6 +141,7 @@ def test_the_table_says_how_far_from_the_baseline() -> None:
     assert len({len(head), len(load), len(new)}) == 1
 
 
+@pytest.mark.slow
 def test_benchmarks_against_a_baseline(tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
 

@@ -243,6 +243,7 @@ def test_profile_stopped_by_ctrl_c_shows_what_it_has(tiny_bundle: Path) -> None:
     assert "choose onnx-int8 on 2 threads" in shown
 
 
+@pytest.mark.slow
 def test_demo_converts_and_measures_every_variant(tiny_checkpoint: Path) -> None:
     result = run("demo", "--checkpoint", tiny_checkpoint, "--threads", 1, "--json")
     cells = json.loads(result.stdout)["cells"]
@@ -253,6 +254,7 @@ def test_demo_converts_and_measures_every_variant(tiny_checkpoint: Path) -> None
         assert len({answer["asked"]["words"] for answer in cell["answers"][0]}) > 2
 
 
+@pytest.mark.slow
 def test_demo_prints_texts_and_a_table(tiny_checkpoint: Path) -> None:
     result = run("demo", "--checkpoint", tiny_checkpoint, "--threads", 1)
     assert result.exit_code == 0, result.stderr

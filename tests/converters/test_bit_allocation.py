@@ -236,7 +236,7 @@ def test_texts_are_as_many_as_are_worth_their_time() -> None:
     counts = [sample_count(d, sum(map(math.prod, d.shapes().values()))) for d in decoders]
     assert counts[:2] == [SAMPLES[0], 3 * 64]
     assert counts[2:] == sorted(counts[2:], reverse=True)
-    assert SAMPLES[0] <= counts[-1] < 1.2 * SAMPLES[0]
+    assert SAMPLES[0] <= counts[-1] < 1.5 * SAMPLES[0]
 
 
 def test_the_manifest_says_what_was_chosen(tiny_checkpoint: Path, tiny_bundle: Path) -> None:

@@ -269,6 +269,7 @@ def test_random_checkpoint_is_reproducible_and_overwrites_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_conversion_needs_no_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:
     program = (
         "import sys\n"

@@ -124,6 +124,7 @@ BIASES = {f"blk.0.{name}.bias": np.arange(WIDTH // 2) for name in ("attn_k", "at
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_smollm2_is_what_transformers_reads() -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

@@ -118,6 +118,7 @@ def test_every_way_of_splitting_is_that_of_llama_cpp(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_ids_are_those_of_transformers_where_it_splits_alike(metadata: dict[str, Any]) -> None:
     """transformers' own reader of GGUF files forgets to split digits, so there are none."""
     transformers = pytest.importorskip("transformers")

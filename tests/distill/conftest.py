@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,27 @@ def recipe() -> Recipe:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One embedding cache for all tests of this room."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def willing_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, made to like ending: answers of all lengths."""
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("willing") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, path)
+    weights = load_file(path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("ln_f.bias"))
+    embedding = weights[next(n for n in weights if n.endswith("wte.weight"))].float()
+    weights[name] += (1.2 * embedding[0] / embedding[0].norm()).to(weights[name].dtype)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def willing_bundle(willing_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edge_slm_converters import convert
+
+    path = tmp_path_factory.mktemp("willing") / "bundle"
+    convert(willing_checkpoint, path, ("onnx-fp32",), accept=True)
+    return path

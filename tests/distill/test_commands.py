@@ -31,6 +31,7 @@ tokens = 768
 """
 
 
+@pytest.mark.slow
 def test_distill_writes_a_checkpoint_and_says_where(
     data_file: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -58,6 +59,7 @@ def foxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
+@pytest.mark.slow
 def test_evaluate_prints_its_tables_and_writes_a_page(foxes: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     arguments = ["evaluate", "--data", str(foxes), "--requests", "2", "--html", str(page)]
@@ -71,6 +73,7 @@ def test_evaluate_prints_its_tables_and_writes_a_page(foxes: Path, tmp_path: Pat
     assert again.stderr.startswith("error[target_exists]")
 
 
+@pytest.mark.slow
 def test_evaluate_beside_other_answers_and_bundles(foxes: Path) -> None:
     shipped = str(edge_slm.shipped_bundle())
     arguments = ["evaluate", "--data", str(foxes), "--task", "image", "--requests", "2", "--json"]

@@ -16,12 +16,14 @@ from edge_slm.distill.evaluate.grid import build_grid, generate
 from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
 from edge_slm.distill.rewards import Fluency, Relevance, Weighted
 from edge_slm.distill.samples import Sample, held_out_samples
-from edge_slm.distill.split import held_out
+from edge_slm.distill.split import Reading, held_out
 from edge_slm.progress import silent
 from edge_slm_runtime import SLM
 from edge_slm_runtime.errors import DataError, UnknownTask
 
 from .conftest import made_samples
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +68,12 @@ def test_held_out_samples_are_held_out_and_shared_among_tasks(tmp_path: Path) ->
         for i in range(count)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    samples = held_out_samples([data], ["image", "video"], 40, percent=30)
+    samples = held_out_samples([data], ["image", "video"], 40, Reading(30))
     assert all(held_out(s.request, 30) for s in samples)
     assert len(samples) == 40
     few = sum(s.task == "video" for s in samples)
     assert 0 < few < 20  # all that there are; the rest are of the other task
-    assert len(held_out_samples([data], ["image", "video"], 4, percent=30)) == 4
+    assert len(held_out_samples([data], ["image", "video"], 4, Reading(30))) == 4
 
 
 def test_length_of_the_shipped_model(result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edge_slm.distill.buffer import Buffer
 from edge_slm.distill.explore import command
-from edge_slm.distill.hindsight import level_edges
+from edge_slm.distill.levels import level_edges
 from edge_slm.distill.samples import Sample
 
 

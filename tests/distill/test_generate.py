@@ -52,18 +52,8 @@ def generator(tiny_checkpoint: Path) -> EpisodeGenerator:
 
 
 @pytest.fixture(scope="module")
-def willing(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint, made to like ending: answers of all lengths."""
-    from safetensors.torch import load_file, save_file
-
-    path = tmp_path_factory.mktemp("willing") / "checkpoint"
-    shutil.copytree(tiny_checkpoint, path)
-    weights = load_file(path / "model.safetensors")
-    name = next(name for name in weights if name.endswith("ln_f.bias"))
-    embedding = weights[next(n for n in weights if n.endswith("wte.weight"))].float()
-    weights[name] += (1.2 * embedding[0] / embedding[0].norm()).to(weights[name].dtype)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+def willing(willing_checkpoint: Path) -> Path:
+    return willing_checkpoint
 
 
 def test_greedy_is_what_the_runtime_says(generator: EpisodeGenerator, tiny_bundle: Path) -> None:
@@ -204,6 +194,7 @@ def test_a_llama_greedily(llama: Path) -> None:
         assert answer == Outcome(generator.codec.decode(written).strip(), ids[-1] == 0)
 
 
+@pytest.mark.slow
 def test_rows_of_a_llama_do_not_depend_on_their_neighbours(llama: Path) -> None:
     asked = episodes(12)
     whole = EpisodeGenerator(llama, device="cpu")(asked)

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from edge_slm.distill.hindsight import build_schema, drop, level_edges, relabel
+from edge_slm.distill.hindsight import build_schema, drop, relabel
+from edge_slm.distill.levels import level_edges
 from edge_slm.distill.samples import Sample
 from edge_slm_runtime.command import Command
 

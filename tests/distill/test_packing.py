@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_slm.distill.hindsight import build_schema, level_edges, relabel
+from edge_slm.distill.hindsight import build_schema, relabel
+from edge_slm.distill.levels import level_edges
 from edge_slm.distill.model import fresh_model
 from edge_slm.distill.objective import attention_mask, tensors
 from edge_slm.distill.packing import IGNORED, Packer, encode_records, encode_text

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_slm.distill.cuts import clause_cuts
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.samples import Sample, divide, load_samples, read_jsonl
 from edge_slm.distill.split import held_out
-from edge_slm.distill.variants import clause_cuts, fragment_request, vary
+from edge_slm.distill.variants import fragment_request, vary
 from edge_slm_runtime.errors import DataError
 
 

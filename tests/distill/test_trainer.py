@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_slm.distill.hindsight import build_schema, level_edges, relabel
+from edge_slm.distill.hindsight import build_schema, relabel
+from edge_slm.distill.levels import level_edges
 from edge_slm.distill.model import fresh_model
 from edge_slm.distill.objective import Learner
 from edge_slm.distill.packing import encode_records

@@ -159,3 +159,19 @@ def test_a_support_of_another_shape_is_refused(change: dict[str, object]) -> Non
 @given(st.text())
 def test_words_are_what_white_space_separates(text: str) -> None:
     assert count_words(text) == len(text.split())
+
+
+def test_requests_in_the_case_of_their_task() -> None:
+    plain = CommandSchema(default_axes(["tags", "title", "image"]))
+    schema = CommandSchema(plain.axes, cases={"tags": "lower", "title": "title"}, spaced=True)
+    assert CommandSchema.from_json(schema.to_json()) == schema
+    assert {"cases", "spaced"}.isdisjoint(plain.to_json())
+    assert "<|request|> icon: red fox<|task:tags|>" in schema.render(
+        "Icon: Red  Fox", Command("tags")
+    )
+    assert "<|request|> The McDonald Farm<|" in schema.render("the McDonald farm", Command("title"))
+    assert "<|request|> A Fox<|" in schema.render("A Fox", Command("image"))
+    assert "<|request|> A Fox<|" in schema.render("A Fox", Command())
+    for wrong in ({"cases": {"tags": "upper"}}, {"cases": ["tags"]}, {"spaced": 1}):
+        with pytest.raises(ManifestInvalid):
+            CommandSchema.from_json({**schema.to_json(), **wrong})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_slm_runtime.decoder import ACTIVATIONS
 from edge_slm_runtime.kernels import layout as t
-from edge_slm_runtime.panels import UNIT
+from edge_slm_runtime.panels import LANES, UNIT
 
 from .test_product import GUARD, floats
 
@@ -167,14 +167,20 @@ def test_bias_and_residual() -> None:
 
 # -- attention -------------------------------------------------------------------------
 
-HEADS, POSITIONS, ROWS = 3, 40, 3
+HEADS, POSITIONS, ROWS = 3, 48, 3
 
 
 @cache
-def made_attend(usual: int, stored: bool) -> Callable[..., None]:
+def made_attend(stored: bool) -> Callable[..., None]:
     from edge_slm_runtime.kernels.attention import make_attend
 
-    return make_attend(usual, stored)
+    return make_attend(stored)
+
+
+def keys_in_blocks(keys: Array) -> Array:
+    """[.., positions, size] → as the kernels keep keys: [.., positions / 16, size, 16]."""
+    *rows, positions, size = keys.shape
+    return keys.reshape(*rows, positions // LANES, LANES, size).swapaxes(-1, -2)
 
 
 def rotated(x: Array, angles: Array) -> Array:
@@ -219,11 +225,13 @@ def test_attention(
     given_qkv = wide.astype(np.float64)
     angles = rng.uniform(0, 7, (POSITIONS, size // 2)) if shared else np.zeros((POSITIONS, 0))
     turns = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
-    cache = rng.normal(size=(4, ROWS, kv_heads, POSITIONS, size)).astype(np.float16)
+    before = rng.normal(size=(4, ROWS, kv_heads, POSITIONS, size)).astype(np.float16)
     for row, start in zip(rows, starts, strict=True):
-        cache[:, row, :, start:] = np.nan
+        before[:, row, :, start:] = np.nan
+    cache = before.copy()
+    cache[::2] = keys_in_blocks(before[::2]).reshape(before[::2].shape)
     out = np.full((sum(asked) + 1, width), GUARD, np.float32)
-    scores = np.full((2, POSITIONS), GUARD, np.float32)  # of two threads
+    scores = np.full((2, t.QUERIES, POSITIONS), GUARD, np.float32)  # of two threads
     places, parts = np.array(starts, np.int64), np.zeros((2, t.PART), np.int64)
     parts[:, t.ROW], parts[:, t.FIRST], parts[:, t.NEW] = rows, firsts, widths
     parts[:, t.KEPT], parts[:, t.FIRST_KEPT] = kept, (0, kept[0])
@@ -235,17 +243,18 @@ def test_attention(
     job[t.STARTS], job[t.PARTS] = places.ctypes.data, parts.ctypes.data
     model[t.HEADS], model[t.KV_HEADS], model[t.HEAD_WIDTH] = HEADS, kv_heads, size
     model[t.POSITIONS], model[t.POSITION_TABLE] = POSITIONS, turns.ctypes.data
-    before = cache.copy()
     if shared:
         from edge_slm_runtime.kernels.attention import store_keys_and_values
 
         for thread in range(5):
             store_keys_and_values(table, layer, stride, thread, 5)
-    attend = made_attend(64 if size == 64 else 0, bool(shared))
+    attend = made_attend(bool(shared))
     for answer in range(2):
         for head in range(HEADS):
             attend(table, answer, layer, head, stride, kept_only, 1)
-    found = 0
+    stored, found = cache.copy(), 0
+    blocked = cache[::2].reshape(2, ROWS, kv_heads, POSITIONS // LANES, size, LANES)
+    stored[::2] = blocked.swapaxes(-1, -2).reshape(stored[::2].shape)
     for first, new, wanted, row, start in zip(firsts, widths, asked, rows, starts, strict=True):
         parted = given_qkv[first : first + new, :columns].reshape(new, -1, size).swapaxes(0, 1)
         q, k, v = np.split(parted, [HEADS, HEADS + kv_heads])  # [heads, new, size]
@@ -257,18 +266,18 @@ def test_attention(
         for i in range(new - wanted, new):
             keys, values = (
                 np.repeat(part, HEADS // kv_heads, 0)
-                for part in cache[2:, row, :, : start + i + 1].astype(np.float64)
+                for part in stored[2:, row, :, : start + i + 1].astype(np.float64)
             )
             weights = np.einsum("hd,hjd->hj", q[:, i], keys)
             weights = np.exp(weights - weights.max(1, keepdims=True))
             expected = np.einsum("hj,hjd->hd", weights, values) / weights.sum(1, keepdims=True)
-            np.testing.assert_allclose(out[found], expected.ravel(), rtol=0, atol=2e-5)
+            np.testing.assert_allclose(out[found], expected.ravel(), rtol=0, atol=5e-5)
             found += 1
     assert (out[found:] == GUARD).all()
     if shared:  # a rotation may be rounded to the half above or below
-        np.testing.assert_allclose(cache, before, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(stored, before, rtol=1e-3, atol=1e-4)
     else:
-        np.testing.assert_array_equal(cache, before)
+        np.testing.assert_array_equal(stored, before)
     assert (scores[0] == GUARD).all()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.evaluate.evidence import Evidence, Other, Texts
+from edge_slm.distill.evaluate.faults import faults
 from edge_slm.distill.evaluate.figures import diversity
 from edge_slm.distill.evaluate.scorers import StaticCosine
 from edge_slm_bench.metrics.quality import (
@@ -90,6 +91,7 @@ def _row(e: Evidence, embedder: StaticCosine, texts: Texts, model: Texts) -> dic
         "scores": {name: bootstrap_mean(pair[1]).as_dict() for name, pair in scored.items()},
         "self_similarity": bootstrap(lambda rows: alike(likeness[1], rows), index).as_dict(),
         **diversity(samples, theirs),
+        "faults": faults(samples, theirs),
         "model_ratio": {name: figure.as_dict() for name, figure in ratios.items()},
         "obedience": {name: figure.as_dict() for name, figure in obedience.items()},
     }

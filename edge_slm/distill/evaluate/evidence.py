@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.evaluate.grid import Grid
-from edge_slm.distill.hindsight import Edges, level_of
+from edge_slm.distill.levels import Edges
 from edge_slm.distill.rewards import Reward, Weighted
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import StageProgress
@@ -129,11 +129,14 @@ class Evidence:
 
     def achieved_levels(self, texts: Texts) -> Float64:
         """[samples, commands], from the training reward."""
-        rewards = self.score(texts)
+        rewards, words = self.score(texts), texts.words()
         return np.array(
             [
-                [level_of(r, self.edges[s.task]) if np.isfinite(r) else np.nan for r in row]
-                for s, row in zip(self.samples, rewards, strict=True)
+                [
+                    self.edges[s.task].of(r, int(n)) if np.isfinite(r) else np.nan
+                    for r, n in zip(row, counts, strict=True)
+                ]
+                for s, row, counts in zip(self.samples, rewards, words, strict=True)
             ],
             float,
         )

@@ -12,6 +12,7 @@ from edge_slm.distill.evaluate.tables import (
     bare,
     comparison_table,
     cross_talk_table,
+    faults_table,
     figure,
     footnote,
     length_table,
@@ -198,7 +199,7 @@ def _comparison(result: Result) -> Section:
                 "they are more alike.",
             ),
         ],
-        [comparison_table(result), obedience_table(result)],
+        [comparison_table(result), faults_table(result), obedience_table(result)],
     )
 
 

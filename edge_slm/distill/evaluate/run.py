@@ -16,7 +16,7 @@ from edge_slm.distill.evaluate.comparison import compare
 from edge_slm.distill.evaluate.evidence import Evidence, Other, Pair, Scores, Texts
 from edge_slm.distill.evaluate.grid import LENGTHS, Block, Grid, build_grid, generate
 from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
-from edge_slm.distill.hindsight import Edges, level_of
+from edge_slm.distill.levels import Edges, Levels
 from edge_slm.distill.rewards import Keywords, Relevance, Reward
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import StageProgress, silent
@@ -61,7 +61,7 @@ def evaluate(
     grid = build_grid(
         slm,
         samples,
-        own_levels=[level_of(r, edges[s.task]) for r, s in zip(rewards, samples, strict=True)],
+        own_levels=[edges[s.task].of(r, s.words) for r, s in zip(rewards, samples, strict=True)],
         lengths=lengths,
         task_words=classifier.usual_words if len(classifier.tasks) > 1 else {},
         best_of=best_of if best_of > 1 else 0,
@@ -158,7 +158,8 @@ def _recipe(slm: SLM) -> dict[str, Any]:
 
 
 def _level_edges(slm: SLM, samples: Sequence[Sample]) -> Edges:
-    edges: Edges = _recipe(slm).get("data", {}).get("relevance_level_edges") or {}
+    stored = _recipe(slm).get("data", {}).get("relevance_level_edges") or {}
+    edges = {task: Levels.from_json(data) for task, data in stored.items()}
     for sample in samples:
         slm.schema.axis("task").value_of(sample.task)
         if sample.task not in edges:

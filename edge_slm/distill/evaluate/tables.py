@@ -56,6 +56,7 @@ def tables(result: Result) -> list[Table]:
         axis_table(result),
         *([task_table(result)] if result["task"] else []),
         comparison_table(result),
+        faults_table(result),
         obedience_table(result),
         cross_talk_table(result),
     ]
@@ -219,6 +220,28 @@ def comparison_table(result: Result) -> Table:
         [*head, "distinct-2", "self-sim.", "echo", "request kept"],
         rows,
         "Relevance and diversity; model ÷: the first row ÷ this one, same requests",
+    )
+
+
+def faults_table(result: Result) -> Table:
+    names = {
+        "invented": "an invented word",
+        "repeats": "a repeated trigram",
+        "unfinished": "no end of the last sentence",
+        "quoted": "the text to show, verbatim",
+        "keywords": "keywords of a scene",
+    }
+    found = [name for name in names if any(name in r.get("faults", {}) for r in result["answers"])]
+    rows = [
+        [
+            f"*{r['name']}" if r["kind"] == "references" else r["name"],
+            *(figure(r["faults"][n], ".1%") if n in r["faults"] else "–" for n in found),
+        ]
+        for r in result["answers"]
+        if r["n"]
+    ]
+    return Table(
+        ["answers", *(names[name] for name in found)], rows, "Share of answers that have …"
     )
 
 

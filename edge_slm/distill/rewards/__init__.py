@@ -15,7 +15,7 @@ from edge_slm.distill.rewards.base import Float32, Reward
 from edge_slm.distill.rewards.fluency import Fluency
 from edge_slm.distill.rewards.keywords import Keywords
 from edge_slm.distill.rewards.relevance import WIDTH, Relevance, encoder_path
-from edge_slm.distill.rewards.weighted import Weighted
+from edge_slm.distill.rewards.weighted import Gated, Weighted
 from edge_slm_runtime.errors import BadSetting
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "WIDTH",
     "Float32",
     "Fluency",
+    "Gated",
     "Keywords",
     "Relevance",
     "Reward",
@@ -48,7 +49,7 @@ def make_reward(
         parts.append((recipe.relevance, Relevance(cache, bf16=bf16)))
     if recipe.keywords:
         parts.append((recipe.keywords, Keywords()))
-    if recipe.fluency:
+    if recipe.fluency and not recipe.gated:
         parts.append((recipe.fluency, Fluency()))
     if recipe.judge:
         if not server or not recipe.judge_model:
@@ -61,4 +62,6 @@ def make_reward(
         from edge_slm.distill.rewards.judge import LlmJudge
 
         parts.append((recipe.judge, LlmJudge(Chat(server, recipe.judge_model), cache)))
+    if recipe.gated:
+        return Gated(parts, Fluency())
     return parts[0][1] if len(parts) == 1 else Weighted(parts)

@@ -1,6 +1,7 @@
 """Teachers write the samples that a small model learns from.
 
     grammar       composes prompts from lexicons, without a model
+    bundle        a bundle of ours, run by our own engines
     server        any OpenAI-compatible server: vLLM, llama.cpp, Ollama, …
     transformers  a Hugging Face model in this process
 
@@ -42,6 +43,10 @@ def make_teacher(
         return GrammarTeacher()
     if not recipe.model:
         raise BadSetting(f"teacher.kind {recipe.kind!r} needs teacher.model", "name it")
+    if recipe.kind == "bundle":
+        from edge_slm.distill.teachers.bundle import BundleTeacher
+
+        return BundleTeacher(recipe.model, recipe.temperature)
     if recipe.kind == "transformers":
         from edge_slm.distill.teachers.local import LocalTeacher
 

@@ -7,9 +7,9 @@ import random
 import re
 from collections.abc import Iterable
 
+from edge_slm.distill.cuts import clause_cuts
 from edge_slm.distill.tasks import task_brief, themes
 from edge_slm.distill.teachers.base import Ask
-from edge_slm.distill.variants import clause_cuts
 from edge_slm_runtime.command import clean_request, count_words
 from edge_slm_runtime.errors import RequestError
 

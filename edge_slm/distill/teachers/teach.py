@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_slm.distill.rewards.base import Reward
+from edge_slm.distill.samples import Sample
 from edge_slm.distill.teachers.base import BATCH, Ask, Teacher
 from edge_slm.journal import Journal
 from edge_slm.progress import StageProgress
@@ -27,13 +30,15 @@ def teach(
     seed: int,
     report: StageProgress,
     requests: Mapping[str, Sequence[str]] | None = None,
+    reward: Reward | None = None,
 ) -> Path:
     """Writes `out`: JSONL of {"request", "response", "task", "source"}.
 
     requests: those to answer, by task; a random choice where there are more than
     `recipe.requests`. Those of a task that is not in it are invented. A stopped run
     continues where it was (`out`.journal, removed at the end), to the same bytes if the
-    teacher is deterministic. A complete `out` is kept. Raises TeacherError, and
+    teacher is deterministic. A complete `out` is kept. reward: with it, only the
+    `recipe.keep` best answers to each request are kept. Raises TeacherError, and
     DataError when the journal was begun with other arguments.
     """
     if out.exists():
@@ -75,6 +80,8 @@ def teach(
                     f"{teacher.name} wrote nothing usable for task {task}",
                     f"see its answers in {path}, and whether the model follows instructions",
                 )
+    if reward is not None and recipe.keep:
+        samples = _best(samples, reward, recipe.keep, report)
     write_jsonl(samples, out)
     path.unlink()
     return out
@@ -109,3 +116,22 @@ def _answers(
         done += 1
         report("teach", done, len(asks), ask.task)
     return texts
+
+
+def _best(
+    samples: Sequence[dict[str, str]], reward: Reward, keep: int, report: StageProgress
+) -> list[dict[str, str]]:
+    """The `keep` samples of each request and task with the highest reward, in their order."""
+    scores = reward.score(
+        [Sample(s["request"], s["response"], s["task"]) for s in samples],
+        lambda done, total: report("score answers", done, total, ""),
+    )
+    ranked = sorted(range(len(samples)), key=lambda i: -scores[i])
+    taken: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for i in ranked:
+        key = samples[i]["task"], samples[i]["request"]
+        taken[key] += 1
+        if taken[key] <= keep:
+            chosen.append(i)
+    return [samples[i] for i in sorted(chosen)]

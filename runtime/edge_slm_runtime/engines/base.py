@@ -51,11 +51,11 @@ class Engine(ABC):
     main_file: what it opens in a variant's folder. seeds: a request's seed is honoured.
     batches: several answers are computed together. prefix_cache: prompts that begin alike are
     computed once. guesses: `EngineOptions.speculate` is honoured. cache_dtype: of keys and
-    values. process_mb: MiB of a process with the engine and no model in it; resident: by
-    precision, bytes of memory per byte of weights once the engine has packed them (both
-    fitted on Linux x86-64 with CPython 3.11, onnxruntime 1.31 and ctranslate2 4.8 to models
-    of 11M and 98M parameters). loads_table_twice: the embedding is in memory twice during
-    loading.
+    values. cache_block: positions whose keys lie together. process_mb: MiB of a process with
+    the engine and no model in it; resident: by precision, bytes of memory per byte of weights
+    once the engine has packed them (both fitted on Linux x86-64 with CPython 3.11,
+    onnxruntime 1.31 and ctranslate2 4.8 to models of 11M and 98M parameters).
+    loads_table_twice: the embedding is in memory twice during loading.
     """
 
     name: ClassVar[str]
@@ -66,6 +66,7 @@ class Engine(ABC):
     prefix_cache: ClassVar[bool] = True
     guesses: ClassVar[bool] = False
     cache_dtype: ClassVar[Any] = np.float32
+    cache_block: ClassVar[int] = 1
     process_mb: ClassVar[float]
     resident: ClassVar[Mapping[str, float]]
     loads_table_twice: ClassVar[bool] = True

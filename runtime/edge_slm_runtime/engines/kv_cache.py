@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -30,13 +31,14 @@ ALIGN = 2
 
 class KVCache:
     """prompts: per row, the tokens whose keys and values stand at its first positions.
-    key: of the callers who share it. written: positions whose memory may be in use."""
+    key: of the callers who share it. written: positions whose memory may be in use. block:
+    positions whose keys lie together, and are copied together."""
 
-    def __init__(self, shape: Shape, dtype: Any) -> None:
+    def __init__(self, shape: Shape, dtype: Any, block: int = 1) -> None:
         """Raises EngineError when there is no memory for it."""
         self.array = _pages(shape, np.dtype(dtype))
         self.prompts: list[tuple[int, ...]] = [()] * shape[1]
-        self.key, self.written = "", 0
+        self.key, self.written, self._block = "", 0, block
 
     def begin(self, row: int, prompt: Sequence[int]) -> int:
         """Brings as much of `prompt` into `row` as any row still holds, to a multiple of
@@ -50,7 +52,8 @@ class KVCache:
     def copy(self, row: int, source: KVCache, source_row: int, positions: int) -> None:
         """Makes the first `positions` of `row` those of another row."""
         if source is not self or source_row != row:
-            self.array[:, row, :, :positions] = source.array[:, source_row, :, :positions]
+            end = -(-positions // self._block) * self._block
+            self.array[:, row, :, :end] = source.array[:, source_row, :, :end]
         self.prompts[row] = source.prompts[source_row][:positions]
 
 
@@ -65,9 +68,10 @@ class PrefixCache:
     the list is a single operation of it, which nothing interrupts.
     """
 
-    def __init__(self, shape: Shape, limit: int, dtype: Any) -> None:
+    def __init__(self, shape: Shape, limit: int, dtype: Any, block: int = 1) -> None:
         """`shape` has one row."""
         self._shape, self._limit, self._dtype = shape, limit, np.dtype(dtype)
+        self._new = partial(KVCache, shape, dtype, block)
         self._kept: list[KVCache] = []  # last used, last
 
     @property
@@ -89,7 +93,7 @@ class PrefixCache:
         """
         best = self._take(prompt, key)
         if best is None:
-            best = KVCache(self._shape, self._dtype)
+            best = self._new()
             best.key = key
             return best
         known = _known(best, prompt, key)
@@ -99,7 +103,7 @@ class PrefixCache:
                 best.key, best.prompts[0] = key, ()
             return best
         try:
-            fresh = KVCache(self._shape, self._dtype)
+            fresh = self._new()
             fresh.key = key
             fresh.copy(0, best, 0, known)
         finally:

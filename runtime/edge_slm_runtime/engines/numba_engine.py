@@ -26,7 +26,7 @@ from edge_slm_runtime.engines.weights import Weights
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.compiled import has_vnni, kernels
-from edge_slm_runtime.panels import UNIT
+from edge_slm_runtime.panels import LANES, UNIT
 from edge_slm_runtime.sampling import Logits
 
 _THREADS_MAX = 63
@@ -39,6 +39,7 @@ class NumbaEngine(SteppingEngine):
     main_file = "model.safetensors"
     guesses = True
     cache_dtype = np.float16
+    cache_block = LANES
     process_mb = 48.0
     resident: ClassVar = {"int8": 1.0, "int4": 1.0}
     loads_table_twice = False  # the file is mapped
@@ -121,7 +122,7 @@ class NumbaEngine(SteppingEngine):
             t.LEVELS: (np.int8, 2 * rows * w.inputs),
             t.SCALES: (np.float32, 2 * rows * w.blocks),
             t.SUMS: (np.int32, 2 * rows * w.blocks),
-            t.SCORES: (np.float32, self.threads * self.decoder.positions),
+            t.SCORES: (np.float32, self.threads * t.QUERIES * int(w.table[t.POSITIONS])),
         }
         with self.team.idle():
             if rows <= self._rows:
@@ -153,7 +154,7 @@ class _Pass:
         self._parts[:, t.FIRST_KEPT] = range(0, answers * kept, kept)
         every = np.zeros((answers, kept, padded), np.float32)
         self.logits = every[..., : decoder.vocab_size]
-        self._limits = decoder.vocab_size, cache.shape[3]
+        self._limits = decoder.vocab_size, decoder.positions
         given = self._given.ctypes.data
         self._job = np.zeros(t.PASS, np.int64)
         for place, value in (

@@ -52,8 +52,12 @@ class SteppingEngine(Engine):
         self.native, self.decoder, self.threads = native, decoder, options.threads
         self.prefill_tokens = options.prefill_tokens
         self.speculates = options.speculate and self.guesses
-        shape = decoder.cache_shape(1)
-        self._prefixes = PrefixCache(shape, options.cache_bytes, self.cache_dtype)
+        self._prefixes = PrefixCache(
+            decoder.cache_shape(1, self.cache_block),
+            options.cache_bytes,
+            self.cache_dtype,
+            self.cache_block,
+        )
         self._ngrams = NGrams() if self.speculates else None
 
     @abstractmethod
@@ -170,7 +174,8 @@ class SteppingEngine(Engine):
         return logits
 
     def new_cache(self, rows: int) -> KVCache:
-        return KVCache(self.decoder.cache_shape(rows), self.cache_dtype)
+        shape = self.decoder.cache_shape(rows, self.cache_block)
+        return KVCache(shape, self.cache_dtype, self.cache_block)
 
 
 def _end(answer: Answer) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ class Weights:
             (t.KV_HEADS, decoder.kv_heads),
             (t.HEAD_WIDTH, decoder.head_width),
             (t.WIDTH, decoder.width),
-            (t.POSITIONS, decoder.positions),
+            (t.POSITIONS, -(-decoder.positions // LANES) * LANES),
             (t.ACTIVATION, activation),
         ):
             self.table[place] = number

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from edge_slm_runtime.kernels import layout as t
+from edge_slm_runtime.kernels.heads import make_dot, make_mix
 from edge_slm_runtime.kernels.native import (
     exp,
     floats,
@@ -18,9 +19,11 @@ from edge_slm_runtime.kernels.native import (
     to_half,
     words,
 )
+from edge_slm_runtime.panels import LANES
 
 _ZERO, _ONE, _LEAST = np.float32(0), np.float32(1), np.float32(-np.inf)
 _FLOAT, _HALF, _LINE = 4, 2, 64  # bytes
+_BLOCKS, _CHUNKS = 4, 4  # of keys and of dimensions that are computed together
 
 
 @jit
@@ -28,6 +31,16 @@ def halve(source: int, count: int, target: int) -> None:
     x, y = floats(source, count), halves(target, count)
     for i in range(count):
         y[i] = to_half(x[i])
+
+
+@jit
+def store_key(source: int, size: int, keys: int, position: int) -> None:
+    """Into its lane of the keys of a head, float16 [blocks of 16 positions, size, 16]."""
+    x = floats(source, size)
+    place = (position // LANES * size * LANES + position % LANES) * _HALF
+    y = halves(keys + place, size * LANES)
+    for i in range(size):
+        y[i * LANES] = to_half(x[i])
 
 
 @jit
@@ -74,16 +87,15 @@ def store_keys_and_values(table: Any, layer: int, stride: int, thread: int, thre
             rotate(place, size, model[t.POSITION_TABLE] + (start + i) * size * _FLOAT)
             if slot >= heads:
                 keys, values = keys_of(table, answer, layer, slot - heads)
-                halve(place, size, keys + (start + i) * size * _HALF)
+                store_key(place, size, keys, start + i)
                 place += kv_heads * size * _FLOAT
                 halve(place, size, values + (start + i) * size * _HALF)
 
 
-def make_attend(usual: int, stored: bool) -> Callable[..., None]:
-    """attend(table, answer, layer, head, stride, kept_only, thread): for heads of the `usual`
-    size, whose loops the compiler then unrolls; 0 is for all. stored: the new keys and values
-    are in the cache; else each head has its own and writes them."""
-    score, mix = _make_score(usual), _make_mix(usual)
+def make_attend(stored: bool) -> Callable[..., None]:
+    """attend(table, answer, layer, head, stride, kept_only, thread). stored: the new keys and
+    values are in the cache; else each head has its own and writes them."""
+    one, several = _make_rows(1), _make_rows(t.QUERIES)
 
     @jit
     def attend(
@@ -104,74 +116,121 @@ def make_attend(usual: int, stored: bool) -> Callable[..., None]:
         qkv = table[t.PRODUCT] + (part[t.FIRST] * stride + head * size) * _FLOAT
         if not stored:
             for i in range(new):
-                place = (start + i) * size * _HALF
-                halve(qkv + (i * stride + width) * _FLOAT, size, keys + place)
-                halve(qkv + (i * stride + 2 * width) * _FLOAT, size, values + place)
+                row = qkv + i * stride * _FLOAT
+                store_key(row + width * _FLOAT, size, keys, start + i)
+                place = values + (start + i) * size * _HALF
+                halve(row + 2 * width * _FLOAT, size, place)
         # The next head's, or the next answer's first: no processor foresees that.
         ahead = positions * size * _HALF if new == 1 and (head + 1) % group == 0 else 0
-        scores = floats(table[t.SCORES] + thread * positions * _FLOAT, positions)
-        first, row = (new - part[t.KEPT], part[t.FIRST_KEPT]) if kept_only else (0, part[t.FIRST])
-        for i in range(first, new):
+        scores = table[t.SCORES] + thread * t.QUERIES * positions * _FLOAT
+        i, row = (new - part[t.KEPT], part[t.FIRST_KEPT]) if kept_only else (0, part[t.FIRST])
+        while i < new:
+            q = qkv + i * stride * _FLOAT
+            out = table[t.ATTENDED] + (row * width + head * size) * _FLOAT
             count = start + i + 1
-            q = floats(qkv + i * stride * _FLOAT, size)
-            out = floats(table[t.ATTENDED] + (row * width + head * size) * _FLOAT, size)
-            largest = score(q, keys, count, size, ahead, scores)
-            norm = _ZERO
-            for j in range(count):
-                scores[j] = exp(scores[j] - largest)
-                norm += scores[j]
-            mix(scores, values, count, size, ahead, out)
-            for d in range(size):
-                out[d] *= _ONE / norm
-            row += 1
+            if new - i >= t.QUERIES:
+                several(q, stride, keys, values, count, size, ahead, scores, positions, out, width)
+                i, row = i + t.QUERIES, row + t.QUERIES
+            else:
+                one(q, stride, keys, values, count, size, ahead, scores, positions, out, width)
+                i, row = i + 1, row + 1
 
     return attend
 
 
-def _make_score(usual: int) -> Callable[..., Any]:
+def _make_rows(queries: int) -> Callable[..., None]:
+    """rows(q, q_stride, keys, values, count, size, ahead, scores, positions, out, out_stride):
+    softmax(q · keys) · values for so many queries, the first of which sees `count` keys and
+    each of the others one more. Memory `ahead` bytes further will be needed next."""
+    score, mix = _make_score(queries), _make_sum(queries)
+
     @jit
-    def score(q: Any, keys: int, count: int, any_size: int, ahead: int, scores: Any) -> Any:
-        """Products of a query and its first `count` keys; returns the largest. Memory `ahead`
-        bytes further will be needed next."""
-        size = usual if usual else max(any_size, 1)  # no loop of it is empty
-        largest = _LEAST
-        for j in range(count):
-            k = halves(keys + j * size * _HALF, size)
-            if ahead:
-                for line in range(0, size * _HALF, _LINE):
-                    prefetch(keys + ahead + j * size * _HALF + line)
-            total = _ZERO
-            for d in range(size):
-                total += q[d] * to_float(k[d])
-            scores[j] = total
-            largest = max(largest, total)
-        return largest
+    def rows(
+        q: int, q_stride: int, keys: int, values: int, count: int, size: int, ahead: int,
+        scores: int, positions: int, out: int, out_stride: int,
+    ) -> None:  # fmt: skip
+        if ahead:
+            for place in range(0, count * size * _HALF, _LINE):
+                prefetch(keys + ahead + place)
+                prefetch(values + ahead + place)
+        score(q, q_stride, keys, count + queries - 1, size, scores, positions)
+        for row in range(queries):
+            softmax(scores + row * positions * _FLOAT, count + row)
+        mix(scores, positions, values, count, size, out, out_stride)
+
+    return rows
+
+
+def _make_score(queries: int) -> Callable[..., None]:
+    dots, dot = make_dot(queries, _BLOCKS), make_dot(queries, 1)
+
+    @jit
+    def score(
+        q: int, q_stride: int, keys: int, count: int, size: int, scores: int, positions: int
+    ) -> None:
+        """Products of the queries with `count` keys, and with others up to a whole block."""
+        blocks = (count + LANES - 1) // LANES
+        block = 0
+        while block < blocks:
+            here, out = keys + block * size * LANES * _HALF, scores + block * LANES * _FLOAT
+            if blocks - block >= _BLOCKS:
+                dots(q, here, size, out, q_stride, positions)
+                block += _BLOCKS
+            else:
+                dot(q, here, size, out, q_stride, positions)
+                block += 1
 
     return score
 
 
-def _make_mix(usual: int) -> Callable[..., None]:
-    @jit
-    def mix(weights: Any, values: int, count: int, any_size: int, ahead: int, out: Any) -> None:
-        """The first `count` values, weighted."""
-        size = usual if usual else any_size
-        v = halves(values, size)
-        for d in range(size):
-            out[d] = weights[0] * to_float(v[d])
-        fours = (count - 1) // 4 * 4 + 1
-        for j in range(1, fours, 4):
-            v = halves(values + j * size * _HALF, 4 * size)
-            if ahead:
-                for line in range(0, 4 * size * _HALF, _LINE):
-                    prefetch(values + ahead + j * size * _HALF + line)
-            a, b, c, e = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-            for d in range(size):
-                out[d] += (a * to_float(v[d]) + b * to_float(v[size + d])) + (
-                    c * to_float(v[2 * size + d]) + e * to_float(v[3 * size + d])
-                )
-        for j in range(fours, count):
-            v = halves(values + j * size * _HALF, size)
-            for d in range(size):
-                out[d] += weights[j] * to_float(v[d])
+def _make_sum(queries: int) -> Callable[..., None]:
+    wide, narrow = make_mix(queries, _CHUNKS), make_mix(queries, 1)
+    wide_rest, narrow_rest = make_mix(1, _CHUNKS, more=True), make_mix(1, 1, more=True)
 
-    return mix
+    @jit
+    def add(
+        scores: int, positions: int, values: int, count: int, size: int, out: int, stride: int
+    ) -> None:
+        """Weighted sums of the values: `count` for the first query, one more for each next."""
+        d = 0
+        while d + LANES <= size:
+            v, target, whole = values + d * _HALF, out + d * _FLOAT, size - d >= _CHUNKS * LANES
+            if whole:
+                wide(scores, v, count, size, target, positions, stride)
+            else:
+                narrow(scores, v, count, size, target, positions, stride)
+            for row in range(1, queries):  # the values that not all of the queries see
+                w = scores + (row * positions + count) * _FLOAT
+                rest, place = v + count * size * _HALF, target + row * stride * _FLOAT
+                if whole:
+                    wide_rest(w, rest, row, size, place, 0, 0)
+                else:
+                    narrow_rest(w, rest, row, size, place, 0, 0)
+            d += _CHUNKS * LANES if whole else LANES
+        for row in range(queries):  # of heads that are no whole vectors
+            weights = floats(scores + row * positions * _FLOAT, count + row)
+            target, v = floats(out + row * stride * _FLOAT, size), halves(values, 1)
+            for column in range(d, size):
+                total = _ZERO
+                for j in range(count + row):
+                    v = halves(values + (j * size + column) * _HALF, 1)
+                    total += weights[j] * to_float(v[0])
+                target[column] = total
+
+    return add
+
+
+@jit
+def softmax(scores: int, count: int) -> None:
+    """In the place of the scores."""
+    s = floats(scores, count)
+    largest = _LEAST
+    for j in range(count):
+        largest = max(largest, s[j])
+    total = _ZERO
+    for j in range(count):
+        s[j] = exp(s[j] - largest)
+        total += s[j]
+    scale = _ONE / total
+    for j in range(count):
+        s[j] *= scale

@@ -27,7 +27,6 @@ from edge_slm_runtime.kernels.schedule import WORD, claimed, share, wait
 from edge_slm_runtime.panels import LANES, PAIR
 
 _FLOAT = 4  # bytes
-_USUAL_HEAD = 64
 
 
 def make_forward(vnni: bool, traits: Traits) -> Callable[..., None]:
@@ -98,7 +97,7 @@ def _make_attention(
     norm: Callable[..., None],
     rotary: bool,
 ) -> Callable[..., int]:
-    attend_usual, attend_any = make_attend(_USUAL_HEAD, rotary), make_attend(0, rotary)
+    attend = make_attend(rotary)
 
     @jit
     def attention(
@@ -133,10 +132,7 @@ def _make_attention(
         number, first, last = claimed(claims + WORD * t.HEAD, 0, 0, units, threads)
         while first < units:
             for i in range(first, last):
-                if model[t.HEAD_WIDTH] == _USUAL_HEAD:
-                    attend_usual(table, i // heads, index, i % heads, stride, kept_only, thread)
-                else:
-                    attend_any(table, i // heads, index, i % heads, stride, kept_only, thread)
+                attend(table, i // heads, index, i % heads, stride, kept_only, thread)
             number, first, last = claimed(claims + WORD * t.HEAD, number, first, units, threads)
         if kept_only:
             n = job[t.LAST]

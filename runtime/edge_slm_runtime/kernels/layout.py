@@ -8,7 +8,8 @@ Kept apart from the kernels so that a process that only runs them does not impor
 # PRODUCT float32 [n, widest], results of products; GATED float32 [n, inner], of gated
 # feed-forward layers; ATTENDED float32 [n, the wider of residual and attention]; LEVELS int8,
 # SCALES float32 and SUMS int32, activations as `tile` takes them, of two matrices; SCORES
-# float32 [threads, positions]; CLAIMS: see below.
+# float32 [threads, QUERIES, positions]; CLAIMS: see below.
+QUERIES = 4  # of a head, computed together
 (
     CONTROL,
     MODEL,
@@ -35,8 +36,9 @@ EPOCH, COMING, BARRIER, STOP, BASE, THREADS, YIELD, SLEEPERS = (LINE * i for i i
 # attention's heads; QKV of the layer after the last is the LM head.
 QKV, HEAD, OUT, UP, DOWN, CLAIM = range(6)
 
-# The model: its shape, then addresses. POSITION_TABLE: float32 [positions, width] learned
-# embeddings, or [positions, head width] rotary cosines, then sines, of each position.
+# The model: its shape, then addresses. POSITIONS is a multiple of 16. POSITION_TABLE: float32
+# [positions, width] learned embeddings, or [positions, head width] rotary cosines, then sines,
+# of each position.
 (
     LAYERS,
     HEADS,
@@ -65,7 +67,8 @@ LAYER = LAYER_QKV + 4 * MATRIX
 # A pass: some new tokens of some answers. IDS and PLACES int64 [n]: tokens and their positions;
 # STARTS int64 [answers]: tokens before; WANTED int64 [k], ascending: those after which logits
 # are asked for. PARTS: see below. CACHE float16 [2 · layers, CACHE_ROWS, kv heads, positions,
-# head width]; LOGITS float32 [k, padded vocabulary].
+# head width], of keys [.., positions / 16, head width, 16]; LOGITS float32 [k, padded
+# vocabulary].
 (TOKENS, IDS, PLACES, LAST, WANTED, ANSWERS, STARTS, PARTS, CACHE, CACHE_ROWS, LOGITS, PASS) = (
     range(12)
 )
