@@ -40,14 +40,14 @@ class ResumableOutput:
         self._record_file = _beside(output, ".run.json")
         self._record = json.loads(json.dumps(record))  # as it will be read back
         self._digest = hashlib.sha256()  # of the group that is being written
-        part_is_new = not self._part.exists()
+        self._refuse_foreign()
         self._journal: Journal | None = Journal(self._part, group)
         self._sums_file: BinaryIO | None = None
         try:
-            self.complete = self._begin(part_is_new)
+            self.complete = self._begin()
             self.count = 0 if self.complete else self._keep_sound_groups()
         except BaseException:
-            self._discard() if part_is_new else self.close()
+            self._discard()
             raise
         if self.complete:
             self._discard()
@@ -87,24 +87,32 @@ class ResumableOutput:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, part_is_new: bool) -> bool:
+    def _refuse_foreign(self) -> None:
+        """What is there without a record, which is written first, is of something else."""
+        there = [p for p in (self._output, self._part) if p.exists() or p.is_symlink()]
+        if there == [self._part] and self._part.is_file() and _is_empty(self._part):
+            return  # another run has made it and is about to write its record
+        if there and not self._record_file.exists():
+            raise TargetExists(f"{there[0]} exists already", self._start_afresh)
+
+    def _begin(self) -> bool:
         """Whether the output is complete already."""
-        start_afresh = f"give another output, or remove {self._output.name}*"
-        there = self._output.exists() or self._output.is_symlink()
         if not self._record_file.exists():
-            for other, exists in ((self._output, there), (self._part, not part_is_new)):
-                if exists:
-                    raise TargetExists(f"{other} exists already", start_afresh)
             write_json(self._record, self._record_file)
-            return False
-        before = _read_record(self._record_file)
-        record = self._record
+        before, record = _read_record(self._record_file), self._record
         if changed := [key for key in record if before.get(key) != record[key]]:
             what = ", ".join(f"{k}: {before.get(k)!r} → {record[k]!r}" for k in changed)
-            raise DataError(f"{self._output} was begun with something else ({what})", start_afresh)
+            raise DataError(
+                f"{self._output} was begun with something else ({what})", self._start_afresh
+            )
+        there = self._output.exists() or self._output.is_symlink()
         if there and before.get("output", "none yet") != _facts(self._output):
-            raise DataError(f"{self._output} was changed after it was written", start_afresh)
+            raise DataError(f"{self._output} was changed after it was written", self._start_afresh)
         return there
+
+    @property
+    def _start_afresh(self) -> str:
+        return f"give another output, or remove {self._output.name}*"
 
     def _keep_sound_groups(self) -> int:
         """The answers of the groups at the beginning whose sums fit; the rest is cut off."""
@@ -124,15 +132,19 @@ class ResumableOutput:
         return self._journal.count
 
     def _discard(self) -> None:
-        """The part that only the lock was taken of."""
-        if not self._journal or not self._journal.count:
-            self._part.unlink(missing_ok=True)
+        """Removes a part that was only made to be locked."""
+        if _is_empty(self._part):
+            self._part.unlink()
             self._sums.unlink(missing_ok=True)
         self.close()
 
 
 def _beside(output: Path, end: str) -> Path:
     return output.with_name(output.name + end)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.stat().st_size == 0
 
 
 def _facts(output: Path) -> list[Any] | None:
