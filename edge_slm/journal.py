@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_slm_runtime.errors import DataError
-from edge_slm_runtime.files import lock
+from edge_slm_runtime.files import open_locked
 
 
 class Journal:
@@ -23,9 +23,8 @@ class Journal:
     def __init__(self, path: Path, group: int = 1) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file: BinaryIO = path.open("ab+")
+        self._file: BinaryIO = open_locked(path)
         try:
-            lock(self._file, path)
             self.count = self._keep_whole_groups(group)
         except BaseException:
             self.close()
@@ -51,15 +50,26 @@ class Journal:
                 "remove it to start afresh",
             )
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """The row survives the end of this process; after `sync`, a power cut too."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    def append(self, row: Mapping[str, Any]) -> bytes:
+        """The row survives the end of this process; after `sync`, a power cut too. Returns it
+        as it is written."""
+        text = json.dumps(row, ensure_ascii=False)
+        line = text.encode("utf-8", "backslashreplace") + b"\n"  # halves of characters
+        self._file.write(line)
         self._file.flush()
         self.count += 1
+        return line
 
     def sync(self) -> None:
         """Flushes all rows to the disk."""
         os.fsync(self._file.fileno())
+
+    def cut(self, count: int) -> None:
+        """Keeps the first `count` rows."""
+        self._file.seek(0)
+        end = sum(len(self._file.readline()) for _ in range(count))
+        self._file.truncate(end)
+        self.count = count
 
     def close(self) -> None:
         self._file.close()

@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 
 from edge_slm_converters.architectures import architecture_of
-from edge_slm_converters.architectures.base import Architecture, Layout, canonical
+from edge_slm_converters.architectures.base import Architecture, Layout, canonical, checked
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.gguf_reader import read_gguf
 from edge_slm_converters.json_files import read_json
 from edge_slm_converters.text_side import TOKENIZER, TextSide, of_folder, of_gguf
 from edge_slm_runtime.bundle import file_entry
 from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.errors import CheckpointError, DependencyMissing
+from edge_slm_runtime.errors import CheckpointError, DependencyMissing, OutOfMemory
 from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec
 
 CONFIG = "config.json"
 HEAD = "lm_head.weight"  # in every architecture
+_SHOWN = 12  # faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def read_checkpoint(
 def _read_folder(path: Path, prompt: str | None) -> Checkpoint:
     config = read_json(path / CONFIG)
     architecture = architecture_of(config)
-    decoder = architecture.decoder(config)
+    decoder = checked(architecture.decoder(config), CONFIG)
     layout = architecture.layout(decoder, config)
     stored = _stored_tensors(path, architecture, layout)
     text = of_folder(path, prompt)
@@ -136,9 +137,10 @@ def _shortened(source: Checkpoint, context: int) -> Checkpoint:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises CheckpointError when there are none."""
+    """The safetensors files of a checkpoint, those that transformers takes: an index counts
+    where there is no single file. Raises CheckpointError when there are none."""
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (path / "model.safetensors").is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index.name} has no weight_map")
@@ -168,6 +170,8 @@ def _read_tensors(file: Path, skipped: tuple[str, ...]) -> Iterator[tuple[str, F
         entries = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a safetensors file: {error}") from None
+    except MemoryError:
+        raise OutOfMemory(f"{file} does not fit into the memory") from None
     for name, entry in entries:
         if not name.endswith(skipped):
             yield name, _as_float32(f"{file.name}: {name}", entry)
@@ -205,16 +209,18 @@ def _stored_tensors(path: Path, architecture: Architecture, layout: Layout) -> d
         elif name in tensors and not np.isfinite(tensors[name]).all():
             faults.append(f"{name} has values that are not finite")
     if faults:
-        raise CheckpointError(f"{path}: {'; '.join(faults)}")
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise CheckpointError(f"{path}: {'; '.join(faults[:_SHOWN])}{more}")
     return tensors
 
 
 def _drop_tied_head(tensors: dict[str, Float32], layout: Layout) -> None:
-    """Removes the second copy of a tied embedding. Raises CheckpointError when it differs."""
+    """Removes the second copy of a tied embedding; safetensors may have kept that one alone.
+    Raises CheckpointError when they differ."""
     if "head.weight" in layout or (head := tensors.pop(HEAD, None)) is None:
         return
     (name,) = layout["embedding"].names
-    if name in tensors and not np.array_equal(head, tensors[name]):
+    if not np.array_equal(head, tensors.setdefault(name, head)):
         raise CheckpointError(
             f"{HEAD} differs from {name}, but config.json ties them",
             'set "tie_word_embeddings": false',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +39,7 @@ from edge_slm_converters.variants import (
 )
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, count_words
-from edge_slm_runtime.errors import CheckpointError, GateRefused
+from edge_slm_runtime.errors import CheckpointError, EngineError, GateRefused
 from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
 from edge_slm_runtime.records import Request
@@ -62,12 +63,13 @@ class Candidate:
     """A written variant and its measurements.
 
     answers: to commanded requests; None of a model without commands. golden_ids: of
-    `goldens.golden_ids`.
+    `goldens.golden_ids`. failure: why it cannot be measured, and so never ships.
     """
 
     variant: Variant
-    answers: Answers | None
-    golden_ids: Sequence[tuple[int, ...]]
+    answers: Answers | None = None
+    golden_ids: Sequence[tuple[int, ...]] = ()
+    failure: str = ""
 
 
 def convert(
@@ -107,14 +109,17 @@ def convert(
         recipe = _recipe(source)
         written, quantisation = _write(names, source, folder, steps)
         candidates = _measure(written, source, folder, evaluation, judge, steps)
-        refused = _refusals(candidates)
+        failed = {c.variant.name: f"{c.variant.name}: {c.failure}" for c in candidates if c.failure}
+        refused = failed | _refusals([c for c in candidates if not c.failure])
+        if failed and variants is not None:
+            raise GateRefused("; ".join(failed.values()), "leave it out")
         if refused and not accept and variants is not None:
             raise GateRefused(
                 "; ".join(refused.values()), "accept it explicitly to ship it all the same"
             )
         steps.step("writing the manifest", WRITE)
-        left_out = set() if accept else set(refused)
-        shipped = [c for c in candidates if c.variant.name in set(chosen) - left_out]
+        left_out = failed if accept else refused
+        shipped = [c for c in candidates if c.variant.name in set(chosen) - set(left_out)]
         for unwanted in set(names) - {c.variant.name for c in shipped}:
             shutil.rmtree(folder / unwanted)
         return write_manifest(
@@ -123,7 +128,7 @@ def convert(
             source,
             [c.variant for c in shipped],
             goldens(source, {c.variant.name: c.golden_ids for c in shipped}),
-            _provenance(source, recipe, refused, accept) | {"quantisation": quantisation},
+            _provenance(source, recipe, refused, left_out) | {"quantisation": quantisation},
         )
 
 
@@ -191,16 +196,23 @@ def _measure(
     candidates = []
     for variant in written:
         steps.step(f"measuring {variant.name}", MEASURE)
-        with open_variant(folder, source, variant) as slm:
-            if variant is written[0]:
-                scored = scored if evaluation is not None else own_answers(slm, source)
-            answers = adherence.answer(slm, requests, judge) if requests else None
-            ids = golden_ids(slm, source)
-            memory = memory_estimate(slm.manifest, variant)
-        fidelity = None
-        if variant is not written[0]:
-            logits = gate.logits_of(variant, source.decoder, folder)
-            fidelity = gate.measure(logits, reference, scored, len(source.tokens)).as_dict()
+        is_reference = variant is written[0]
+        try:
+            with open_variant(folder, source, variant) as slm:
+                if is_reference:
+                    scored = scored if evaluation is not None else own_answers(slm, source)
+                answers = adherence.answer(slm, requests, judge) if requests else None
+                ids = golden_ids(slm, source)
+                memory = memory_estimate(slm.manifest, variant)
+            fidelity = None
+            if not is_reference:
+                logits = gate.logits_of(variant, source.decoder, folder)
+                fidelity = gate.measure(logits, reference, scored, len(source.tokens)).as_dict()
+        except EngineError as error:
+            if is_reference:  # without it nothing can be measured
+                raise CheckpointError(f"the model cannot be run: {error.problem}") from error
+            candidates.append(Candidate(variant, failure=error.problem))
+            continue
         measured = replace(
             variant,
             fidelity=fidelity,
@@ -239,11 +251,21 @@ def _refusals(candidates: Sequence[Candidate]) -> dict[str, str]:
 def _recipe(source: Checkpoint) -> dict[str, Any] | None:
     """Training leaves it there; other checkpoints have none. Raises CheckpointError."""
     file = source.path / "recipe.json"
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    recipe = read_json(file)
+    try:
+        json.dumps(recipe, allow_nan=False)  # the manifest has no form for what is not finite
+    except ValueError:
+        raise CheckpointError(f"{file} holds a number that is not finite") from None
+    return recipe
 
 
 def _provenance(
-    source: Checkpoint, recipe: Mapping[str, Any] | None, refused: Mapping[str, str], accept: bool
+    source: Checkpoint,
+    recipe: Mapping[str, Any] | None,
+    refused: Mapping[str, str],
+    left_out: Mapping[str, str],
 ) -> dict[str, Any]:
     return {
         "checkpoint": source.digests(),
@@ -252,8 +274,8 @@ def _provenance(
         "gate": {
             "budgets": {precision: asdict(b) for precision, b in gate.BUDGETS.items()},
             "adherence": adherence.ALLOWED,
-            "accepted": list(refused.values()) if accept else [],
-            "left_out": [] if accept else list(refused.values()),
+            "accepted": [why for name, why in refused.items() if name not in left_out],
+            "left_out": list(left_out.values()),
         },
     }
 

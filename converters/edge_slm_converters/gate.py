@@ -21,6 +21,7 @@ from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.sampling import not_finite
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
 MEMORY = 512 << 20  # bytes of logits that are kept while variants are measured
@@ -45,8 +46,8 @@ def measure(
     candidate: LogitsOf, reference: LogitsOf, sequences: Sequence[Scored], tokenizer_size: int
 ) -> Fidelity:
     """Fidelity over the response positions of all sequences, the padding of the
-    vocabulary left out. Raises CheckpointError when there is too little to score
-    or a logit is not finite."""
+    vocabulary left out. Raises EngineError when a logit of the candidate is not finite,
+    CheckpointError when one of the reference is not, or when there is too little to score."""
     meter = FidelityMeter()
     try:
         for sequence in sequences:
@@ -54,6 +55,8 @@ def measure(
             expected, actual = (
                 of(sequence.ids)[rows, :tokenizer_size] for of in (reference, candidate)
             )
+            if not np.isfinite(actual).all():
+                raise not_finite()
             meter.add(expected, actual, np.array(sequence.ids[sequence.prompt :], np.int64))
         return meter.result()
     except ValueError as error:

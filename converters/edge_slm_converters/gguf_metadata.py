@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.decoder import LARGEST
+from edge_slm_runtime.errors import CheckpointError, shown
 
 # What an architecture writes about a Decoder: keys without its name.
 Settings = dict[str, int | float | str]
@@ -27,7 +28,7 @@ class Metadata:
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number above zero. key: without the name of the architecture."""
-        return int(self._positive(key, int, default))
+        return int(self._positive(key, int, default, LARGEST))
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above zero."""
@@ -37,11 +38,13 @@ class Metadata:
         """The value of a key of the architecture; None where it is missing."""
         return self.values.get(f"{self.architecture}.{key}")
 
-    def _positive(self, key: str, kind: Any, default: float | None) -> float:
+    def _positive(
+        self, key: str, kind: Any, default: float | None, most: float = sys.float_info.max
+    ) -> float:
         value = self.of_model(key)
         value = default if value is None else value
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
             raise CheckpointError(
-                f"GGUF: {self.architecture}.{key} must be a positive number, got {value!r}"
+                f"GGUF: {self.architecture}.{key} must be a positive number, got {shown(value)}"
             )
         return float(value)

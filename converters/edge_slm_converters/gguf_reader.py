@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_slm_converters.architectures import GGUF_ARCHITECTURES
-from edge_slm_converters.architectures.base import Architecture
+from edge_slm_converters.architectures.base import Architecture, checked
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.gguf_metadata import Metadata
 from edge_slm_converters.gguf_tensors import ROPE_FACTORS, joined, stored_names
@@ -64,6 +64,7 @@ def read_gguf(file: Path) -> GgufModel:
     )
     if factors := stored.pop(ROPE_FACTORS, None):
         decoder = replace(decoder, rope_factors=tuple(map(float, _as_float32(file, factors))))
+    checked(decoder, file.name)
     parameters = sum(int(tensor.n_elements) for tensor in stored.values())
     return GgufModel(decoder, _tensors(file, decoder, architecture, stored), parameters, metadata)
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any, BinaryIO
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, note, progress_bar
+from edge_slm.cli.console import emit_json, json_option, json_text, note, progress_bar
 from edge_slm.cli.options import model_options, sampling_options
 from edge_slm.cli.output import ResumableOutput
 from edge_slm_runtime.errors import DataError, EdgeSlmError, NotSupportedByEngine
 
 _KEYS = ["id", *(field.name for field in fields(edge_slm.Request))]
+_LONGEST_LINE = 32 << 20  # bytes
 _NEEDED = ("id", "request", "task")
 _NEEDED_OF_OTHERS = ("id", "request")  # where the model knows no commands
 
@@ -131,7 +132,7 @@ def batch(
     """
     with (
         edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
-        _opened(source, twice=output is not None) as stream,
+        _opened(source, copy_to=output and output.parent) as stream,
     ):
         if defaults["temperature"] and not slm.seeds:
             raise NotSupportedByEngine(
@@ -154,7 +155,7 @@ def _to_stdout(run: BatchRun, stream: BinaryIO) -> tuple[int, int]:
     with progress_bar(visible=not sys.stdout.isatty()) as progress:
         task = progress.add_task("writing", total=None)
         for answer in run.answers(stream, group=run.batch_size):
-            click.echo(json.dumps(answer, ensure_ascii=False))
+            click.echo(json_text(answer))
             progress.advance(task)
             lines, bad = lines + 1, bad + ("error" in answer)
     return lines, bad
@@ -180,13 +181,21 @@ def _to_file(run: BatchRun, stream: BinaryIO, output: Path) -> tuple[int, int]:
 
 
 def _numbered(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the lines that are not blank."""
-    return ((n, line) for n, line in enumerate(stream, 1) if line.strip())
+    """(line number from 1, line) of the lines that are not blank; of a huge one its beginning,
+    which is too long."""
+    for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), 1):
+        rest = line
+        while len(rest) > _LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(_LONGEST_LINE + 1)
+        if line.strip():
+            yield number, line
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    if len(line) > _LONGEST_LINE:
+        raise DataError(f"longer than {_LONGEST_LINE >> 20} MiB")
     try:
-        data = json.loads(line.decode("utf-8"))
+        data = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"not a line of JSON: {error}") from None
     if not isinstance(data, dict):
@@ -241,28 +250,31 @@ def _answer(row: InputLine, result: edge_slm.Generation) -> dict[str, Any]:
 
 def _digest_and_count(stream: BinaryIO) -> tuple[str, int]:
     """sha256 of the input and its number of lines that are not blank; rewinds it."""
-    digest, total = hashlib.sha256(), 0
-    for line in stream:
-        digest.update(line)
-        total += bool(line.strip())
+    digest = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
+    stream.seek(0)
+    total = sum(1 for _ in _numbered(stream))
     stream.seek(0)
     return digest.hexdigest(), total
 
 
 @contextmanager
-def _opened(source: Path, twice: bool) -> Iterator[BinaryIO]:
-    """The input; stdin is copied to a temporary file when it must be read twice."""
-    if str(source) != "-":
-        try:
-            file = source.open("rb")
-        except OSError as error:
-            raise DataError(f"cannot read {source}: {error.strerror}") from None
-        with file:
-            yield file
-    elif twice:
-        with tempfile.TemporaryFile() as copy:
-            shutil.copyfileobj(sys.stdin.buffer, copy)
+def _opened(source: Path, copy_to: Path | None) -> Iterator[BinaryIO]:
+    """The input. For a resumable output a copy of it, which has no name, in the folder
+    `copy_to`: what is computed must be what was hashed, whoever changes the file meanwhile."""
+    with ExitStack() as stack:
+        if str(source) == "-":
+            stream: BinaryIO = sys.stdin.buffer
+        else:
+            try:
+                stream = stack.enter_context(source.open("rb"))
+            except OSError as error:
+                raise DataError(f"cannot read {source}: {error.strerror}") from None
+        if copy_to is not None:
+            copy_to.mkdir(parents=True, exist_ok=True)
+            copy = stack.enter_context(tempfile.TemporaryFile(dir=copy_to))
+            shutil.copyfileobj(stream, copy)
             copy.seek(0)
-            yield copy
-    else:
-        yield sys.stdin.buffer
+            stream = copy
+        yield stream

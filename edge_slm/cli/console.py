@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -49,6 +50,7 @@ class Commands(click.Group):
     """A group whose failures are one line on stderr and a documented exit code."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        _prepare_streams()
         click_main: Any = super().main  # its overloads have no *args
         if not extra.pop("standalone_mode", True):
             return click_main(*args, **extra, standalone_mode=False)
@@ -69,48 +71,111 @@ class Commands(click.Group):
         except (click.Abort, KeyboardInterrupt):
             fail("interrupted", "stopped by Ctrl-C", 130)
         except BrokenPipeError:  # the reader of stdout has closed it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_stdout()
             sys.exit(1)
         except OSError as error:
+            try:
+                sys.stdout.flush()
+            except OSError:  # it was stdout: Python would fail once more at exit
+                _discard_stdout()
             fail("os", f"{error.strerror or error}: {error.filename or 'input or output'}", 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _prepare_streams() -> None:
+    """Output that never fails for want of a character or of a stream.
+
+    What the encoding lacks is written as an escape. Without the streams (a closed one, a
+    program without a terminal) their numbers would go to the next files that are opened.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# All control characters but tab and line feed, among them the escapes that move the cursor or
+# set the title; halves of characters; what turns the direction of text around.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Foreign text for a terminal: names and texts of a bundle must not control it."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def fail(code: str, message: str, exit_code: int) -> NoReturn:
     """Ends the process with one line on stderr."""
-    click.echo(f"error[{code}]: {' '.join(message.split())}", err=True)
+    with suppress(OSError):  # nobody reads it
+        click.echo(f"error[{code}]: {printable(' '.join(message.split()))}", err=True)
     sys.exit(exit_code)
 
 
 def note(message: str) -> None:
     """One dim line on stderr (plain when stderr is no terminal)."""
-    click.secho(message, dim=True, err=True)
+    click.secho(printable(message), dim=True, err=True)
 
 
 def warn(message: str) -> None:
     """One line on stderr."""
-    click.echo(f"warning: {message}", err=True)
+    click.echo(f"warning: {printable(message)}", err=True)
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """A text of a bundle or a model on stdout: as it is into a file, printable on a terminal."""
+    click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)  # click flushes
+    click.echo(end, nl=False)
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """JSON that any output can have: characters are escaped which its encoding lacks, and
+    those that a terminal obeys."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(data, ensure_ascii=not utf8, indent=indent)
+    return re.sub(
+        "[\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]",
+        lambda found: f"\\u{ord(found[0]):04x}",
+        text,
+    )
 
 
 def emit_json(data: Any) -> None:
     """The result of a command as JSON on stdout."""
-    click.echo(json.dumps(data, ensure_ascii=False, indent=2))
+    click.echo(json_text(data, indent=2))
 
 
 def stdout_console() -> Console:
     """For tables: as wide as the terminal, or wide enough when written to a file."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = _console()
     if not console.is_terminal:
         console.width = 160
     return console
 
 
+def _console(**settings: Any) -> Console:
+    """A console whose output is `printable`, but for the styles that are its own."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class PrintableConsole(Console):
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*arguments, **options):
+                text, style, control = segment
+                yield segment if control else Segment(printable(text), style)
+
+    return PrintableConsole(highlight=False, **settings)
+
+
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Progress]:
     """A progress bar on stderr, if that is a terminal."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -119,7 +184,7 @@ def progress_bar(visible: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -160,7 +225,7 @@ def read_request(argument: str) -> str:
     if argument != "-":
         return argument
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestNotText(
             f"stdin is not valid UTF-8 at byte {error.start}", "convert it to UTF-8"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar, warn
+from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar, say, warn
 from edge_slm.cli.options import folder
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import DataError, DependencyMissing
@@ -89,7 +89,7 @@ def convert(
         return
     for variant in manifest.variants:
         click.echo(f"{variant.name}: {human_bytes(variant.bytes)}{_measured(variant)}")
-    click.echo(f"{out}: {manifest.digest}")
+    say(f"{out}: {manifest.digest}")
 
 
 def convert_with_bar(

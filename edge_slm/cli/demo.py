@@ -106,15 +106,17 @@ def _measured(bundle: Path, threads: int | None) -> list[Cell]:
 
 
 def _print(cells: Sequence[Cell]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     shown = next((cell for cell in cells if cell["precision"] == "int8"), cells[0])
     console = stdout_console()
-    console.print(f"[bold]{shown['variant']}[/bold] answers")
+    console.print(f"[bold]{escape(shown['variant'])}[/bold] answers")
     for answer in shown["answers"][0]:
         asked = answer["asked"]
         console.print(
-            f"\n[bold]{asked['task']}[/bold], {asked['words']} words: {answer['request']}"
+            f"\n[bold]{escape(asked['task'])}[/bold], {asked['words']} words: "
+            f"{escape(answer['request'])}"
             f"  [dim]→ {answer['words']} words, ended by {answer['finish_reason']}[/dim]"
         )
         console.print(f"  {answer['text']}", markup=False)
@@ -128,7 +130,7 @@ def _print(cells: Sequence[Cell]) -> None:
         stats = [answer["stats"] for answer in answers]
         per_token = median(s["tpot_ms"] for s in stats if s["tpot_ms"])
         table.add_row(
-            cell["variant"],
+            escape(cell["variant"]),
             " ".join(f"{a['asked']['words']}→{a['words']}" for a in answers),
             f"{cell['load_ms']:.0f}",
             f"{median(s['ttft_ms'] for s in stats):.1f}",

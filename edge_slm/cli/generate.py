@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, note, read_request, warn
+from edge_slm.cli.console import emit_json, json_option, note, read_request, say, warn
 from edge_slm.cli.options import model_options, sampling_options
 
 
@@ -39,7 +39,7 @@ def generate(
             return
         stream = slm.stream(text, **settings)
         for piece in stream:
-            click.echo(piece, nl=False)  # click flushes
+            say(piece, end="")
         click.echo()
         result = stream.result
     for warning in result.warnings:

@@ -46,6 +46,7 @@ def _prompt_facts(form: PromptForm) -> list[tuple[str, str]]:
 
 
 def _print(manifest: Manifest) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     model = manifest.model
@@ -60,7 +61,7 @@ def _print(manifest: Manifest) -> None:
         ("goldens", str(len(manifest.goldens))),
         ("digest", manifest.digest),
     ):
-        facts.add_row(f"[bold]{name}[/bold]", value)
+        facts.add_row(f"[bold]{name}[/bold]", escape(value))
     variants = Table(box=None, header_style="bold", pad_edge=False)
     variants.add_column("variant")
     variants.add_column("engine")
@@ -70,7 +71,7 @@ def _print(manifest: Manifest) -> None:
     for v in manifest.variants:
         fidelity = v.fidelity or {}
         variants.add_row(
-            v.name,
+            escape(v.name),
             v.engine,
             v.precision,
             human_bytes(v.bytes),

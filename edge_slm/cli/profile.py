@@ -117,13 +117,13 @@ def _print(
     console = stdout_console()
     console.print(_table(rows, limits, advice))
     console.print()
-    console.print(f"[bold]{advice.line}[/bold]")
+    console.print(advice.line, style="bold", markup=False)
     for remark in advice.remarks:
-        console.print(f"  {remark}")
+        console.print(f"  {remark}", markup=False)
     if row := advice.chosen:
         call = f"engine={row.engine!r}, precision={row.precision!r}, threads={row.threads}"
         console.print(f"  edge_slm.load({str(bundle)!r}, {call})", markup=False)
-    console.print(f"[dim]{_conditions(rows, device)}[/dim]")
+    console.print(_conditions(rows, device), style="dim", markup=False)
 
 
 def _table(rows: Sequence[VariantRow], limits: Limits, advice: Advice) -> Table:

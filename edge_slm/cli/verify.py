@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-import edge_slm
-from edge_slm.cli.console import emit_json, json_option, note
+from edge_slm.cli.console import emit_json, json_option, note, say
 from edge_slm.cli.options import folder
 from edge_slm_runtime import verify as verify_files
-from edge_slm_runtime.bundle import Manifest
+from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.errors import BundleError, EngineNotInstalled
+from edge_slm_runtime.loading import load_variant
 
 
 @click.command(short_help="Check a bundle's files, and its answers.")
@@ -25,7 +25,7 @@ def verify(bundle: Path, goldens: bool, as_json: bool) -> None:
     stored token ids; another CPU or engine version may rightly differ in a few.
     """
     manifest = verify_files(bundle)
-    checked = {v.name: _run_goldens(bundle, manifest, v.name) for v in manifest.variants if goldens}
+    checked = {v.name: _run_goldens(bundle, manifest, v) for v in manifest.variants if goldens}
     size = sum(entry.size for entry in manifest.files.values())
     if as_json:
         emit_json(
@@ -38,20 +38,20 @@ def verify(bundle: Path, goldens: bool, as_json: bool) -> None:
             }
         )
         return
-    click.echo(f"{manifest.name}: {len(manifest.files)} files, {size} bytes, {manifest.digest}")
+    say(f"{manifest.name}: {len(manifest.files)} files, {size} bytes, {manifest.digest}")
     for name, count in checked.items():
-        status = "engine not installed" if count is None else f"{count} goldens match"
-        click.echo(f"{name}: {status}")
+        say(f"{name}: {_STATUS.get(count, f'{count} goldens match')}")
 
 
-def _run_goldens(bundle: Path, manifest: Manifest, name: str) -> int | None:
+_STATUS = {None: "not tested: engine not installed", 0: "not tested: it has no goldens"}
+
+
+def _run_goldens(bundle: Path, manifest: Manifest, variant: Variant) -> int | None:
     """The number of goldens, which all match; None when the engine is not installed."""
-    variant = next(v for v in manifest.variants if v.name == name)
+    name = variant.name
     goldens = [golden for golden in manifest.goldens if name in golden.ids]
     try:
-        slm = edge_slm.load(
-            bundle, engine=variant.engine, precision=variant.precision, verify=False
-        )
+        slm = load_variant(bundle, manifest, variant)
     except EngineNotInstalled as error:
         note(f"{name} skipped: {error}")
         return None

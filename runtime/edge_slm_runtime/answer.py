@@ -35,6 +35,7 @@ class Plan:
     words: int | None
     stop: tuple[str, ...]
     sampling: Sampling
+    cache_key: str = ""
 
 
 class Step(NamedTuple):

@@ -21,8 +21,8 @@ from types import UnionType
 from typing import Any
 
 from edge_slm_runtime.command import Command
-from edge_slm_runtime.decoder import LARGEST, Decoder, gpt2
-from edge_slm_runtime.engines import ENGINES, engine_class
+from edge_slm_runtime.decoder import LARGEST_LAYERS, Decoder, gpt2
+from edge_slm_runtime.engines import ENGINES, PRECISIONS, engine_class
 from edge_slm_runtime.errors import (
     BundleError,
     BundleNotFound,
@@ -41,6 +41,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SCHEMA_VERSION = 1
 
+_LARGEST_NUMBER = 1 << 53
 _MANIFEST_LIMIT = 16 << 20  # bytes; a real one is some kilobytes
 
 
@@ -141,7 +142,7 @@ class Manifest:
             manifest = cls(
                 name=_typed(data["name"], str),
                 model=_decoder(data["model"]),
-                parameters=_typed(data["model"]["parameters"], int),
+                parameters=_number(data["model"]["parameters"], int),
                 prompt=PromptForm.from_json(data),
                 variants=tuple(_record(Variant, item) for item in data["variants"]),
                 goldens=tuple(
@@ -238,6 +239,8 @@ def _check_paths(manifest: Manifest) -> None:
         plain_path(variant.path, f"variant {variant.name} is at")
         if variant.engine not in ENGINES:
             raise ManifestInvalid(f"variant {variant.name} is for engine {variant.engine!r}")
+        if variant.precision not in PRECISIONS:
+            raise ManifestInvalid(f"variant {variant.name} is of precision {variant.precision!r}")
         needed.append(f"{variant.path}/{engine_class(variant.engine).main_file}")
     for path in needed:
         if path not in manifest.files:
@@ -265,7 +268,7 @@ def _decoder(data: Any) -> Decoder:
     facts = {key: value for key, value in _typed(data, dict).items() if key != "parameters"}
     if _typed(facts["architecture"], str) == "gpt2" and len(facts) == 6:
         sizes = {key: _typed(facts[key], int) for key in facts if key != "architecture"}
-        if not 1 <= sizes["heads"] <= sizes["width"] or sizes["layers"] > LARGEST:
+        if not 1 <= sizes["heads"] <= sizes["width"] or sizes["layers"] > LARGEST_LAYERS:
             raise ValueError("the sizes of the model do not fit together")
         facts = asdict(gpt2(**sizes))
     return Decoder.from_json(facts)
@@ -274,6 +277,13 @@ def _decoder(data: Any) -> Decoder:
 def _typed(value: Any, kind: type | UnionType) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"expected {getattr(kind, '__name__', kind)}, got {shown(value)}")
+    return value
+
+
+def _number(value: Any, kind: type | UnionType) -> Any:
+    """0 or more, and of a size that can be computed with and shown."""
+    if not 0 <= _typed(value, kind) <= _LARGEST_NUMBER:
+        raise ValueError(f"{shown(value)} is out of range")
     return value
 
 
@@ -288,10 +298,12 @@ def _record(cls: type, data: Any) -> Any:
         if kind := _KINDS.get(str(item.type)):
             _typed(value, kind)
         if item.name == "peak_rss_mb" and value is not None:
-            _typed(value, float | int)
-        if isinstance(value, float | int) and value < 0:
-            raise ValueError(f"{item.name} is negative")
+            _number(value, float | int)
+        if isinstance(value, int):
+            _number(value, int)
         if item.name in ("fidelity", "adherence") and value is not None:
             for figure in _typed(value, dict).values():
                 _typed(figure, float | int)
+                if not abs(figure) <= _LARGEST_NUMBER:
+                    raise ValueError(f"{item.name} has a figure of {shown(figure)}")
     return record

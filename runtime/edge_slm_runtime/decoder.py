@@ -32,6 +32,7 @@ Norm = Literal["layer", "rms"]
 Position = Literal["learned", "rotary"]
 Mlp = Literal["plain", "gated"]
 LARGEST = 1 << 20  # size of anything in a model that is accepted
+LARGEST_LAYERS = 1 << 12
 LARGEST_TABLE = 1 << 26  # values of the table of rotary angles
 MATRICES = ("qkv", "out", "up", "down")  # of a layer, in the order of computing
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu", "tanh")
@@ -109,6 +110,7 @@ class Decoder:
                 raise ValueError(f"{name} is {getattr(self, name)!r}")
         rotary = self.position == "rotary"
         faults = {
+            "layers": self.layers > LARGEST_LAYERS,
             "kv_heads": self.heads % self.kv_heads,
             "head_width": rotary and self.head_width % 2,
             "rope_theta": rotary and not self.rope_theta,

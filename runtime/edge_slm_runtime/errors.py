@@ -100,7 +100,8 @@ class EmptyRequest(RequestError):
 
 
 class RequestNotText(RequestError):
-    """Not a `str`, or not valid UTF-8 (lone surrogates included)."""
+    """Not a `str`, not valid UTF-8 (lone surrogates included), or not to be spelt in the
+    model's tokens."""
 
     code = "request_not_text"
 
@@ -214,7 +215,8 @@ class NotSupportedByEngine(EngineError):
 
 
 class UsedAfterFork(EngineError):
-    """Both engines hang in a forked child; use spawn, or load in the child."""
+    """A model of the parent hangs in a forked child, and so does ctranslate2 altogether; use
+    spawn."""
 
     code = "used_after_fork"
 

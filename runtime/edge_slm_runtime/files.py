@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from edge_slm_runtime.errors import DataError, TargetExists
 
@@ -94,6 +94,26 @@ def lock(file: IO[Any], path: Path, *, wait: bool = False) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise DataError(f"another process is writing {path}", "wait for it to end") from None
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """The file at `path`, made where there is none, for appending and reading, locked for this
+    process. Raises DataError when another process holds the lock.
+
+    Who held it before may have renamed or removed the file that was opened: that of `path`
+    is wanted.
+    """
+    while True:
+        file = path.open("ab+")
+        try:
+            lock(file, path)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _beside(target: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal
@@ -13,15 +14,16 @@ import numpy as np
 from edge_slm_runtime.answer import Answer, Plan, Step
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
-from edge_slm_runtime.engines.base import Engine
+from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import BadSetting, OutOfMemory, RequestTooLong, shown
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import peak_rss_mb
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
-from edge_slm_runtime.sampling import Logits
+from edge_slm_runtime.sampling import Logits, not_finite
 from edge_slm_runtime.text import TextCodec
 
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
+_STOPS_MAX, _STOP_LENGTH_MAX = 64, 256  # all are looked for after every token
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
 
@@ -76,6 +78,7 @@ class SLM:
         self._engine = engine
         self._load_ms = load_ms
         self._most_rows = most_rows
+        self._under_way: list[object] = []
 
     @property
     def schema(self) -> CommandSchema:
@@ -106,7 +109,7 @@ class SLM:
         """`generate`, piece by piece: never a broken character, never part of a
         stop sequence, never a word that the length promise may take back."""
         answer = self._answer(Request.of(request, **settings))
-        return Stream(self, self._engine.decode([answer], 1))
+        return Stream(self, self._decode([answer], 1))
 
     def generate_batch(
         self, requests: Iterable[Request], batch_size: int = 8
@@ -136,8 +139,16 @@ class SLM:
         sampling = request.sampling
         self._engine.check(sampling)
         stop = (request.stop,) if isinstance(request.stop, str) else request.stop
-        if not isinstance(stop, tuple | list) or not all(isinstance(s, str) and s for s in stop):
-            raise BadSetting(f"stop is {shown(request.stop)}", "allowed: texts that are not empty")
+        if not isinstance(stop, tuple | list) or not (
+            len(stop) <= _STOPS_MAX
+            and all(isinstance(s, str) and 1 <= len(s) <= _STOP_LENGTH_MAX for s in stop)
+        ):
+            raise BadSetting(
+                f"stop is {shown(request.stop)}",
+                f"allowed: up to {_STOPS_MAX} texts of 1 … {_STOP_LENGTH_MAX} characters",
+            )
+        if not isinstance(request.cache_key, str):
+            raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
         if not isinstance(request.keep_length, bool):
             raise BadSetting(
                 f"keep_length is {shown(request.keep_length)}", "allowed: True or False"
@@ -156,6 +167,7 @@ class SLM:
             words=words,
             stop=tuple(stop),
             sampling=sampling,
+            cache_key=request.cache_key,
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
@@ -166,13 +178,16 @@ class SLM:
     def logits(self, ids: Sequence[int]) -> Logits:
         """The predictions [len(ids), V] after each of `ids`, computed by the steps that decode:
         what fidelity is measured on. Raises UsedAfterFork, EngineError."""
-        return np.stack([row.copy() for row in self._engine.logits(ids)])
+        rows = np.stack([row.copy() for row in self._engine.logits(ids)])
+        if not np.isfinite(rows).all():
+            raise not_finite()
+        return rows
 
     def trace(self, request: str | Request, **settings: Any) -> Trace:
         """Answers a request and says when each token came. Raises as `generate`."""
         started = perf_counter()
         answer = self._answer(Request.of(request, **settings))
-        seconds = [perf_counter() - started for _ in self._engine.decode([answer], 1)]
+        seconds = [perf_counter() - started for _ in self._decode([answer], 1)]
         return Trace(answer.plan.prompt, tuple(answer.ids), tuple(seconds))
 
     def close(self) -> None:
@@ -194,6 +209,30 @@ class SLM:
         started = perf_counter()
         return Answer(self.check(request), self._codec, started)
 
+    def _decode(self, answers: Iterable[Answer], rows: int) -> Iterator[Step]:
+        return ended_at_exit(self._bounded(answers, rows))
+
+    def _bounded(self, answers: Iterable[Answer], rows: int) -> Iterator[Step]:
+        """Counts the rows of all callers that are under way, streams left open too."""
+        rows = rows if self._engine.batches else 1
+        mine = [object()] * rows
+        try:
+            self._under_way.extend(mine)  # without a lock, as in `PrefixCache`
+            if self._most_rows and len(self._under_way) > self._most_rows:
+                raise OutOfMemory(
+                    f"{len(self._under_way)} answers at a time need more than max_memory_mb",
+                    f"at most {self._most_rows}; finish or close streams",
+                )
+            yield from self._engine.decode(answers, rows)
+        except MemoryError:
+            raise OutOfMemory(
+                "there is no memory for the answer", "close other streams, or ask for less"
+            ) from None
+        finally:
+            for row in mine:
+                with suppress(ValueError):  # interrupted before it was counted
+                    self._under_way.remove(row)
+
     def _batch(self, requests: Iterable[Request], batch_size: int) -> Iterator[Generation]:
         order: deque[Answer] = deque()
 
@@ -202,7 +241,7 @@ class SLM:
                 order.append(self._answer(request))
                 yield order[-1]
 
-        for step in self._engine.decode(drawn(), batch_size):
+        for step in self._decode(drawn(), batch_size):
             while step.done and order and order[0].finish:
                 yield self._result_of(order.popleft())
 

@@ -27,7 +27,10 @@ from edge_slm_runtime.errors import (
     ManifestInvalid,
     SymlinkRefused,
 )
+from edge_slm_runtime.onnx_check import check_onnx
 from edge_slm_runtime.onnx_paths import external_locations
+
+_DEEPEST = 16  # folders; ours have one level
 
 
 def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
@@ -70,7 +73,7 @@ def verify_structure(bundle: str | os.PathLike[str]) -> Manifest:
 def verify_contents(
     root: Path, manifest: Manifest, paths: Iterable[str], *, hashes: bool = True
 ) -> None:
-    """The sha256 sums of the listed files `paths`, and where the ONNX ones keep weights.
+    """The sha256 sums of the listed files `paths`, and the graphs of the ONNX ones.
 
     Raises FileAltered, FileMissing, PathEscape, ManifestInvalid, and BundleError when
     a file cannot be read.
@@ -80,11 +83,13 @@ def verify_contents(
             if hashes and file_entry(root / path) != manifest.files[path]:
                 raise FileAltered(f"{path} is not the file that was listed", "get the bundle again")
             if path.endswith(".onnx"):
-                _check_external_data(root, path, manifest)
+                _check_onnx(root, path, manifest)
 
 
 def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
     """(posix path, size) of every file; a symlink or special file is refused."""
+    if below.count("/") >= _DEEPEST:
+        raise FileUnlisted(f"{below[:40]}… is nested too deeply", "remove it")
     with os.scandir(root / below) as entries:
         for entry in entries:
             path = f"{below}/{entry.name}" if below else entry.name
@@ -99,17 +104,26 @@ def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
                 raise FileUnlisted(f"{path} is not a plain file", "remove it")
 
 
-def _check_external_data(root: Path, path: str, manifest: Manifest) -> None:
-    """ONNX weights may lie in another file; it must be a listed one of the same folder.
+def _check_onnx(root: Path, path: str, manifest: Manifest) -> None:
+    """A graph of the manifest's model, and nothing else (`onnx_check`). Its weights may lie in
+    another file; that must be a listed one of the same folder.
 
     onnxruntime before 1.24 follows any path. A listed file is inside the
     bundle, of known content, and no symlink: that is the whole promise.
     """
+    model, folder = (root / path).read_bytes(), PurePosixPath(path).parent
     try:
-        locations = external_locations((root / path).read_bytes())
+        locations = external_locations(model)
     except ValueError as error:
         raise ManifestInvalid(f"{path} is not an ONNX model: {error}") from None
+    sizes = {}
     for location in locations:
         plain_path(location, f"{path} keeps weights at")
-        if str(PurePosixPath(path).parent / location) not in manifest.files:
+        entry = manifest.files.get(str(folder / location))
+        if entry is None:
             raise FileMissing(f"{path} keeps weights at {location!r}, which is not in the manifest")
+        sizes[location] = entry.size
+    try:
+        check_onnx(model, manifest.model, sizes)
+    except ValueError as error:
+        raise ManifestInvalid(f"{path} is not a graph of this model: {error}") from None

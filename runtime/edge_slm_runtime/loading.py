@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
@@ -15,10 +15,16 @@ from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.engines import engine_class
-from edge_slm_runtime.engines.base import PREFILL, EngineOptions
-from edge_slm_runtime.engines.choice import open_engine, pick_variant
+from edge_slm_runtime.engines.base import PREFILL, Engine, EngineOptions
+from edge_slm_runtime.engines.choice import importing, open_engine, pick_variants
 from edge_slm_runtime.engines.kv_cache import ALIGN
-from edge_slm_runtime.errors import BadSetting, ManifestInvalid, OutOfMemory, shown
+from edge_slm_runtime.errors import (
+    BadSetting,
+    EngineNotInstalled,
+    ManifestInvalid,
+    OutOfMemory,
+    shown,
+)
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.integrity import verify_contents, verify_structure
 from edge_slm_runtime.memory import PREFIX_CACHE_MB, memory_estimate
@@ -70,37 +76,63 @@ def load(
         )
     root = Path(path)
     manifest = verify_structure(root)
-    variant = pick_variant(manifest, engine, precision)
-    most_rows = None
     if max_memory_mb is not None:
         _check_size("max_memory_mb", max_memory_mb)
-        most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
     verify_contents(root, manifest, [TOKENIZER], hashes=verify)
+    variants = pick_variants(manifest, engine, precision)
+    for variant, other in zip_longest(variants, variants[1:]):
+        most_rows = None
+        if max_memory_mb is not None:
+            most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
+        options = EngineOptions(
+            variant.precision,
+            threads or default_threads(),
+            int(prefix_cache_mb * (1 << 20)),
+            speculate,
+            prefill_tokens,
+        )
+        try:
+            codec, loaded = _open(root, manifest, variant, options, hashes=verify)
+        except MemoryError:
+            raise OutOfMemory(
+                f"there is no memory to load {variant.name}", "choose a smaller variant"
+            ) from None
+        except EngineNotInstalled as error:
+            if other is None:
+                raise
+            from logging import getLogger
+
+            getLogger("edge_slm").warning("%s; using %s instead", error.problem, other.engine)
+        else:
+            break
+    return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3, most_rows)
+
+
+def load_variant(path: Path, manifest: Manifest, variant: Variant) -> SLM:
+    """A variant of a bundle that was verified. Raises as `load`."""
+    options = EngineOptions(variant.precision, default_threads())
+    codec, engine = _open(path, manifest, variant, options, hashes=False)
+    return SLM(manifest, variant, codec, engine, 0.0)
+
+
+def _open(
+    root: Path, manifest: Manifest, variant: Variant, options: EngineOptions, *, hashes: bool
+) -> tuple[TextCodec, Engine]:
+    """Raises as `load`."""
     weights = [path for path in manifest.files_of(variant) if path != TOKENIZER]
-    verified = _run_in_background(partial(verify_contents, root, manifest, weights, hashes=verify))
+    verified = _run_in_background(partial(verify_contents, root, manifest, weights, hashes=hashes))
+    engine = engine_class(variant.engine)
     try:  # hashing leaves Python free for it
-        with suppress(Exception):  # the engine's own import raises it again
-            engine_class(variant.engine).preload(manifest.model)
-        codec = TextCodec(root / TOKENIZER, manifest.prompt)
+        with importing(engine):
+            engine.preload(manifest.model)
+        codec = TextCodec(root / TOKENIZER, manifest.prompt, manifest.model.positions)
     finally:
         verified()
     if codec.size > manifest.model.vocab_size:
         raise ManifestInvalid(
             f"{TOKENIZER} has {codec.size} tokens, the model {manifest.model.vocab_size}"
         )
-    loaded = open_engine(
-        root / variant.path,
-        manifest,
-        variant,
-        EngineOptions(
-            variant.precision,
-            threads or default_threads(),
-            int(prefix_cache_mb * (1 << 20)),
-            speculate,
-            prefill_tokens,
-        ),
-    )
-    return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3, most_rows)
+    return codec, open_engine(root / variant.path, manifest, variant, options)
 
 
 def _check_size(name: str, value: object) -> None:
@@ -149,10 +181,14 @@ def _run_in_background(work: Callable[[], None]) -> Callable[[], None]:
             errors.append(error)
 
     thread = Thread(target=run, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no thread to be had
+        run()
 
     def wait() -> None:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         for error in errors:
             raise error
 

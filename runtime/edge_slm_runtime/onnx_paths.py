@@ -59,16 +59,16 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     """(field number, content) of the length-delimited fields; skips the numbers."""
     at, end = 0, len(data)
     while at < end:
-        tag, at = _varint(data, at)
+        tag, at = read_varint(data, at)
         if tag >> 32 or not tag >> 3:  # C++ parsers drop the upper bits and see another field
             raise ValueError(f"tag {tag:#x}")
         kind = tag & 7
         if kind == 0:
-            _, at = _varint(data, at)
+            _, at = read_varint(data, at)
         elif kind in (1, 5):
             at += 8 if kind == 1 else 4
         elif kind == 2:
-            size, at = _varint(data, at)
+            size, at = read_varint(data, at)
             if at + size <= end:
                 yield tag >> 3, data[at : at + size]
             at += size
@@ -78,7 +78,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         raise ValueError("cut short")
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def read_varint(data: memoryview, at: int) -> tuple[int, int]:
     """(value, where it ends). No writer pads with zero bytes, and parsers differ on them."""
     value = shift = 0
     while at < len(data) and shift < 70:

@@ -17,7 +17,9 @@ class Request:
     request: the text. task, words, relevance: the command; None
     leaves it to the model. temperature … seed: see `Sampling`. stop: the text
     ends before the first of these. max_new_tokens: None is what the context
-    holds. keep_length: keep the length promise (see `length`).
+    holds. keep_length: keep the length promise (see `length`). cache_key: keys and values of
+    a prompt are used again only under the same one, so that one user of an app cannot learn
+    from timings and `cached_tokens` what another asked for.
     """
 
     request: str
@@ -33,6 +35,7 @@ class Request:
     stop: tuple[str, ...] | list[str] | str = ()
     max_new_tokens: int | None = None
     keep_length: bool = True
+    cache_key: str = ""
 
     @classmethod
     def of(cls, request: str | Request, **settings: Any) -> Request:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.command import is_count
-from edge_slm_runtime.errors import BadSetting, shown
+from edge_slm_runtime.errors import BadSetting, EngineError, shown
 
 Logits = NDArray[np.float32]
 
@@ -86,15 +86,21 @@ class Sampler:
         ] = {}  # n - 1 tokens → the tokens that followed
 
     def pick(self, logits: Logits) -> int:
-        """The next token of `logits` [V]; masked entries are -inf. Changes `logits`."""
+        """The next token of `logits` [V]; masked entries are -inf. Changes `logits`.
+
+        Raises EngineError when they are not finite.
+        """
         if self._sampling.repetition_penalty != 1:
             penalise(logits, self._seen, self._sampling.repetition_penalty)
         size = self._sampling.no_repeat_ngram_size
         last = tuple(self._answer[len(self._answer) - size + 1 :]) if size else ()
         if size and (banned := self._after.get(last)):
             logits[banned] = -np.inf
+        best = int(logits.argmax())  # of what is not a number, if there is any
+        if not math.isfinite(logits[best]):
+            raise not_finite()
         if self._random is None:
-            token = int(logits.argmax())
+            token = best
         else:
             token = drawn(probabilities(logits, self._sampling), self._random.random())
         self._seen.add(token)
@@ -102,6 +108,13 @@ class Sampler:
         if size and len(last) == size - 1:
             self._after.setdefault(last, []).append(token)
         return token
+
+
+def not_finite() -> EngineError:
+    """What is wrong with a model whose predictions are not numbers, or too large ones."""
+    return EngineError(
+        "the model's predictions are not finite numbers", "verify the bundle, or convert it again"
+    )
 
 
 def penalise(logits: Logits, seen: set[int], penalty: float) -> None:

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+from unicodedata import normalize
 
 from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 
 from edge_slm_runtime.command import Command
-from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
+from edge_slm_runtime.errors import (
+    ControlTokenInRequest,
+    ManifestInvalid,
+    RequestNotText,
+    RequestTooLong,
+)
 from edge_slm_runtime.prompt import PromptForm
 
 _NAME = "tokenizer.json"
 _FRAMES = 256  # texts around requests whose ids are kept
+_SHRINKS = 4  # NFC makes a text shorter by less than this factor
+# Bytes of texts in UTF-8. Some models lack control characters and what begins characters of
+# unassigned planes; a request that has them is refused.
+_NEEDED = {*b"\t\n", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}
+# What tokenizers are apt to change: spaces, punctuation, digits, case, marks, line ends.
+_PROBES = (
+    "".join(map(chr, range(32, 127))),
+    "  two  spaces, a tab\t, lines\n\nand\r\nends ",
+    "It's 3.14, isn't it? (Yes; 12,345,678!) #tag @name <lora:ink:0.7> __x__ {a|b}",
+    "früh am Morgen, naïve façade, ÇA, straße, 東京の夜景, привет, שלום, नमस्ते, 한국",
+    "🦊🌲 👩‍🚀 e\u0301 \u00a0 \ufb01 ﷺ ａｂｃ İı \u2028 \ufeff \u200b end",
+)
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -38,11 +59,15 @@ class TextCodec:
     text they have no characters.
     """
 
-    def __init__(self, tokenizer: Path | bytes, form: PromptForm) -> None:
-        """tokenizer: tokenizer.json, its path or contents.
+    def __init__(
+        self, tokenizer: Path | bytes, form: PromptForm, positions: int | None = None
+    ) -> None:
+        """tokenizer: tokenizer.json, its path or contents. positions: the model's context;
+        what cannot fit into it is not encoded.
 
-        Raises ManifestInvalid when the tokenizer and the form do not fit."""
-        self.form = form
+        Raises ManifestInvalid when the tokenizer and the form do not fit, or when text does
+        not survive the tokenizer."""
+        self.form, self._positions = form, positions
         self._tokenizer = open_tokenizer(tokenizer)
         self.size: int = self._tokenizer.get_vocab_size()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -63,6 +88,12 @@ class TextCodec:
         self._marks = {*form.ends, *self._control.findall(form.before + form.after)}
         self._around = lru_cache(_FRAMES)(self._read_around)
         self._bytes = self._bytes_of_all({i: one.content for i, one in added.items()})
+        self._longest = max(map(len, self._bytes))
+        lost = _NEEDED - {one[0] for one in self._bytes if len(one) == 1}
+        if lost:
+            raise ManifestInvalid(f"{_NAME} has no token for byte {min(lost):#04x}")
+        if changed := [text for text in _PROBES if not self._survives(text, self._encode(text))]:
+            raise ManifestInvalid(f"{_NAME} loses or changes some of {changed[0]!r}")
 
     def _bytes_of_all(self, added: Mapping[int, str]) -> list[bytes]:
         """Of each token; raises ManifestInvalid where its characters stand for no bytes."""
@@ -79,18 +110,34 @@ class TextCodec:
                 found[i] = bytes([alphabet[char] for char in token])
             except KeyError:
                 raise ManifestInvalid(f"{_NAME} is not a byte-level BPE (token {i})") from None
+        if not all(one or i in self.controls for i, one in enumerate(found)):
+            raise ManifestInvalid(f"{_NAME}: token ids have gaps")
         return found
 
     def prompt(self, request: str, command: Command) -> list[int]:
         """Ids of a request under its form, and under a command where the form has them.
 
-        Raises as `PromptForm.clean` and `Axis.value_of`.
+        Raises as `PromptForm.clean` and `Axis.value_of`, RequestTooLong, RequestNotText.
         """
         text = self.form.clean(request, command)
+        if self._positions is not None:
+            self._refuse_huge(text)
         if smuggled := next((mark for mark in self._marks if mark in text), None):
             raise ControlTokenInRequest(f"the request holds the control token {smuggled!r}")
         before, left, right, after = self._around(*self.form.around(command))
         return [*before, *self.encode(left + text + right), *after]
+
+    def _refuse_huge(self, text: str) -> None:
+        """What has more bytes than the longest tokens could hold: encoding takes hundreds of
+        times the memory of the text."""
+        shrinks = _SHRINKS if self._tokenizer.normalizer else 1
+        assert self._positions is not None
+        if len(text) > self._positions * self._longest * shrinks:
+            raise RequestTooLong(
+                f"the request has {len(text)} characters, more than the model's "
+                f"{self._positions} positions can hold",
+                "shorten the request",
+            )
 
     def _read_around(self, before: str, after: str) -> tuple[list[int], str, str, list[int]]:
         """Ids up to the last control token before a request, the text from there to it, the
@@ -113,12 +160,27 @@ class TextCodec:
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as plain text; control tokens in it are only characters.
 
-        Raises ControlTokenInRequest when the tokenizer finds one all the same.
+        Raises ControlTokenInRequest when the tokenizer finds one all the same, RequestNotText
+        when it loses or changes some of the text.
         """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text)
         if not self.controls.isdisjoint(ids):
             raise ControlTokenInRequest("the tokenizer reads a control token in the request")
+        if not self._survives(text, ids):
+            raise RequestNotText("the model has no tokens for some characters of the request")
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        with _panics("cannot encode a text"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _survives(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether `ids` spell the text, but for NFC where the tokenizer normalises."""
+        found = b"".join([self._bytes[i] for i in ids])
+        if found == text.encode() or self._tokenizer.normalizer is None:
+            return found == text.encode()
+        return normalize("NFC", found.decode("utf-8", "replace")) == normalize("NFC", text)
 
     def never(self, vocab_size: int) -> list[slice]:
         """Ranges of the ids that an answer never has and that do not end it: other control
@@ -140,23 +202,52 @@ class TextCodec:
 
 def open_tokenizer(source: Path | bytes) -> Tokenizer:
     """A tokenizer that encodes text as it is. Raises ManifestInvalid."""
-    try:
+    with _panics("cannot be read"):
         if isinstance(source, bytes):
             tokenizer = Tokenizer.from_buffer(source)
         else:
             tokenizer = Tokenizer.from_file(str(source))
-    except BaseException as error:  # tokenizers raises bare Exception, or panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ManifestInvalid(f"{_NAME} cannot be read: {error}") from None
     if not isinstance(tokenizer.normalizer, NFC | None):  # NFC is the same text
         raise ManifestInvalid(f"{_NAME} has a normalizer; it would change requests")
     if getattr(tokenizer.model, "dropout", None):
         raise ManifestInvalid(f"{_NAME} has dropout; it would split requests at random")
+    if any(map(_is_slow, _patterns(tokenizer))):
+        raise ManifestInvalid(f"{_NAME} splits by a pattern that may take for ever")
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextmanager
+def _panics(what: str) -> Iterator[None]:
+    """Raises ManifestInvalid for what tokenizers raises: bare Exception, or panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ManifestInvalid(f"{_NAME} {what}: {error}") from None
+
+
+def _patterns(tokenizer: Tokenizer) -> Iterator[str]:
+    """The regular expressions by which text is split before the BPE."""
+    if tokenizer.pre_tokenizer is None:
+        return
+    steps: list[Any] = [json.loads(tokenizer.pre_tokenizer.__getstate__())]
+    while steps:
+        step = steps.pop()
+        steps += step.get("pretokenizers", [])
+        if pattern := step.get("pattern", {}).get("Regex"):
+            yield pattern
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether matching may take longer than the square of a text: a repeated group, or three
+    repetitions one after the other. Those of known tokenizers have none."""
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
+    repeats = [len(re.findall(r"[*+]|\{\d*,\}", part)) for part in bare.split("|")]
+    return bool(re.search(r"\)[*+{]", bare)) or max(repeats) > 2
 
 
 class Detokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from edge_slm.cli.output import ResumableOutput
+from edge_slm_runtime import files
 from edge_slm_runtime.errors import DataError, TargetExists
 
 from .test_commands import EDGE_SLM, error_of, run
@@ -155,11 +157,101 @@ def test_a_torn_tail_is_computed_again(torn: bytes, tiny_bundle: Path, tmp_path:
     run(*command)
     whole = output.read_bytes()
     lines = whole.splitlines(keepends=True)
-    output.unlink()
-    output.with_name("out.jsonl.part").write_bytes(b"".join(lines[:50]) + torn)
+    leave_part(output, lines[:50], torn)
     result = run(*command)
     assert "continuing after line 32 of 81" in result.stderr  # whole groups only
     assert output.read_bytes() == whole
+
+
+def leave_part(output: Path, lines: list[bytes], tail: bytes = b"") -> Path:
+    """What a killed run leaves: its lines, and the sums of their groups."""
+    output.unlink()
+    groups = [b"".join(lines[i : i + 32]) for i in range(0, len(lines) - 31, 32)]
+    sums = "".join(hashlib.sha256(group).hexdigest() + "\n" for group in groups)
+    output.with_name(f"{output.name}.part.sums").write_text(sums)
+    part = output.with_name(f"{output.name}.part")
+    part.write_bytes(b"".join(lines) + tail)
+    return part
+
+
+def test_an_altered_answer_is_computed_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    """One that is JSON still, in the second group."""
+    source, output = write_rows(tmp_path / "in.jsonl", 120), tmp_path / "out.jsonl"
+    command = ("batch", source, "-o", output, "--bundle", tiny_bundle)
+    run(*command)
+    whole = output.read_bytes()
+    part = leave_part(output, whole.splitlines(keepends=True)[:100])
+    part.write_bytes(part.read_bytes().replace(b'"row-40"', b'"row-41"'))
+    assert "continuing after line 32 of 121" in run(*command).stderr
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("at", [-1, -200, 300])
+def test_an_output_changed_afterwards_is_not_called_complete(
+    at: int, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
+    command = ("batch", source, "-o", output, "--bundle", tiny_bundle)
+    run(*command)
+    output.write_bytes(output.read_bytes()[:at])
+    assert "was changed" in error_of(run(*command), "data", 8)
+
+
+def test_lines_appended_meanwhile_are_not_of_this_run(tiny_bundle: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 400), tmp_path / "out.jsonl"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    command = [*EDGE_SLM, "batch", str(source), "-o", str(output), "--bundle", str(tiny_bundle)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    part = output.with_name("out.jsonl.part")
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.002)
+    with source.open("a") as file:
+        file.write('{"id": "late", "request": "a", "task": null}\n' * 50)
+    assert process.wait() == 0
+    assert len(read(output)) == 401
+    record = json.loads(output.with_name("out.jsonl.run.json").read_text())
+    assert record["input_sha256"] == digest
+    assert record["output"][1] == hashlib.sha256(output.read_bytes()).hexdigest()
+
+
+def test_a_run_that_starts_as_another_ends_finds_it_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has opened the part, and gets the lock when that is the output."""
+    first = ResumableOutput(tmp_path / "out", {"seed": 1}, 4)
+    first.append({"a": 1})
+    real = files.lock
+
+    def late(*arguments: Any, **options: Any) -> None:
+        monkeypatch.setattr(files, "lock", real)
+        first.finish()
+        real(*arguments, **options)
+
+    monkeypatch.setattr(files, "lock", late)
+    with ResumableOutput(tmp_path / "out", {"seed": 1}, 4) as second:
+        assert second.complete
+    assert (tmp_path / "out").read_bytes() == b'{"a": 1}\n'
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.run.json"}
+
+
+def test_starts_together_leave_one_run_and_its_record(tiny_bundle: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 30)
+    for attempt in range(3):
+        output = tmp_path / f"out{attempt}"
+        command = [*EDGE_SLM, "batch", str(source), "-o", str(output), "--threads", "1"]
+        command += ["--bundle", str(tiny_bundle), "--engine", "onnxruntime"]
+        processes = [
+            subprocess.Popen([*command, "--seed", str(seed)], stderr=subprocess.DEVNULL)
+            for seed in (1, 2, 1)
+        ]
+        codes = [process.wait() for process in processes]
+        assert 0 in codes
+        assert set(codes) <= {0, 8}
+        record = json.loads(output.with_name(f"{output.name}.run.json").read_text())
+        assert all(
+            seed == record["seed"] for seed, code in zip((1, 2, 1), codes, strict=True) if not code
+        )
+        assert record["output"][1] == hashlib.sha256(output.read_bytes()).hexdigest()
 
 
 def test_a_complete_run_may_be_started_again(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ from click.testing import CliRunner, Result
 
 from edge_slm.cli import main
 from edge_slm_bench.quick import requests_of
-from edge_slm_converters import VARIANTS, convert, goldens, read_checkpoint
+from edge_slm_converters import (
+    VARIANTS,
+    calibration_texts,
+    convert,
+    goldens,
+    read_checkpoint,
+)
 from edge_slm_converters.architectures import llama
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.gguf_writer import write_gguf
@@ -205,6 +211,20 @@ def test_without_a_template_a_folder_is_plain(folder: Path, tmp_path: Path) -> N
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(CheckpointError, match="templates are never run"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["chat", "plain"])
+def test_int4_is_calibrated_on_such_answers_too(form: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(goldens, "EXAMPLES", 4)
+        patched.setattr(calibration_texts, "SAMPLES", (64, 64))
+        source = read_checkpoint(folder, prompt="plain" if form == "plain" else None)
+        convert(source, tmp_path / "b", ["onnx-int4", "numba-int4"], accept=True)
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest.prompt.kind == form
+    assert all(variant.fidelity for variant in manifest.variants)
+    assert run("verify", tmp_path / "b", "--goldens").exit_code == 0
 
 
 def test_a_context_is_within_the_models(folder: Path, tiny_checkpoint: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import struct
 import subprocess
@@ -188,7 +190,58 @@ def test_broken_weights(copy: Path) -> None:
 def test_shards_stay_in_the_folder(copy: Path, name: Any) -> None:
     index = {"weight_map": {"transformer.wte.weight": name}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    (copy / "model.safetensors").rename(copy / "elsewhere.safetensors")
     with pytest.raises(CheckpointError, match=r"leaves|no absent|no 3"):
+        read_checkpoint(copy)
+
+
+def test_a_single_file_counts_more_than_an_index(copy: Path) -> None:
+    """As for transformers, which the peers of a benchmark read it with."""
+    expected = read_checkpoint(copy).tensors["embedding"]
+    shutil.copy(copy / "model.safetensors", copy / "old.safetensors")
+    index = {"weight_map": {"transformer.wte.weight": "old.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit_tensors(copy, lambda t: t["transformer.wte.weight"].__imul__(2))
+    np.testing.assert_array_equal(read_checkpoint(copy).tensors["embedding"], 2 * expected)
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head_alone(copy: Path) -> None:
+    """safetensors' save_model keeps the first of the two names."""
+    expected = read_checkpoint(copy).tensors["embedding"]
+    edit_tensors(copy, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    found = read_checkpoint(copy)
+    assert found.decoder.tied
+    np.testing.assert_array_equal(found.tensors["embedding"], expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_layer", 10**8),
+        ("n_embd", 10**400),
+        ("n_positions", 10**400),
+        ("layer_norm_epsilon", math.inf),
+        ("tie_word_embeddings", "false"),
+        ("scale_attn_weights", "no"),
+    ],
+)
+def test_settings_are_checked_before_anything_of_their_size(
+    copy: Path, key: str, value: Any
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} must"):
+        read_checkpoint(copy)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "command.json", "model.safetensors"]
+)
+def test_a_pipe_is_no_file(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(CheckpointError):
         read_checkpoint(copy)
 
 

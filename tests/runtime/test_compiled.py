@@ -61,9 +61,9 @@ def compiler(code: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     found = Compiler(code)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(compiled, "_compile", found)
-    compiled.kernels.cache_clear()
+    compiled._kernels.cache_clear()
     yield found
-    compiled.kernels.cache_clear()
+    compiled._kernels.cache_clear()
 
 
 def kept(tmp_path: Path) -> Path:
@@ -72,7 +72,7 @@ def kept(tmp_path: Path) -> Path:
 
 
 def load_anew() -> None:
-    compiled.kernels.cache_clear()
+    compiled._kernels.cache_clear()
     compiled.kernels(GPT2)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -309,3 +311,17 @@ def test_any_numbers_are_computed_with(
         step = engine.new_pass(engine.new_cache(1).array, 9, 9)
         step.run([range(70, 79)], [0])
         engine.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are guarded by mprotect")
+def test_no_kernel_touches_what_is_beyond_its_memory(tmp_path: Path) -> None:
+    """Half of the files fit their model; a check that lets others pass ends in a signal."""
+    script = Path(__file__).with_name("guard_pages.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "300", "7"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-800:]
+    assert int(done.stdout) > 100

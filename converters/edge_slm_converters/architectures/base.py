@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,8 +11,8 @@ import numpy as np
 
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.gguf_metadata import Metadata, Parts, Settings
-from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.decoder import LARGEST, Decoder
+from edge_slm_runtime.errors import CheckpointError, shown
 
 Config = Mapping[str, Any]  # the contents of config.json
 
@@ -131,11 +132,29 @@ def plain_attention(decoder: Decoder) -> bool:
 # -- settings of config.json --------------------------------------------------
 
 
-def positive(config: Config, key: str, *, kind: Any = int, default: float | None = None) -> Any:
-    """A number above zero; null means the default. Raises CheckpointError."""
+def checked(decoder: Decoder, where: str) -> Decoder:
+    """`decoder`, before anything of its size is allocated. Raises CheckpointError."""
+    try:
+        decoder.check()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    return decoder
+
+
+def flag(config: Config, key: str, default: bool) -> bool:
+    """Raises CheckpointError for what is neither true nor false."""
     value = default if config.get(key) is None else config[key]
-    if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-        raise CheckpointError(f"config.json: {key} must be a positive number, got {value!r}")
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} must be true or false, got {shown(value)}")
+    return value
+
+
+def positive(config: Config, key: str, *, kind: Any = int, default: float | None = None) -> Any:
+    """A number above zero, not too large; null means the default. Raises CheckpointError."""
+    value: Any = default if config.get(key) is None else config[key]
+    number = isinstance(value, kind) and not isinstance(value, bool)
+    if not number or not 0 < value <= (LARGEST if kind is int else sys.float_info.max):
+        raise CheckpointError(f"config.json: {key} must be a positive number, got {shown(value)}")
     return value
 
 

@@ -11,6 +11,7 @@ from edge_slm_converters.architectures.base import (
     activation,
     activation_name,
     check_llama_cpp,
+    flag,
     positive,
     stored,
 )
@@ -32,8 +33,8 @@ def decoder(config: Config) -> Decoder:
     width = positive(config, "n_embd")
     if width % heads:
         raise CheckpointError(f"config.json: n_embd {width} is not a multiple of n_head {heads}")
-    scale = (width // heads) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
-    by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
+    scale = (width // heads) ** -0.5 if flag(config, "scale_attn_weights", True) else 1.0
+    by_layer = flag(config, "scale_attn_by_inverse_layer_idx", False)
     return gpt2_decoder(
         layers=layers,
         heads=heads,
@@ -43,7 +44,7 @@ def decoder(config: Config) -> Decoder:
         positions=positive(config, "n_positions"),
         activation=activation(config, "activation_function", "gelu_new"),
         norm_epsilon=positive(config, "layer_norm_epsilon", kind=float, default=1e-5),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=flag(config, "tie_word_embeddings", True),
         attention_scale=tuple(scale / (i + 1 if by_layer else 1) for i in range(layers)),
     )
 

@@ -17,6 +17,7 @@ from edge_slm_converters.architectures.base import (
     activation_name,
     bias,
     check_llama_cpp,
+    flag,
     linear,
     positive,
     refuse_unless,
@@ -68,7 +69,7 @@ def decoder(config: Config) -> Decoder:
         mlp="gated",
         activation=activation(config, "hidden_act", "silu"),
         attention_scale=(head_width**-0.5,) * layers,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings", False),
     )
 
 
@@ -216,8 +217,8 @@ def _biased(config: Config) -> set[str]:
     """The matrices that have biases. Mistral has none, Qwen2 those of q, k and v."""
     if config.get("model_type") == "qwen2":
         return {"qkv"}
-    attention = {"qkv", "out"} if config.get("attention_bias") else set()
-    return attention | ({"up", "down"} if config.get("mlp_bias") else set())
+    attention = {"qkv", "out"} if flag(config, "attention_bias", False) else set()
+    return attention | ({"up", "down"} if flag(config, "mlp_bias", False) else set())
 
 
 def refuse_windows(config: Config, positions: int) -> None:

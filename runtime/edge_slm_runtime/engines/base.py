@@ -8,10 +8,13 @@ import importlib
 import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from threading import get_ident
+from time import monotonic, sleep
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -21,6 +24,7 @@ from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import EngineError, UsedAfterFork
 from edge_slm_runtime.sampling import Logits, Sampling
 
+Result = TypeVar("Result")
 PREFILL = 256  # positions of a prompt that are computed at once, to bound the memory they take
 
 
@@ -126,8 +130,9 @@ class Native:
 
     A forked child has none of the threads that the model waits for: using it or
     even freeing it there would hang, so the child is refused and never frees it.
-    At exit the model is freed while Python still runs: CTranslate2's threads
-    abort the process when they outlive the interpreter.
+    At exit the model is freed while Python still runs (`_end_all`): threads of CTranslate2
+    abort the process when they outlive the interpreter, and so does a daemon thread that
+    returns from a native call to an interpreter that has ended.
     """
 
     def __init__(self, model: Any) -> None:
@@ -144,15 +149,26 @@ class Native:
         return self._model is None
 
     def get(self) -> Any:
-        """Raises UsedAfterFork, or EngineError after `close`."""
+        """Raises UsedAfterFork, or EngineError after `close` and while the interpreter ends."""
         if self.forked:
             raise UsedAfterFork(
                 "the model was loaded before this process was forked",
-                "load it in the child, or start the child with spawn",
+                "start the child with spawn, or load it in the child (not with ctranslate2)",
             )
-        if self._model is None:
+        if self._model is None or _ending:
             raise EngineError("the model was closed", "load it again")
         return self._model
+
+    def call(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """function(model, …), a native call that the end of the interpreter waits for.
+
+        Raises as `get`."""
+        thread = get_ident()
+        _CALLS.append(thread)
+        try:
+            return function(self.get(), *arguments, **options)
+        finally:
+            _CALLS.remove(thread)
 
     def close(self) -> None:
         if not self.forked:
@@ -163,21 +179,43 @@ class Native:
 
 
 _LIVE: WeakSet[Native] = WeakSet()
+_OPEN: WeakSet[Generator[Any, None, None]] = WeakSet()
+_CALLS: list[int] = []  # the thread of each native call under way
+_LONGEST = 30.0  # seconds that the end of the interpreter waits for native calls
+_ending = False
 
 
-def _close_all() -> None:
+def ended_at_exit(steps: Iterator[Step]) -> Iterator[Step]:
+    """`steps`, which are closed at exit if somebody holds them still: what they clean up
+    needs an interpreter that is whole."""
+    if isinstance(steps, Generator):
+        _OPEN.add(steps)
+    return steps
+
+
+def _end_all() -> None:
+    """Refuses new native calls, waits for those of daemon threads, frees all models."""
+    global _ending
+    _ending, latest = True, monotonic() + _LONGEST
+    # This thread is in none; what it interrupted before it was recorded as ended is no call.
+    while {*_CALLS} - {get_ident()} and monotonic() < latest:
+        sleep(0.001)
+    for steps in list(_OPEN):
+        with suppress(ValueError):  # a daemon thread is reading it
+            steps.close()
     for native in list(_LIVE):
         native.close()
 
 
-def _leak_all() -> None:
+def _after_fork() -> None:
+    _CALLS.clear()  # of threads that the child does not have
     for native in list(_LIVE):
         native.leak()
 
 
-atexit.register(_close_all)
+atexit.register(_end_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leak_all)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edge_slm_runtime.bundle import Manifest, Variant
@@ -11,9 +12,10 @@ from edge_slm_runtime.engines.base import Engine, EngineOptions, first_line
 from edge_slm_runtime.errors import BadSetting, EngineNotInstalled, VariantNotFound
 
 
-def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
-    """The variant that the caller means; "auto" takes the first that is installed and present,
-    engines that are slow on this processor last.
+def pick_variants(manifest: Manifest, engine: str, precision: str) -> list[Variant]:
+    """The variant that the caller means, and those to fall back to, each of another engine;
+    "auto" takes the first that is installed and present, engines that are slow on this
+    processor last.
 
     Raises BadSetting, VariantNotFound, EngineNotInstalled.
     """
@@ -34,11 +36,11 @@ def pick_variant(manifest: Manifest, engine: str, precision: str) -> Variant:
             f"{manifest.name} has no variant for engine {engine}, precision {precision}",
             f"it has: {has}",
         )
-    for variant in fitting:
-        if engine_class(variant.engine).installed():
-            return variant
-    missing = engine_class(fitting[0].engine)
-    raise EngineNotInstalled(f"{missing.name} is not installed", missing.install)
+    best = {v.engine: v for v in reversed(fitting) if engine_class(v.engine).installed()}
+    if not best:
+        missing = engine_class(fitting[0].engine)
+        raise EngineNotInstalled(f"{missing.name} is not installed", missing.install)
+    return sorted(best.values(), key=order)
 
 
 def open_engine(
@@ -49,12 +51,19 @@ def open_engine(
     Raises EngineError when the engine refuses it, ManifestInvalid when it is not
     the model of the manifest, EngineNotInstalled when the package is broken.
     """
-    engine = engine_class(variant.engine)
-    try:
+    with importing(engine := engine_class(variant.engine)):
         return engine(folder, manifest.model, options)
-    except ImportError as error:  # found, but a library of its own is missing
+
+
+@contextmanager
+def importing(engine: type[Engine]) -> Iterator[None]:
+    """Raises EngineNotInstalled for an engine whose package is found but cannot be used here,
+    since a library of its own or an instruction of the processor is missing."""
+    try:
+        yield
+    except ImportError as error:
         raise EngineNotInstalled(
-            f"{variant.engine} cannot be imported: {first_line(error)}", engine.install
+            f"{engine.name} cannot be used: {first_line(error)}", engine.install
         ) from None
 
 

@@ -16,10 +16,13 @@ seeded once per thread), so sampling with a seed is refused. What falls back:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import get_ident
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,11 +30,18 @@ import numpy as np
 from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.engines.base import Engine, EngineOptions, Native, first_line
-from edge_slm_runtime.errors import EngineError, ManifestInvalid, NotSupportedByEngine
-from edge_slm_runtime.sampling import Logits, Sampling
+from edge_slm_runtime.engines.ct2_file import check_model
+from edge_slm_runtime.errors import (
+    EngineError,
+    ManifestInvalid,
+    NotSupportedByEngine,
+    UsedAfterFork,
+)
+from edge_slm_runtime.sampling import Logits, Sampling, not_finite
 
 _COMPUTE_TYPE = {"int8": "int8", "fp32": "float32"}
 _POLL = 0.05  # seconds between looks for a native error while no token comes
+_loaded_in: set[int] = set()  # this process, and those that it was forked from
 
 
 class CTranslate2Engine(Engine):
@@ -45,8 +55,19 @@ class CTranslate2Engine(Engine):
     resident: ClassVar = {"fp32": 1.0, "int8": 1.0}
 
     def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
+        if _loaded_in - {os.getpid()}:  # loading would wait for OpenMP's threads of the parent
+            raise UsedAfterFork(
+                "ctranslate2 had loaded a model before this process was forked",
+                "start the process with spawn, or use another engine",
+            )
         import ctranslate2
 
+        _loaded_in.add(os.getpid())
+        try:
+            self._tokens = _vocabulary(folder, decoder)
+            check_model(folder / self.main_file, decoder, options.precision)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ManifestInvalid(f"{folder.name} is not this model: {first_line(error)}") from None
         try:
             generator = ctranslate2.Generator(
                 str(folder),
@@ -55,18 +76,13 @@ class CTranslate2Engine(Engine):
                 inter_threads=1,
                 intra_threads=options.threads,
             )
-            self._tokens: list[str] = json.loads((folder / "vocabulary.json").read_text("utf-8"))
         except Exception as error:  # ctranslate2 raises bare RuntimeError
             raise EngineError(
                 f"ctranslate2 cannot load {folder.name}: {first_line(error)}"
             ) from None
-        if not isinstance(self._tokens, list) or len(self._tokens) != decoder.vocab_size:
-            raise ManifestInvalid(f"{folder.name}/vocabulary.json has not the model's tokens")
-        if len(set(map(str, self._tokens))) != len(self._tokens):
-            # It looks tokens up by name and would silently take another id.
-            raise EngineError(f"{folder.name}/vocabulary.json names a token twice")
         self.threads = options.threads
         self._native = Native(generator)
+        self._worker = 0  # the native thread that hands tokens over
 
     def check(self, sampling: Sampling) -> None:
         self._native.get()
@@ -82,18 +98,21 @@ class CTranslate2Engine(Engine):
                 yield from self._run(answer)
 
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
-        try:
-            every = self._native.get().forward_batch([list(ids)])
-        except RuntimeError as error:
-            raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+        every = self._native.call(_forward, [list(ids)])
         yield from np.asarray(every, np.float32)[0]
 
     def close(self) -> None:
         self._native.close()
 
     def _run(self, answer: Answer) -> Iterator[Step]:
-        """One native run: until the answer is finished or wants to end too early."""
-        steps: SimpleQueue[Step | None] = SimpleQueue()
+        """One native run: until the answer is finished or wants to end too early.
+
+        When the reader leaves, the run ends with its next token. Nobody waits for that: this
+        may be the garbage collector, called in the very thread that computes the run.
+        """
+        if get_ident() == self._worker:  # of a finaliser, which would wait for itself
+            raise EngineError("a finaliser must not use ctranslate2")
+        steps: SimpleQueue[Step | EngineError | None] = SimpleQueue()
         fed = [*answer.plan.prompt, *answer.ids]
         # Only tokens inside its own result get its repetition penalty; so the
         # prompt is put there when it matters (then it is read token by token).
@@ -101,10 +120,14 @@ class CTranslate2Engine(Engine):
         abandoned = False
 
         def on_token(result: Any) -> bool:
-            if abandoned:
+            self._worker = get_ident()
+            if abandoned or self._native.closed:
                 return True
             if result.step < replayed:
                 return False
+            if not isfinite(result.log_prob):
+                steps.put(not_finite())
+                return True
             if result.token_id in answer.ends and not answer.may_end():
                 steps.put(None)
                 return True
@@ -112,42 +135,74 @@ class CTranslate2Engine(Engine):
             steps.put(step)
             return step.done
 
-        generator = self._native.get()
-        try:
-            (run,) = generator.generate_batch(
-                [[self._tokens[i] for i in fed]],
-                asynchronous=True,
-                callback=on_token,
-                max_length=replayed + answer.plan.budget - len(answer.ids),
-                min_length=replayed + 1 if not answer.may_end() else 0,
-                include_prompt_in_result=replayed > 0,
-                end_token=[self._tokens[i] for i in answer.ends],
-                suppress_sequences=[[self._tokens[i]] for i in answer.banned(len(self._tokens))],
-                **_sampling_options(answer.plan.sampling, len(self._tokens)),
-            )
-        except Exception as error:
-            raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+        run = self._native.call(
+            _start,
+            [self._tokens[i] for i in fed],
+            callback=on_token,
+            max_length=replayed + answer.plan.budget - len(answer.ids),
+            min_length=replayed + 1 if not answer.may_end() else 0,
+            include_prompt_in_result=replayed > 0,
+            end_token=[self._tokens[i] for i in answer.ends],
+            suppress_sequences=[[self._tokens[i]] for i in answer.banned(len(self._tokens))],
+            return_scores=True,
+            **_sampling_options(answer.plan.sampling, len(self._tokens)),
+        )
+        came = len(answer.ids)
         try:
             while not run.done() or not steps.empty():
                 self._native.get()
                 with suppress(Empty):
                     step = steps.get(timeout=_POLL)
+                    if isinstance(step, EngineError):
+                        raise step
                     if step is None:
                         break
                     yield step
                     if step.done:
-                        break
+                        return
+            else:
+                _raise_failure(run)
         finally:
             abandoned = True
-            if not self._native.forked:
-                _settle(run)
+        if len(answer.ids) == came:
+            raise EngineError("ctranslate2 gives no token", "verify the bundle")
 
 
-def _settle(run: Any) -> None:
-    """Waits until the native loop has let go of the callback."""
+def _vocabulary(folder: Path, decoder: Decoder) -> list[str]:
+    """Raises ValueError, OSError."""
+    tokens = json.loads((folder / "vocabulary.json").read_text("utf-8"))
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("vocabulary.json is not a list of tokens")
+    if len(tokens) != decoder.vocab_size:
+        raise ValueError(
+            f"vocabulary.json has {len(tokens)} tokens, the model {decoder.vocab_size}"
+        )
+    if len(set(tokens)) != len(tokens):
+        # It looks tokens up by name and would silently take another id.
+        raise ValueError("vocabulary.json names a token twice")
+    return tokens
+
+
+def _start(generator: Any, tokens: Sequence[str], **options: Any) -> Any:
+    try:
+        (run,) = generator.generate_batch([tokens], asynchronous=True, **options)
+    except Exception as error:
+        raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+    return run
+
+
+def _raise_failure(run: Any) -> None:
+    """Of a run that is done."""
     try:
         run.result()
     except Exception as error:
+        raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+
+
+def _forward(generator: Any, ids: Sequence[Sequence[int]]) -> Any:
+    try:
+        return generator.forward_batch(ids)
+    except RuntimeError as error:
         raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
 
 

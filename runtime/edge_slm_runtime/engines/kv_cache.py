@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from math import prod
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,14 +31,14 @@ ALIGN = 2
 
 class KVCache:
     """prompts: per row, the tokens whose keys and values stand at its first positions.
-    written: positions whose memory may be in use. block: positions whose keys lie together,
-    and are copied together."""
+    key: of the callers who share it. written: positions whose memory may be in use. block:
+    positions whose keys lie together, and are copied together."""
 
     def __init__(self, shape: Shape, dtype: Any, block: int = 1) -> None:
         """Raises EngineError when there is no memory for it."""
         self.array = _pages(shape, np.dtype(dtype))
         self.prompts: list[tuple[int, ...]] = [()] * shape[1]
-        self.written, self._block = 0, block
+        self.key, self.written, self._block = "", 0, block
 
     def begin(self, row: int, prompt: Sequence[int]) -> int:
         """Brings as much of `prompt` into `row` as any row still holds, to a multiple of
@@ -63,6 +62,10 @@ class PrefixCache:
 
     When their written positions take more than `limit` bytes, the least recently used are
     freed, except the last; a `limit` of 0 keeps none.
+
+    There is no lock: the garbage collector or a signal handler may give a cache back at any
+    point of any method, and would wait for a lock of its own thread for ever. Each change of
+    the list is a single operation of it, which nothing interrupts.
     """
 
     def __init__(self, shape: Shape, limit: int, dtype: Any, block: int = 1) -> None:
@@ -70,12 +73,11 @@ class PrefixCache:
         self._shape, self._limit, self._dtype = shape, limit, np.dtype(dtype)
         self._new = partial(KVCache, shape, dtype, block)
         self._kept: list[KVCache] = []  # last used, last
-        self._lock = Lock()
 
     @property
     def bytes(self) -> int:
         """Memory of the kept caches."""
-        return sum(self._bytes(cache.written) for cache in self._kept)
+        return sum(self._bytes(cache.written) for cache in tuple(self._kept))
 
     def _bytes(self, positions: int) -> int:
         """Whole pages of memory: positions of a head lie together, heads apart."""
@@ -83,40 +85,54 @@ class PrefixCache:
         pages = -(-positions * size * self._dtype.itemsize // mmap.PAGESIZE)
         return int(layers * rows * heads * pages * mmap.PAGESIZE)
 
-    def checkout(self, prompt: Sequence[int]) -> KVCache:
-        """A cache for an answer to `prompt`; `begin` finds the part of it that is cached.
+    def checkout(self, prompt: Sequence[int], key: str = "") -> KVCache:
+        """A cache for an answer to `prompt`; `begin` finds the part of it that is cached, by
+        callers of the same `key`.
 
         Raises EngineError when there is no memory for another one.
         """
-        with self._lock:
-            best = max(self._kept, key=lambda cache: _known(cache, prompt), default=None)
-            if best is None:
-                return self._new()
-            self._kept.remove(best)
-            known = _known(best, prompt)
-            full = self.bytes + self._bytes(best.written + len(prompt)) > self._limit
-            if full or 2 * known >= len(best.prompts[0]):
-                return best
-            self._kept.append(best)  # used last
+        best = self._take(prompt, key)
+        if best is None:
+            best = self._new()
+            best.key = key
+            return best
+        known = _known(best, prompt, key)
+        full = self.bytes + self._bytes(best.written + len(prompt)) > self._limit
+        if full or 2 * known >= len(best.prompts[0]):
+            if best.key != key:
+                best.key, best.prompts[0] = key, ()
+            return best
+        try:
             fresh = self._new()
+            fresh.key = key
             fresh.copy(0, best, 0, known)
-            return fresh
+        finally:
+            self._kept.append(best)  # used last
+        return fresh
+
+    def _take(self, prompt: Sequence[int], key: str) -> KVCache | None:
+        """Removes the kept cache that knows most of `prompt`."""
+        while best := max(
+            tuple(self._kept), key=lambda cache: _known(cache, prompt, key), default=None
+        ):
+            with suppress(ValueError):  # another caller has just taken it
+                self._kept.remove(best)
+                return best
+        return None
 
     def checkin(self, cache: KVCache, positions: int) -> None:
         """Keeps a cache in which an answer has come to `positions`."""
-        with self._lock:
-            cache.written = max(cache.written, positions)
-            self._kept.append(cache)
-            while self.bytes > self._limit and len(self._kept) > min(self._limit, 1):
-                self._kept.pop(0)
+        cache.written = max(cache.written, positions)
+        self._kept.append(cache)
+        while self.bytes > self._limit and len(self._kept) > min(self._limit, 1):
+            del self._kept[:1]
 
     def clear(self) -> None:
-        with self._lock:
-            self._kept = []
+        self._kept.clear()
 
 
-def _known(cache: KVCache, prompt: Sequence[int]) -> int:
-    return shared(cache.prompts[0], prompt)
+def _known(cache: KVCache, prompt: Sequence[int], key: str) -> int:
+    return shared(cache.prompts[0], prompt) if cache.key == key else 0
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

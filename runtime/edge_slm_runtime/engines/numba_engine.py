@@ -174,7 +174,6 @@ class _Pass:
         self._address = self._job.ctypes.data
 
     def run(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Logits:
-        team: ThreadTeam = self._native.get()
         tokens: list[int] = []
         places: list[int] = []
         for row, start, width in zip(ids, starts, self._widths, strict=True):
@@ -187,5 +186,5 @@ class _Pass:
         if not 0 <= min(places) <= max(places) < positions:
             raise EngineError("more tokens than the model has positions")
         self._write(self._room, 0, *tokens, *places, *starts)
-        team.run(self._address)
+        self._native.call(ThreadTeam.run, self._address)
         return self.logits

@@ -95,13 +95,16 @@ class _Pass:
             self._positions[row] = range(start, start + width)
             self._seqlens_k[row] = start + width - 1
         self._total[()] = max(starts) + width
-        session = self._native.get()
-        try:
-            session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise EngineError(f"onnxruntime failed: {first_line(error)}") from error
+        self._native.call(_run, self._binding)
         return self.logits
 
     def _bind(self, way: str, name: str, array: NDArray[Any]) -> None:
         bind = self._binding.bind_input if way == "input" else self._binding.bind_output
         bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _run(session: Any, binding: Any) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise EngineError(f"onnxruntime failed: {first_line(error)}") from error

@@ -74,7 +74,7 @@ class SteppingEngine(Engine):
             return
         for answer in answers:
             self.native.get()  # a forked child must not wait for the prefix_cache
-            cache = self._prefixes.checkout(answer.plan.prompt)
+            cache = self._prefixes.checkout(answer.plan.prompt, answer.plan.cache_key)
             try:
                 yield from self._decode(iter([answer]), cache)
             finally:

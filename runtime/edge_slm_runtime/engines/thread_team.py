@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Lock, Thread, get_ident
+from threading import Lock, RLock, Thread, get_ident
 from typing import Any
 from weakref import finalize
 
@@ -35,7 +35,10 @@ class ThreadTeam:
         claims = np.zeros(t.CLAIM * (int(model[t.LAYERS]) + 1), np.int64)
         self.table[t.CLAIMS] = claims.ctypes.data
         self._address = self.table.ctypes.data
-        self._lock = Lock()
+        # A signal handler may interrupt its holder and compute a pass of its own: the job that
+        # is handed out lies within a single call.
+        self._lock = RLock()
+        self._changing = False
         # Each is locked while its thread may sleep. Semaphores of Python do not survive Ctrl-C.
         self._wake = [Lock() for _ in range(threads)]
         for lock in self._wake:
@@ -44,6 +47,7 @@ class ThreadTeam:
         # The threads refer to the memory that they use, not to the team, so that it can be freed.
         self._held = (self._control, self.table, model, claims)
         self._end = finalize(self, _stop, self._control, self._wake)
+        self._end.atexit = False  # a pass may be under way; daemon threads end by themselves
 
     def run(self, job: int) -> None:
         """Computes the pass at address `job`; may be called from several threads.
@@ -51,26 +55,36 @@ class ThreadTeam:
         Raises EngineError after `stop`, or when there are no threads to be had.
         """
         with self._lock:
-            if not self._end.alive:
-                raise EngineError("the model was closed", "load it again")
+            self._check()
             if len(self._at_work) < len(self._wake) - 1:
                 self._start()
-            self.table[t.JOB] = job
             try:
-                if asleep := self._entry(self._address, -1):
+                while (asleep := self._entry(self._address, -job)) > 0:
                     for number, lock in enumerate(self._wake):
                         if asleep >> number & 1:
                             _wake(lock)
-                    self._entry(self._address, 0)
             except BaseException:  # interrupted before the job was handed out
                 self._control[t.COMING] = 0
                 raise
+            if asleep:
+                self._check()
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """While no pass is computed: the buffers may be changed."""
+        """While no pass is computed: the buffers may be changed. Raises as `run`."""
         with self._lock:
-            yield
+            self._check()
+            self._changing = True
+            try:
+                yield
+            finally:
+                self._changing = False
+
+    def _check(self) -> None:
+        if self._changing:  # by this thread, which a signal handler has interrupted
+            raise EngineError("the model is being prepared for a request", "ask again later")
+        if not self._end.alive:
+            raise EngineError("the model was closed", "load it again")
 
     def stop(self) -> None:
         with self._lock:

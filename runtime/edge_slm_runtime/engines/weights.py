@@ -93,7 +93,8 @@ class Weights:
         if decoder.mlp == "gated":
             inner //= 2
             self.gated = max(self.gated, inner)
-        self._matrix(start + t.LAYER_DOWN, f"{layer}.down", inner, decoder.width, bias=True)
+        shape = inner, decoder.width
+        self._matrix(start + t.LAYER_DOWN, f"{layer}.down", *shape, bias=True, filled=True)
 
     def _matrix(
         self,
@@ -104,8 +105,12 @@ class Weights:
         *,
         bits: int | None = None,
         bias: bool = False,
+        filled: bool = False,
     ) -> int:
-        """Enters a matrix into the table; returns its outputs, filled up to a UNIT."""
+        """Enters a matrix into the table; returns its outputs, filled up to a UNIT.
+
+        filled: `inputs` are filled up likewise, so the matrix may have fewer by some.
+        """
         name = stored_name(name)
         levels = self._tensor(f"{name}.levels", "U8")
         panels, blocks, block_bytes = levels.shape
@@ -115,8 +120,7 @@ class Weights:
             size * LANES * found == block_bytes * 8
             and size % STRIP == 0
             and size > 0
-            # Inputs that are filled up may be less by some.
-            and inputs - UNIT < blocks * size < inputs + size
+            and inputs - (UNIT - 1 if filled else 0) <= blocks * size < inputs + size
             and panels % (UNIT // LANES) == 0
             and (outputs is None or panels * LANES == -(-outputs // UNIT) * UNIT)
             and bits in (None, found)

@@ -12,11 +12,14 @@ import hashlib
 import mmap
 import os
 import platform
+import stat
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from threading import RLock
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -27,23 +30,35 @@ from edge_slm_runtime.kernels.elf import flat_image
 
 _NAME = "entry"
 _DIGEST = 32  # bytes
+_LONGEST_WAIT = 300.0  # seconds
 
 Entry = Callable[[int, int], int]
-_alive: list[Any] = []  # owners of the code in memory
+_first_use = [RLock()]  # functools.cache lets simultaneous first calls all compile
+if hasattr(os, "register_at_fork"):  # the thread that holds it is not in the child
+    os.register_at_fork(after_in_child=lambda: _first_use.__setitem__(0, RLock()))
+
+
+def kernels(traits: Traits) -> Entry:
+    """entry(address of a table, thread) of `schedule.make_entry`, for models with these traits;
+    it releases the GIL. Of callers that need code that is not there yet, in any thread or
+    process, one compiles it and the others wait.
+
+    Raises ImportError when there is no code yet and numba cannot make it, or when this
+    processor cannot run it.
+    """
+    with _first_use[0]:
+        return _kernels(traits)
 
 
 @cache
-def kernels(traits: Traits) -> Entry:
-    """entry(address of a table, thread) of `schedule.make_entry`, for models with these traits;
-    it releases the GIL.
-
-    Raises ImportError without numba when there is no code yet.
-    """
+def _kernels(traits: Traits) -> Entry:
+    if not has_halves():
+        raise ImportError("this processor has no instructions for half precision (F16C)")
     with suppress(OSError, ValueError):  # none yet, altered, or where no code may run
-        return _mapped(_cache_file(traits, ".image"))
-    try:
-        code = _read(_cache_file(traits, ".o"))
-    except (OSError, ValueError):
+        return _kept(traits)
+    with _alone_in_folder():
+        with suppress(OSError, ValueError):  # another process has compiled meanwhile
+            return _kept(traits)
         code = _compile(traits)
         with suppress(OSError, ValueError):  # no place to keep it, another system
             image = _cache_file(traits, ".image")
@@ -52,6 +67,36 @@ def kernels(traits: Traits) -> Entry:
         with suppress(OSError):  # compiled again next time
             _write(_cache_file(traits, ".o"), code)
     return _linked(code)
+
+
+def _kept(traits: Traits) -> Entry:
+    """From the cache. Raises OSError, ValueError."""
+    with suppress(OSError, ValueError):
+        return _mapped(_cache_file(traits, ".image"))
+    with _opened(_cache_file(traits, ".o")) as (_, code):
+        return _linked(code)
+
+
+@contextmanager
+def _alone_in_folder() -> Iterator[None]:
+    """While no other process compiles for this user, or after a long time; on systems without
+    such locks, and where the cache cannot be written, at once."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            _make_folder(folder := _cache_file(None, "").parent)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            latest = monotonic() + _LONGEST_WAIT
+            while monotonic() < latest:
+                with suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Explicitly, since a forked child may have the folder open still.
+                    stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+                    break
+                sleep(0.1)
+        yield
 
 
 @cache
@@ -63,12 +108,20 @@ def has_vnni() -> bool:
     return "avx512_vnni" in _processor().split()
 
 
+@cache
+def has_halves() -> bool:
+    """Whether this processor converts half precision, on which the kernels rely."""
+    flags = [line.split() for line in _processor().splitlines() if line.startswith("flags")]
+    return "f16c" in flags[0] if flags else True  # only x86 has a line of that name
+
+
 def _mapped(file: Path) -> Entry:
     """Raises OSError, ValueError."""
-    size = len(_read(file))
-    with file.open("rb") as code:
-        pages = mmap.mmap(code.fileno(), size, prot=mmap.PROT_READ | mmap.PROT_EXEC)
-    _alive.append(pages)
+    with _opened(file) as (descriptor, code):
+        pages = mmap.mmap(
+            descriptor, len(code), flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC
+        )
+    _keep(pages)
     return _function(np.frombuffer(pages, np.uint8).ctypes.data)
 
 
@@ -78,8 +131,13 @@ def _linked(code: bytes) -> Entry:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _alive.append(engine)
+    _keep(engine)
     return _function(engine.get_function_address(_NAME))
+
+
+def _keep(owner: Any) -> None:
+    """Never frees an owner of code: threads run it while the interpreter is taken down."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
 def _function(address: int) -> Entry:
@@ -88,13 +146,23 @@ def _function(address: int) -> Entry:
 
 
 def _compile(traits: Traits) -> bytes:
+    """Raises ImportError when numba is not there or does not work."""
     from logging import getLogger
 
+    try:
+        import numba  # noqa: F401 - is it there?
+
+        getLogger("edge_slm").warning(
+            "compiling the kernels for this processor, once: about 20 seconds"
+        )
+        return _object_file(traits)
+    except Exception as error:
+        raise ImportError(f"the kernels cannot be compiled: {error}") from error
+
+
+def _object_file(traits: Traits) -> bytes:
     from numba import cfunc, types
 
-    getLogger("edge_slm").warning(
-        "compiling the kernels for this processor, once: about 20 seconds"
-    )
     from edge_slm_runtime.kernels.forward import make_forward
     from edge_slm_runtime.kernels.schedule import make_entry
 
@@ -155,30 +223,58 @@ def _processor() -> str:
     return "\n".join(line for line in first.splitlines() if line.startswith(facts))
 
 
-def _cache_file(traits: Traits, suffix: str) -> Path:
-    """Raises OSError for a user without a home."""
+def _cache_file(traits: Traits | None, suffix: str) -> Path:
+    """Raises OSError for a user without a home. traits: None is any file of the folder."""
     windows = sys.platform == "win32"
-    if not (folder := os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")):
+    folder = Path(os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME") or "")
+    if not folder.is_absolute():  # the XDG specification: ignore relative ones
         try:
-            folder = str(Path.home() / ".cache")
+            folder = Path.home() / ".cache"
         except RuntimeError as error:
             raise FileNotFoundError(str(error)) from None
-    return Path(folder) / "edge-slm" / (_key(traits) + suffix)
+    if not folder.is_absolute():
+        raise FileNotFoundError(f"the home folder is {folder.parent}")
+    return folder / "edge-slm" / ((_key(traits) if traits else "any") + suffix)
 
 
-def _read(file: Path) -> bytes:
-    """Cached code. Raises OSError, ValueError when it is damaged."""
-    if hasattr(os, "getuid") and file.stat().st_uid != os.getuid():
-        raise ValueError(f"{file} is another user's")
-    content = file.read_bytes()
-    code = content[:-_DIGEST]
-    if not code or hashlib.sha256(code).digest() != content[-_DIGEST:]:
-        raise ValueError(f"{file} was altered")
-    return code
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[int, bytes]]:
+    """A descriptor of cached code, and the code: of this user alone, and not damaged. What
+    is checked is what is mapped, since the file is opened once.
+
+    Raises OSError, ValueError.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(file, flags)
+    try:
+        _refuse_others(os.fstat(descriptor), file)
+        _refuse_others(file.parent.stat(), file.parent)
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            content = stream.read()
+        code = content[:-_DIGEST]
+        if not code or hashlib.sha256(code).digest() != content[-_DIGEST:]:
+            raise ValueError(f"{file} was altered")
+        yield descriptor, code
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_others(found: os.stat_result, path: Path) -> None:
+    """Raises ValueError when another user owns or may write `path`."""
+    if not hasattr(os, "getuid"):  # Windows: the folder is below the user's own
+        return
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        raise ValueError(f"another user can write {path}")
+
+
+def _make_folder(folder: Path) -> None:
+    """For this user alone: what it holds is going to be run."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and stat.S_IMODE(folder.stat().st_mode) & 0o022:
+        folder.chmod(0o700)
 
 
 def _write(file: Path, code: bytes) -> None:
-    """For this user alone: it is going to be run."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_folder(file.parent)
     with write_aside(file, mode=0o600) as aside:
         aside.write_bytes(code + hashlib.sha256(code).digest())

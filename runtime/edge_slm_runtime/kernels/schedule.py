@@ -36,24 +36,35 @@ def make_entry(forward: Callable[..., None]) -> Callable[[int, int], int]:
 
     @jit
     def entry(address: int, thread: int) -> int:
-        """thread -1: announces a job, so that no thread goes to sleep; returns a bit for each
-        thread that sleeps: wake it, then call with 0. When none does, goes on as that. 0:
-        hands the job out, computes it with the others, returns 0. Others: compute jobs until
-        there was none for a while; 0, and to be called again when woken, or 1 at the end of all.
+        """A negative thread is the address of a job, negated: hands it out, computes it with
+        the others and returns 0. But while threads sleep, returns a bit for each of them: wake
+        them and call again, since no other goes to sleep meanwhile; -1 after the end of all.
+        Others: compute jobs until there was none for a while; 0, and to be called again when
+        woken, or 1 at the end of all.
         """
         table = words(address, t.TABLE)
         control = words(table[t.CONTROL], t.SLEEPERS)
         epoch = table[t.CONTROL] + WORD * t.EPOCH
         coming = table[t.CONTROL] + WORD * t.COMING
+        stop = table[t.CONTROL] + WORD * t.STOP
         sleepers = table[t.CONTROL] + WORD * t.SLEEPERS
         if thread < 0:
-            atomic_swap(coming, 1)
-            asleep = 0
-            for other in range(1, control[t.THREADS]):
-                asleep |= atomic_load(sleepers + WORD * t.LINE * other) << other
+            woken = atomic_swap(coming, 1)
+            asleep, spins = 1, 0
+            while asleep and spins < _SPINS_BEFORE_SLEEP:
+                if atomic_load(stop):
+                    return -1
+                asleep = 0
+                for other in range(1, control[t.THREADS]):
+                    asleep |= atomic_load(sleepers + WORD * t.LINE * other) << other
+                if asleep and not woken:
+                    return asleep
+                spins = spin_pause(spins)
+                if asleep:
+                    call(control[t.YIELD])
             if asleep:
                 return asleep
-        if thread <= 0:
+            table[t.JOB] = -thread
             control[t.BASE] = atomic_load(table[t.CONTROL] + WORD * t.BARRIER)
             layers = words(table[t.MODEL], t.FIRST_LAYER)[t.LAYERS]
             for i in range(t.CLAIM * (layers + 1)):
@@ -66,7 +77,7 @@ def make_entry(forward: Callable[..., None]) -> Callable[[int, int], int]:
         done = words(sleeper + WORD, 1)  # the last job that this thread computed
         atomic_swap(sleeper, 0)
         spins = 0
-        while not atomic_load(table[t.CONTROL] + WORD * t.STOP):
+        while not atomic_load(stop):
             now = atomic_load(epoch)
             if now != done[0]:
                 done[0] = now

@@ -1,0 +1,181 @@
+"""Streams that are abandoned, signal handlers, forks, and the end of the interpreter: nothing
+hangs and nothing dies by a signal. Each in a process of its own, since a failure takes it down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .test_process import ENGINES, python
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks")
+
+LOAD = """
+import faulthandler, gc, os, signal, sys, threading, time, warnings
+import edge_slm_runtime
+from edge_slm_runtime import EdgeSlmError, Request
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork with threads
+faulthandler.dump_traceback_later(90, exit=True)
+def load(threads=1):
+    return edge_slm_runtime.load(sys.argv[1], sys.argv[2], "int8", threads=threads)
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_collector_finds_an_abandoned_stream_anywhere(tiny_bundle: Path, engine: str) -> None:
+    """It runs in the middle of another request, at every allocation in turn: also where the
+    engine's own thread hands over a token."""
+    python(
+        LOAD
+        + """
+slm = load()
+class Holder: pass
+def abandon(i):
+    holder = Holder()
+    holder.itself, holder.stream = holder, slm.stream(f"fox {i}", max_new_tokens=3)
+    next(holder.stream)
+for count in range(2, 120):
+    gc.collect()
+    gc.disable()
+    abandon(count)
+    gc.set_threshold(count, 10, 10)
+    gc.enable()
+    slm.generate(f"boat {count}", max_new_tokens=2)
+""",
+        str(tiny_bundle),
+        engine,
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_signal_handler_may_use_the_model(tiny_bundle: Path, engine: str) -> None:
+    """Whatever it interrupts, both answers are right."""
+    out = python(
+        LOAD
+        + """
+slm = load(threads=2)
+ask = lambda text: slm.generate(text, max_new_tokens=6).token_ids
+expected, inner, found = ask("a cosy cabin"), ask("a red fox"), []
+def interrupt(*_):
+    found.append(ask("a red fox") == inner)
+    signal.setitimer(signal.ITIMER_REAL, 0.0023)
+signal.signal(signal.SIGALRM, interrupt)
+signal.setitimer(signal.ITIMER_REAL, 0.002)
+right = True
+while len(found) < 40:
+    right &= ask("a cosy cabin") == expected
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(right, all(found))
+""",
+        str(tiny_bundle),
+        engine,
+    )
+    assert out.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_signal_handler_may_close_the_model(tiny_bundle: Path, engine: str) -> None:
+    out = python(
+        LOAD
+        + """
+for wait in (0.001, 0.004, 0.0071, 0.012):
+    slm = load(threads=2)
+    signal.signal(signal.SIGALRM, lambda *_: slm.close())
+    signal.setitimer(signal.ITIMER_REAL, wait)
+    try:
+        while True:
+            slm.generate("a cosy cabin", max_new_tokens=20)
+    except EdgeSlmError as error:
+        print(error.code)
+""",
+        str(tiny_bundle),
+        engine,
+    )
+    assert out.split() == ["engine"] * 4
+
+
+def test_a_forked_child_may_load_but_not_ctranslate2(tiny_bundle: Path) -> None:
+    for engine in ENGINES:
+        out = python(
+            LOAD
+            + """
+slm = load(threads=2)
+expected = slm.generate("a cosy cabin", max_new_tokens=6).token_ids
+sys.stdout.flush()
+child = os.fork()
+if not child:
+    try:
+        with load(threads=2) as own:
+            print(own.generate("a cosy cabin", max_new_tokens=6).token_ids == expected)
+    except EdgeSlmError as error:
+        print(error.code, "spawn" in str(error))
+    sys.stdout.flush()
+    os._exit(0)  # as multiprocessing ends its children
+assert os.waitpid(child, 0)[1] == 0
+""",
+            str(tiny_bundle),
+            engine,
+        )
+        refused = engine == "ctranslate2"
+        assert out.split() == (["used_after_fork", "True"] if refused else ["True"])
+
+
+ENDS = {
+    "a suspended stream": "stream = slm.stream('a', max_new_tokens=60); next(stream)",
+    "a suspended batch": """
+batch = slm.generate_batch([Request("a", max_new_tokens=2), Request("b")], 2)
+next(batch)""",
+    "a cycle": """
+class Holder: pass
+holder = Holder()
+holder.itself, holder.slm, holder.stream = holder, slm, slm.stream("a")
+next(holder.stream)
+del slm""",
+    "daemon threads that compute": """
+def work():
+    while True:
+        slm.generate("a cosy", max_new_tokens=30)
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.1)""",
+    "daemon threads that stream": """
+def work():
+    while True:
+        for _ in slm.stream("a cosy", max_new_tokens=30):
+            pass
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.1)""",
+    "a request of a finaliser": """
+class Late:
+    def __del__(self):
+        slm.generate("a", max_new_tokens=2)
+late = Late()""",
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("end", ENDS)
+def test_the_interpreter_ends_well(tiny_bundle: Path, engine: str, end: str) -> None:
+    for _ in range(2):
+        python(LOAD + f"slm = load(threads=2)\n{ENDS[end]}", str(tiny_bundle), engine)
+
+
+def test_a_terminated_process_ends_by_that_signal(tiny_bundle: Path) -> None:
+    code = LOAD + "slm = load(2)\nprint('ready', flush=True)\nwhile True: slm.generate('a cosy')"
+    for engine in ENGINES:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tiny_bundle), engine],
+            stdout=subprocess.PIPE,
+            env=os.environ,
+        )
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+        process.stdout.close()
