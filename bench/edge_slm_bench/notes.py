@@ -152,7 +152,7 @@ DEFINITIONS: Mapping[str, Mapping[str, str]] = {
     "variations": {
         "variations": (
             "The request of the warm-up, under another words command, under its own, and so on: "
-            "an engine that keeps what it computed for the last prompt has only the command to "
+            "an engine that keeps the keys and values of the last prompt has only the command to "
             "compute. Peers run as in the other tables, without such a cache."
         ),
     },

@@ -195,7 +195,7 @@ class Sweep:
         cold = number == 0 and evict(spec.path)
         with Watch() as watch:
             bandwidth = read_bandwidth(cell.threads)
-            found = launch(job, memory_limit_mb=s.memory_limit_mb, timeout_s=s.timeout_s)
+            measured = launch(job, memory_limit_mb=s.memory_limit_mb, timeout_s=s.timeout_s)
         return sample_of(
             {
                 "round": number,
@@ -204,7 +204,7 @@ class Sweep:
                 "best_bandwidth": bandwidth.best,
                 "flags": watch.flags,
                 "conditions": watch.as_dict(),
-                **found,
+                **measured,
             }
         )
 

@@ -102,7 +102,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Requests to one process, to see its memory grow; 1000 tells.",
+    help="Requests to one process, to see its memory grow; 1000 show it.",
 )
 @click.option("--max-memory-mb", type=click.FloatRange(min=1), help="Kill a process above it.")
 @click.option("--out", type=folder, help="Folder for report.json, .md, .csv, .html and samples.")
