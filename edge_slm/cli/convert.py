@@ -157,8 +157,10 @@ def held_out(
 
 
 def judge_of(checkpoint: Checkpoint, data: Sequence[Path]) -> AnswerJudge | None:
-    """A judge of relevance and tasks, from the training side of `data`; None, with a
-    warning, when its packages are not installed."""
+    """A judge of relevance and tasks, from the training side of `data`; None for a model
+    without commands, and, with a warning, when its packages are not installed."""
+    if checkpoint.form.schema is None:
+        return None
     from edge_slm.distill.evaluate.scorers import TextJudge
     from edge_slm.distill.samples import divide, read_samples
     from edge_slm.distill.split import Reading

@@ -155,6 +155,23 @@ def test_a_gguf_file_is_the_same_model(folder: Path, bundle: Path, tmp_path: Pat
     assert set(here.provenance["checkpoint"]) == {"chat.gguf"}
 
 
+def test_data_of_a_chat_is_plain_texts(folder: Path, tmp_path: Path) -> None:
+    data, file = tmp_path / "samples.jsonl", tmp_path / "m.gguf"
+    rows = [
+        {"request": f"a fox {i}", "response": f"fox {i} in the snow", "task": "image"}
+        for i in range(200)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    write_gguf(read_checkpoint(folder), file, "F32")
+    arguments = ("--variants", "onnx-int8", "--accept", "--context", "160", "--data", data)
+    converted = run("convert", file, tmp_path / "b", *arguments)
+    assert converted.exit_code == 0, converted.stderr
+    (variant,) = read_manifest(tmp_path / "b").variants
+    assert variant.adherence is None
+    assert variant.fidelity
+    assert 20 < variant.fidelity["positions"] < 1000
+
+
 def test_peers_read_a_gguf_file_as_a_folder(folder: Path, tmp_path: Path) -> None:
     source = read_checkpoint(folder)
     write_gguf(source, tmp_path / "m.gguf", "F32")

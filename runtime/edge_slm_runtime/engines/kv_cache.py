@@ -45,7 +45,7 @@ class KVCache:
         ALIGN, except its last tokens, which are to be computed. Returns how many that is."""
         rows = (row, *range(len(self.prompts)))  # the first of equals is taken
         source = max(rows, key=lambda r: shared(self.prompts[r], prompt))
-        known = min(shared(self.prompts[source], prompt), len(prompt) - ALIGN)
+        known = max(0, min(shared(self.prompts[source], prompt), len(prompt) - ALIGN))
         self.copy(row, self, source, known // ALIGN * ALIGN)
         return len(self.prompts[row])
 

@@ -165,7 +165,8 @@ class SteppingEngine(Engine):
         starts = [known + rest * i // parts // ALIGN * ALIGN for i in range(parts)]
         # onnxruntime's attention takes queries in groups of twice the size of a head: leave no
         # group with a single query, which it would round differently.
-        if (len(prompt) - starts[-1]) % (2 * self.decoder.head_width) == 1:
+        last = len(prompt) - starts[-1]
+        if last > 1 and last % (2 * self.decoder.head_width) == 1:
             starts.append(len(prompt) - ALIGN - 1)
         for start, end in pairwise([*starts, len(prompt)]):
             part = self.new_pass(cache.array[:, row : row + 1], end - start, 1)
