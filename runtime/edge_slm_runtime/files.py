@@ -104,6 +104,22 @@ def lock(file: IO[Any], path: Path, *, wait: bool = False) -> None:
         raise DataError(f"another process is writing {path}", "wait for it to end") from None
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """While no other process has the lock of `folder` (POSIX; elsewhere no lock). Raises
+    DataError when one has."""
+    if os.name != "posix":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not _try_lock(descriptor):
+            raise DataError(f"another process is writing {folder}", "wait for it to end")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_locked(path: Path) -> BinaryIO:
     """The file at `path`, made where there is none, for appending and reading, locked for this
     process. Raises DataError when another process holds the lock.
