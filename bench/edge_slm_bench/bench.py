@@ -12,6 +12,7 @@ from edge_slm_bench.evaluation import assess
 from edge_slm_bench.machine import machine
 from edge_slm_bench.metrics.examples import Example
 from edge_slm_bench.results import Endurance, Quality, Report
+from edge_slm_bench.runners.llama_cpp import instruction_sets
 from edge_slm_bench.sweep import Model, Settings, Sweep, endurance
 
 
@@ -67,6 +68,7 @@ def run_bench(
         machine=record,
         settings={
             **asdict(settings),
+            "llama.cpp": instruction_sets() if _has_llama_cpp(models) else "",
             "energy": meter.reason if isinstance(meter, Unavailable) else meter.name,
         },
         models={model.name: model.as_dict() for model in models},
@@ -75,3 +77,7 @@ def run_bench(
         endurance=tuple(memory),
         interrupted=interrupted,
     )
+
+
+def _has_llama_cpp(models: Sequence[Model]) -> bool:
+    return any(spec.runner == "llama_cpp" for model in models for spec in model.specs)

@@ -68,15 +68,10 @@ def compare(before: Report, after: Report, tolerance: float) -> Comparison:
         seen.add(id(a))
     changes, control = _controlled(changes, before, tolerance)
     notes += control
-    known = {(q.model, q.variant): q for q in before.quality}
-    for q in after.quality:
-        old = known.get((q.model, q.variant))
-        if old and q.reason and not old.reason:
-            broken.append(Broken({"model": q.model, "variant": q.variant}, q.reason))
-        elif old and (old.reference, old.evaluation) == (q.reference, q.evaluation):
-            changes += _quality_changes(old, q, tolerance)
-        elif old:
-            notes.append(f"{q.model} {q.variant}: other reference or texts, quality not compared")
+    worse, unanswered, other = _quality(before, after, tolerance)
+    changes += worse
+    broken += unanswered
+    notes += other
     if not changes and not broken:
         raise DataError(
             "the two reports measured nothing in common",
@@ -98,6 +93,26 @@ def compare(before: Report, after: Report, tolerance: float) -> Comparison:
         median(speeds),
         (*notes, *_notes(before, after, changes)),
     )
+
+
+def _quality(
+    before: Report, after: Report, tolerance: float
+) -> tuple[list[Change], list[Broken], list[str]]:
+    """Changes of quality, variants that no longer have any, and notes on what was not
+    compared."""
+    changes: list[Change] = []
+    broken: list[Broken] = []
+    notes = []
+    known = {(q.model, q.variant): q for q in before.quality}
+    for q in after.quality:
+        old = known.get((q.model, q.variant))
+        if old and q.reason and not old.reason:
+            broken.append(Broken({"model": q.model, "variant": q.variant}, q.reason))
+        elif old and (old.reference, old.evaluation) == (q.reference, q.evaluation):
+            changes += _quality_changes(old, q, tolerance)
+        elif old:
+            notes.append(f"{q.model} {q.variant}: other reference or texts, quality not compared")
+    return changes, broken, notes
 
 
 # -- matching -----------------------------------------------------------------------

@@ -74,12 +74,19 @@ def machine_line(report: Report) -> str:
         f"{m.get('cpu', 'unknown CPU')}, {cores}, {' '.join(m.get('isa', ()))}".removesuffix(", "),
         f"{m.get('system', '')}, Python {m.get('python', '?')}".removeprefix(", "),
         packages,
+        llama_cpp(report),
         f"medians of {rounds} fresh processes per cell, in turn",
         bandwidth(report),
         energy(report),
         "interrupted: not every cell was measured" if report.interrupted else "",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def llama_cpp(report: Report) -> str:
+    """The instruction sets that the peer was compiled with."""
+    sets = report.settings.get("llama.cpp")
+    return f"llama.cpp compiled with {sets}" if sets else ""
 
 
 def bandwidth(report: Report) -> str:

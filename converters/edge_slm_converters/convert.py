@@ -168,11 +168,10 @@ def _write(
             texts = sampled_answers(
                 slm, source, lambda line, share: steps.step(line, SAMPLE * share)
             )
-        even = equalised(source, texts)
-        models["int8"] = replace(models["int8"], source=even)
+        models["int8"] = Model(equalised(source, texts), PRECISIONS["int8"])
     if _has_int4(names):
         fitted, precision, quantisation["int4"] = int4(
-            even, texts, lambda line, share: steps.step(line, QUANTISE * share)
+            source, texts, lambda line, share: steps.step(line, QUANTISE * share)
         )
         models["int4"] = Model(fitted, precision)
     for name in names[1:]:

@@ -161,3 +161,12 @@ def test_this_machine() -> None:
     assert record.packages["onnxruntime"]
     assert record.packages["edge-slm"]
     assert json.loads(json.dumps(record.as_dict()))["system"].startswith(os.uname().sysname)
+
+
+def test_instruction_sets_of_llama_cpp() -> None:
+    """Those of the peer's own build, or none where it is not installed."""
+    from edge_slm_bench.runners.llama_cpp import instruction_sets
+
+    pytest.importorskip("llama_cpp")
+    assert "=" not in instruction_sets()
+    assert instruction_sets().split()

@@ -14,16 +14,16 @@ from edge_slm_runtime import verify
 SIZE_LIMIT = 30_000_000  # bytes, of the checkpoint in the repository
 
 
-@pytest.fixture(scope="module")
-def slm() -> edge_slm.SLM:
-    return edge_slm.load(threads=1)
+@pytest.fixture(scope="module", params=["onnxruntime", "numba"])
+def slm(request: pytest.FixtureRequest) -> edge_slm.SLM:
+    return edge_slm.load(engine=request.param, threads=1)
 
 
 def test_it_is_int8_and_small() -> None:
     manifest = verify(edge_slm.shipped_bundle())
-    assert [v.name for v in manifest.variants] == ["onnx-int8"]
-    assert sum(entry.size for entry in manifest.files.values()) < 16_000_000
-    assert manifest.variants[0].fidelity is not None
+    assert [v.name for v in manifest.variants] == ["onnx-int8", "numba-int8"]
+    assert sum(entry.size for entry in manifest.files.values()) < 28_000_000
+    assert all(variant.fidelity for variant in manifest.variants)
     assert manifest.provenance["gate"]["accepted"] == []
 
 

@@ -21,6 +21,8 @@ class LlamaServer:
         params.n_ctx, params.n_parallel, params.n_gpu_layers = positions, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.warmup, params.verbosity = False, 0
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
 
     def tokenize(self, text: str) -> list[int]:
@@ -42,6 +44,21 @@ class LlamaServer:
         )
         ids: list[int] = answer["tokens"]
         return ids
+
+    def log_shares(self, ids: Sequence[int], vocab_size: int) -> dict[int, float]:
+        """Logarithms of the probabilities of the token after `ids`, by id, before a bias that
+        makes it a letter: the server says nothing about an end or a part of a character."""
+        answer = self._post(
+            "/completion",
+            prompt=list(ids),
+            n_predict=1,
+            n_probs=vocab_size,
+            temperature=0.0,
+            logit_bias=[[self.tokenize("a")[0], 1000.0]],
+            cache_prompt=False,
+        )
+        (token,) = answer["completion_probabilities"]
+        return {one["id"]: one["logprob"] for one in token["top_logprobs"]}
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         request = Request(

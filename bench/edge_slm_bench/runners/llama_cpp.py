@@ -21,6 +21,17 @@ from edge_slm_runtime.errors import DependencyMissing, EngineError
 _kept: list[Any] = []  # the log callback: llama.cpp holds its bare address
 
 
+def instruction_sets() -> str:
+    """Those that llama.cpp was compiled with; "" where it is not installed."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return ""
+    facts = str(llama_cpp.llama_print_system_info(), "utf-8").partition(":")[2].split("|")
+    pairs = [fact.split("=") for fact in facts if "=" in fact]
+    return " ".join(name.strip() for name, value in pairs if value.strip() == "1")
+
+
 def open(spec: Spec, threads: int) -> LlamaCppRunner:  # noqa: A001
     """Raises DependencyMissing, EngineError."""
     try:
