@@ -327,10 +327,10 @@ def renamed(bundle: Path, name: str, tmp_path: Path) -> Path:
 
 
 def test_a_bundle_does_not_control_the_terminal(tiny_bundle: Path, tmp_path: Path) -> None:
-    bundle = renamed(tiny_bundle, "x[/]y \x1b]0;title\x07\x1b[2J\x9b31m\u202e", tmp_path)
+    bundle = renamed(tiny_bundle, "x[/]y \x1b]0;title\x1b[2J\x9b31m\u202e", tmp_path)
     shown = run("info", bundle)
     assert shown.exit_code == 0
-    assert "x[/]y \\x1b]0;title\\x07\\x1b[2J\\x9b31m\\u202e" in shown.stdout
+    assert "x[/]y \\x1b]0;title\\x1b[2J\\x9b31m\\u202e" in shown.stdout
     (bundle / "\x1b[31mred").write_text("")
     assert "\\x1b[31mred" in error_of(run("verify", bundle), "file_unlisted", 4)
 
