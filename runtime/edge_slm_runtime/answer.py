@@ -35,7 +35,7 @@ class Plan:
     words: int | None
     stop: tuple[str, ...]
     sampling: Sampling
-    cache_key: str
+    cache_key: str = ""
 
 
 class Step(NamedTuple):
