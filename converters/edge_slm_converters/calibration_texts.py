@@ -21,6 +21,7 @@ SAMPLES = (64, 1024)  # at least, at most
 # which do not depend on texts grows faster; so a large model gets fewer texts.
 SAMPLE_WORK = 677_000_000_000
 SAMPLE_TOKENS, SAMPLE_ROWS, SAMPLE_ROUND = 96, 32, 128
+LEAST_TOKENS = 8  # of an answer, where a prompt leaves no more
 SAMPLE_WORDS = (4, 12, 24, 40, 72)
 EXCERPT_WORDS = (4, 8, 16, 30)
 
@@ -50,7 +51,7 @@ def sampled_answers(
                 temperature=1.0,
                 no_repeat_ngram_size=0,
                 seed=seed,
-                max_new_tokens=tokens,
+                max_new_tokens=min(tokens, source.decoder.positions - len(one.prompt)),
                 keep_length=False,
             )
             for seed, one in zip(numbers, asked, strict=True)
@@ -74,7 +75,7 @@ def _drawn(
     source: Checkpoint, seed_texts: Sequence[str], number: int, tokens: int, rng: Random
 ) -> Asked:
     """A request for some successive words of one of `seed_texts`, its prompt short enough for
-    an answer of `tokens`; else one of REQUESTS."""
+    an answer of `tokens`; else one of REQUESTS; else the shorter prompt of the two."""
     words, length = rng.choice(seed_texts).split(), rng.choice(EXCERPT_WORDS)
     first = rng.randrange(max(1, len(words) - length + 1))
     command = Command()
@@ -82,6 +83,7 @@ def _drawn(
         level = rng.choice((None, None, schema.levels - 1))
         task = schema.tasks[number % len(schema.tasks)]
         command = schema.check(Command(task, rng.choice(SAMPLE_WORDS), level)).commanded
+    found = []
     for request in (" ".join(words[first : first + length]), REQUESTS[number % len(REQUESTS)]):
         try:
             prompt = tuple(source.codec.prompt(request, command))
@@ -89,7 +91,11 @@ def _drawn(
             continue
         if len(prompt) + tokens <= source.decoder.positions:
             return Asked(request, command, prompt)
+        found.append(Asked(request, command, prompt))
+    shortest = min(found, key=lambda one: len(one.prompt), default=None)
+    if shortest and len(shortest.prompt) + LEAST_TOKENS <= source.decoder.positions:
+        return shortest
     raise CheckpointError(
         f"a context of {source.decoder.positions} tokens is too short to calibrate the model in",
-        f"a prompt and an answer of {tokens} must fit",
+        f"a prompt and an answer of {LEAST_TOKENS} must fit",
     )
