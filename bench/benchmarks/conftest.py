@@ -76,13 +76,13 @@ def paired(benchmark: Any, request: pytest.FixtureRequest) -> Paired:
         beside()
         benchmark.pedantic(call, rounds=turns.rounds, iterations=turns.calls, teardown=beside)
         calls = benchmark.stats.stats.data  # seconds per call, one for each round
-        found = ratio_of(calls, beside.seconds[: len(calls) + 1])  # its result takes a turn more
-        benchmark.extra_info.update(found.as_dict())
-        config.stash[MEASURED][benchmark.name] = (benchmark.stats.stats.median, found)
+        ratio = ratio_of(calls, beside.seconds[: len(calls) + 1])  # its result takes a turn more
+        benchmark.extra_info.update(ratio.as_dict())
+        config.stash[MEASURED][benchmark.name] = (benchmark.stats.stats.median, ratio)
         limit, known = config.getoption("--fail-above"), config.stash[BASELINE].ratios
-        if limit and benchmark.name in known and found.exceeds(known[benchmark.name], limit):
+        if limit and benchmark.name in known and ratio.exceeds(known[benchmark.name], limit):
             pytest.fail(
-                f"{found} times the kernel, {known[benchmark.name]:.3g} in the baseline",
+                f"{ratio} times the kernel, {known[benchmark.name]:.3g} in the baseline",
                 pytrace=False,
             )
 

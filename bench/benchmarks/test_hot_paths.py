@@ -65,7 +65,7 @@ def opened(
 
 @pytest.fixture(scope="session")
 def slm(opened: Callable[..., SLM]) -> Iterator[SLM]:
-    # The same prompts again and again: whole, not what an earlier one left behind.
+    # The same prompts again and again: computed whole, without the cache of earlier ones.
     with opened(prefix_cache_mb=0) as loaded:
         yield loaded
 

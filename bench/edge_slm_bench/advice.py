@@ -1,7 +1,7 @@
 """Which variant to choose, and with how many threads: rules over measured rows.
 
 Of the rows that keep the limits, those within their fidelity budget go first, then
-those whose fidelity nobody measured, and only where there are none the ones outside
+those whose fidelity was not measured, and only where there are none the ones outside
 (an accepted variant of the bundle). Among them the quickest answer of 32 words wins;
 what comes within 5% of it counts as equally quick, and then fewer threads, less
 memory, less disk and the better top-1 agreement decide, in this order.
@@ -90,13 +90,13 @@ class Limits:
 
     def missed_by(self, row: VariantRow) -> tuple[str, ...]:
         """The limits that a measured row does not keep, in words."""
-        told = (
+        checks = (
             (row.memory_mb, self.max_memory_mb, "MB"),
             (row.latency_ms(), self.max_latency_ms, "ms"),
         )
         return tuple(
             f"{value:.{0 if value >= 100 else 1}f} {unit}, allowed {limit:g}"
-            for value, limit, unit in told
+            for value, limit, unit in checks
             if limit is not None and value > limit
         )
 

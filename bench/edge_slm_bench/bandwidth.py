@@ -7,7 +7,7 @@ step of a model that partly stays in the cache may pass it.
 
 Machines with neighbours read twice as fast in one second as in the next. So it is measured
 just before each process whose steps are held against it: by the median pass, as steps are
-told by their median, and by the best one, what memory can do when nothing disturbs it.
+reported by their median, and by the best one, which shows the memory undisturbed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_bandwidth(threads: int, megabytes: int = 128, seconds: float = 0.25) ->
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    # Written to: pages of zeros that nobody wrote are one page, which stays in the cache.
+    # Written to: pages that were never written are one page of zeros, which stays in the cache.
     array = np.ones(_array_bytes(megabytes) // 4, np.int32)
     slices = np.array_split(array, threads)
     passes: list[float] = []

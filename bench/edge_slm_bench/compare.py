@@ -45,9 +45,9 @@ def compare(before: Report, after: Report, tolerance: float) -> Comparison:
     the tolerance where there are too few processes for an interval), or a cell that broke.
     Cells that were disturbed in either report are shown and never a regression.
 
-    Peers are the control: their code is the same in both, so what they lost is the
-    machine's doing. It is no regression of theirs, and a speed of ours must be worse than
-    theirs became by as much as said above.
+    Peers are the control: their code is the same in both, so a speed that they lost is lost to
+    the machine. It is no regression of theirs, and a speed of ours must be worse than theirs
+    became by as much as said above.
 
     Raises DataError when the reports have no cell and no quality in common.
     """
@@ -139,10 +139,10 @@ def _matched(
 
 def _by_rest(report: Report) -> dict[Cell, list[CellResult]]:
     """Cell without its threads → results, those with the most threads first."""
-    found: dict[Cell, list[CellResult]] = {}
+    results: dict[Cell, list[CellResult]] = {}
     for result in sorted(report.cells, key=lambda r: -r.cell.threads):
-        found.setdefault(replace(result.cell, threads=0), []).append(result)
-    return found
+        results.setdefault(replace(result.cell, threads=0), []).append(result)
+    return results
 
 
 # -- figures ------------------------------------------------------------------------
@@ -283,29 +283,29 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(Text(note))
     if comparison.drift is not None:
         console.print(Text(drift(comparison)))
-    found = comparison.regressions
+    regressions = comparison.regressions
     console.print(
         Text(
-            f"{len(found) or 'no'} regression{'s' * (len(found) != 1)} "
+            f"{len(regressions) or 'no'} regression{'s' * (len(regressions) != 1)} "
             f"beyond {comparison.tolerance:.0%}",
-            "bold red" if found else "bold green",
+            "bold red" if regressions else "bold green",
         )
     )
-    for regression in found[:_LISTED]:
+    for regression in regressions[:_LISTED]:
         console.print(Text(regression.line))
-    if len(found) > _LISTED:
-        console.print(Text(f"{len(found) - _LISTED} more, marked ✗ above"))
+    if len(regressions) > _LISTED:
+        console.print(Text(f"{len(regressions) - _LISTED} more, marked ✗ above"))
 
 
 def drift(comparison: Comparison) -> str:
     """Whether everything moved alike."""
     middle = comparison.drift or 1.0
-    told = f"median over all speeds: {middle:.2f}× the time of before"
+    line = f"median over all speeds: {middle:.2f}× the time of before"
     moved = [c for c in comparison.changes if c.figure in _SPEEDS and c.verdict != "disturbed"]
     alike = sum((c.worse > 1) == (middle > 1) for c in moved)
     if abs(middle - 1) > comparison.tolerance / 2 and alike > 0.9 * len(moved):
-        told += ": the machine, its load or the settings may have changed, not the code"
-    return told
+        line += ": the machine, its load or the settings may have changed, not the code"
+    return line
 
 
 def _tables(comparison: Comparison) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""What a comparison of two reports found (`edge_slm_bench.compare` makes it)."""
+"""The result of comparing two reports (`edge_slm_bench.compare` makes it)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, with the regressions' lines."""
-        return {**asdict(self), "regressions": [found.line for found in self.regressions]}
+        return {**asdict(self), "regressions": [regression.line for regression in self.regressions]}
 
 
 def where(cell: Mapping[str, Any]) -> str:

@@ -26,13 +26,13 @@ BUSY_CORES = 0.15
 # slower, and figures are to repeat within 10%.
 STEAL_SHARE = 0.05
 # °C: Intel and AMD slow down from 95 to 100, Jetson modules from 97. A Raspberry Pi does
-# from 80, and nothing else tells.
+# from 80, and nothing else shows it.
 HOT_CELSIUS, HOT_CELSIUS_RASPBERRY_PI = 95, 80
 # Boost clocks of all cores lie up to a quarter below that of one: less is a limit.
 FREQUENCY_SHARE = 0.75
 # The kernel counts CPU time in ticks of 10 ms: in less time they are all noise.
 LEAST_SECONDS = 0.5
-# An idle core clocks down: frequencies only tell something while the cell computes.
+# An idle core clocks down: frequencies only mean something while the cell computes.
 LEAST_OWN_CORES = 0.5
 _LOOK = 0.25  # seconds between looks at the frequencies, which fall as soon as work ends
 
@@ -48,7 +48,7 @@ _OF_PROCESSOR = re.compile(r"cpu|soc|pkg|coretemp|k10temp|zenpower|\btj", re.IGN
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """seconds: of the clock. busy, steal: CPU seconds of all cores since boot, None where
-    not told. own: CPU seconds of this process and of the children it has waited for.
+    unknown. own: CPU seconds of this process and of the children it has waited for.
     throttles: events per counter. limits: what holds the clock back now. temperatures: °C.
     """
 
@@ -66,7 +66,7 @@ class Conditions:
     """Between two snapshots. Cores: CPU seconds per second. steal_share: of the CPU time
     that was wanted, taken as one core at least. throttled: the rise of each counter that
     rose. mhz: of the fastest core, median; max_mhz: what it may reach, or without boost
-    where the kernel tells.
+    where the kernel reports that.
     """
 
     seconds: float
@@ -90,7 +90,10 @@ class Conditions:
         flags += [f"throttled: {limit}" for limit in self.limits]
         temperatures = (self.temperatures_before, self.temperatures_after)
         of_processor = [
-            t for told in temperatures for name, t in told.items() if _OF_PROCESSOR.search(name)
+            t
+            for sensors in temperatures
+            for name, t in sensors.items()
+            if _OF_PROCESSOR.search(name)
         ]
         if of_processor and max(of_processor) >= hot_celsius:
             flags.append(f"hot: {max(of_processor):.0f} °C")
@@ -108,7 +111,7 @@ class Watch:
     """`with Watch() as watch:` around a process that is started and waited for inside.
 
     What this process and such children use is the cell's own; a child that still runs
-    at the end counts as others. flags and as_dict tell after the end; before, nothing.
+    at the end counts as others. flags and as_dict are meaningful after the end only.
     """
 
     def __init__(self, root: Path = Path("/"), busy_cores: float = BUSY_CORES) -> None:
@@ -118,7 +121,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.flags, self.conditions = (), None
-        # Before any heat: a cooled policy also lowers what it says it may reach.
+        # Before any heat: a cooled policy also lowers the limit that it reports.
         self._max_mhz = _fastest(self._root, "base_frequency", "scaling_max_freq")
         self._seen: list[float] = []
         self._looking = Periodic(self._look, _LOOK)
@@ -201,7 +204,7 @@ def between(
     rises: dict[str, int] = {}
     for counter, count in after.throttles.items():
         name, rise = Path(counter).name, count - before.throttles.get(counter, count)
-        if rise > 0:  # several cores tell of one event
+        if rise > 0:  # several cores count one event
             rises[name] = max(rise, rises.get(name, 0))
     return Conditions(
         seconds=seconds,
@@ -218,7 +221,7 @@ def between(
 
 
 def temperatures(root: Path = Path("/")) -> dict[str, float]:
-    """°C by sensor; sensors that are switched off tell nonsense and are left out."""
+    """°C by sensor; sensors that are switched off give nonsense and are left out."""
     sensors = [
         (f"{zone.name} {text(zone / 'type') or ''}".strip(), zone / "temp")
         for zone in sorted(root.glob("sys/class/thermal/thermal_zone*"))
@@ -227,8 +230,8 @@ def temperatures(root: Path = Path("/")) -> dict[str, float]:
         label = text(path.with_name(path.name.replace("_input", "_label")))
         names = (path.parent.name, text(path.with_name("name")), label or path.name[:-6])
         sensors.append((" ".join(filter(None, names)), path))
-    told = {name: number(path) for name, path in sensors}
-    return {name: t / 1000 for name, t in told.items() if t is not None and -40e3 < t < 150e3}
+    readings = {name: number(path) for name, path in sensors}
+    return {name: t / 1000 for name, t in readings.items() if t is not None and -40e3 < t < 150e3}
 
 
 def _cpu_seconds(root: Path) -> tuple[float | None, float | None]:
@@ -263,9 +266,9 @@ def _limits(root: Path) -> list[str]:
 
 
 def _fastest(root: Path, *names: str) -> float | None:
-    """MHz of the fastest group of cores, from the first of `names` that is told."""
+    """MHz of the fastest group of cores, from the first of `names` that is reported."""
     for name in names:
-        told = [khz / 1000 for policy in cpu_policies(root) if (khz := number(policy / name))]
-        if told:
-            return max(told)
+        speeds = [khz / 1000 for policy in cpu_policies(root) if (khz := number(policy / name))]
+        if speeds:
+            return max(speeds)
     return None

@@ -32,17 +32,17 @@ def count_mismatches(
 ) -> dict[str, int]:
     """Way → how many answers to `requests` have other tokens than `plain` ones; only ways
     that the variant has. Raises EdgeSlmError."""
-    found = {}
+    mismatches = {}
 
     def count(way: str, answers: Sequence[Mapping[str, Any]]) -> None:
         pairs = zip(plain, answers, strict=True)
-        found[way] = sum(a["token_ids"] != b["token_ids"] for a, b in pairs)
+        mismatches[way] = sum(a["token_ids"] != b["token_ids"] for a, b in pairs)
 
     alone = replace(spec, options=_PLAIN)
     for batch in _BATCHES:
         count(f"batch {batch}", _answers(alone, requests, threads, batch=batch))
     if not engine_class(spec.engine).prefix_cache:
-        return found
+        return mismatches
     # Each request under another command first: all but the command is then cached.
     other = {"words": long_words(form)[0], "max_new_tokens": 1}
     twice = [asked for request in requests for asked in ({**request, **other}, request)]
@@ -52,7 +52,7 @@ def count_mismatches(
     if engine_class(spec.engine).guesses:
         guessing = replace(spec, options={**_PLAIN, "speculate": True})
         count("speculation", _answers(guessing, requests, threads))
-    return found
+    return mismatches
 
 
 def _answers(

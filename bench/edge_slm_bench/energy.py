@@ -147,18 +147,18 @@ class EnergyMeter:
 
 def find_meter(root: Path = Path("/")) -> EnergyMeter | Unavailable:
     """The meter of the machine whose /sys lies under `root`: a module's rail before RAPL."""
-    found = _rail(root) or _rapl(root)
-    if found is None:
+    counter = _rail(root) or _rapl(root)
+    if counter is None:
         return Unavailable("no RAPL or INA3221 counter under /sys")
-    if isinstance(found, Unavailable):
-        return found
+    if isinstance(counter, Unavailable):
+        return counter
     try:
-        found.read()
+        counter.read()
     except PermissionError as error:
         return Unavailable(f"only root may read {error.filename}")
     except (OSError, ValueError) as error:
-        return Unavailable(f"{found.name} could not be read: {error}")
-    return EnergyMeter(found)
+        return Unavailable(f"{counter.name} could not be read: {error}")
+    return EnergyMeter(counter)
 
 
 def _rail(root: Path) -> Rail | Unavailable | None:

@@ -2,8 +2,9 @@
 
 Fidelity compares teacher-forced predictions on the responses with those of a
 reference; adherence lets the model alone (no length promise) answer the same
-requests under their own words, and counts what came. Each variant in fresh processes,
-and our own in all ways of decoding, which must agree (`edge_slm_bench.consistency`).
+requests under the words of their references, and counts the words of the answers. Each
+variant runs in fresh processes, and our own in all ways of decoding, which must agree
+(`edge_slm_bench.consistency`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def assess(
     specs = model.as_shipped
     digest = hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:12]
     about = f"{len(scored)} responses, {len(targets)} tokens, digest {digest}"
-    found: list[Quality] = []
+    qualities: list[Quality] = []
     with tempfile.TemporaryDirectory(prefix="edge-slm-bench-") as scratch:
 
         def logits(spec: Spec) -> Float32:
@@ -83,10 +84,12 @@ def assess(
                 figures["reason"] = str(error)
                 if spec.variant == reference:
                     reference = ""
-            found.append(Quality(model.name, spec.variant, spec.peer, reference, about, **figures))
+            qualities.append(
+                Quality(model.name, spec.variant, spec.peer, reference, about, **figures)
+            )
             done(spec.variant)
     order = [spec.variant for spec in specs]
-    return sorted(found, key=lambda quality: order.index(quality.variant))
+    return sorted(qualities, key=lambda quality: order.index(quality.variant))
 
 
 def _request(model: Model, codec: TextCodec, example: Example) -> Mapping[str, Any]:

@@ -106,25 +106,25 @@ def _top1(report: Report, model: str) -> dict[str, float]:
 
 def _results(report: Report, model: str, scenario: Scenario) -> list[CellResult]:
     """Cells with samples at the most threads that there are, ours first."""
-    found = [
+    results = [
         r
         for r in report.cells
         if (r.cell.model, r.cell.scenario) == (model, scenario) and r.samples
     ]
-    most = max((r.cell.threads for r in found), default=0)
-    return sorted((r for r in found if r.cell.threads == most), key=lambda r: r.peer)
+    most = max((r.cell.threads for r in results), default=0)
+    return sorted((r for r in results if r.cell.threads == most), key=lambda r: r.peer)
 
 
 def _decoding(report: Report, model: str) -> dict[str, CellResult]:
     """Variant → its undisturbed cell with the shortest prompt; any where none is."""
-    found: dict[str, list[CellResult]] = {}
+    cells: dict[str, list[CellResult]] = {}
     for result in _results(report, model, "single-stream"):
-        found.setdefault(result.cell.variant, []).append(result)
+        cells.setdefault(result.cell.variant, []).append(result)
 
     def rank(result: CellResult) -> tuple[bool, int]:
         return result.status == "flagged", result.cell.prompt_tokens
 
-    return {variant: min(results, key=rank) for variant, results in found.items()}
+    return {variant: min(results, key=rank) for variant, results in cells.items()}
 
 
 def _threads(results: Sequence[CellResult]) -> str:

@@ -1,7 +1,7 @@
-"""What a figure was measured on: without it the figure means nothing.
+"""The machine that figures were measured on: without it they mean nothing.
 
 Read from /proc and /sys, so where these are missing (macOS, Windows) little is known.
-What is not known is None, never 0.
+Unknown facts are None, never 0.
 """
 
 from __future__ import annotations

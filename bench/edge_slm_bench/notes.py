@@ -8,7 +8,7 @@ from typing import Any
 from edge_slm_bench.results import Cell, CellResult, Report
 
 PEER, DISTURBED = "°", "†"
-# How a value of each axis of the sweep is said, most telling first.
+# How a value of each axis of the sweep is written, the most important axis first.
 _SAID = {
     "variant": "{}",
     "threads": "{} threads",
@@ -45,12 +45,10 @@ def named(cells: Sequence[Cell], among: Sequence[Cell]) -> str:
     block = [cell for cell in among if all(getattr(cell, axis) in values[axis] for axis in _SAID)]
     if len(block) > len(set(cells)):  # not all combinations of these values: one by one
         return "; ".join(named([cell], among) for cell in cells)
-    told = [
-        _said(axis, found)
-        for axis, found in values.items()
-        if len(found) < len(_values(axis, among))
+    parts = [
+        _said(axis, some) for axis, some in values.items() if len(some) < len(_values(axis, among))
     ]
-    return ", ".join(told) or "all"
+    return ", ".join(parts) or "all"
 
 
 def _said(axis: str, values: Sequence[Any]) -> str:
@@ -90,11 +88,11 @@ def llama_cpp(report: Report) -> str:
 
 
 def bandwidth(report: Report) -> str:
-    told = [
+    parts = [
         f"{rate / 1e9:.1f} GB/s on {_said('threads', [threads])}"
         for threads, rate in report.bandwidth().items()
     ]
-    return f"memory read at {', '.join(told)}" if told else ""
+    return f"memory read at {', '.join(parts)}" if parts else ""
 
 
 def energy(report: Report) -> str:

@@ -41,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """An example: what was asked, what came, and a remark."""
+    """An example: the request, the answer, and a remark."""
 
     asked: str
     text: str

@@ -72,7 +72,7 @@ def interpreter_kernel() -> Kernel:
 class Ratio:
     """Time of one call ÷ time of one kernel run: median and its 95% interval.
 
-    kernel_ms: the kernel's median, to tell a disturbed run. pairs: rounds.
+    kernel_ms: the kernel's median, which shows a disturbed run. pairs: rounds.
     """
 
     ratio: float
@@ -197,15 +197,15 @@ def cpu_name(record: Machine) -> str:
 def table(measured: Mapping[str, tuple[float, Ratio]], baseline: Mapping[str, float]) -> list[str]:
     """Lines for people; measured: benchmark → (median seconds of a call, ratio)."""
     rows = [("benchmark", "median CPU", "ratio to kernel [95%]", "baseline", "change")]
-    for name, (seconds, found) in measured.items():
+    for name, (seconds, ratio) in measured.items():
         known = baseline.get(name)
         rows.append(
             (
                 name,
                 f"{seconds * 1e3:.3f} ms",
-                str(found),
+                str(ratio),
                 "–" if known is None else f"{known:.3g}",
-                "–" if known is None else f"{found.ratio / known - 1:+.0%}",
+                "–" if known is None else f"{ratio.ratio / known - 1:+.0%}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -25,7 +25,7 @@ _POLL = 0.02  # seconds between looks at a limited process
 def launch(
     job: Mapping[str, Any], *, memory_limit_mb: float | None = None, timeout_s: float | None = None
 ) -> dict[str, Any]:
-    """Runs a job of `edge_slm_bench.cell` and returns what it measured.
+    """Runs a job of `edge_slm_bench.cell` and returns its result.
 
     memory_limit_mb: resident memory (MiB) at which the process is killed. Raises the
     EdgeSlmError of the child, EngineError when it died, OutOfMemory at the limit.

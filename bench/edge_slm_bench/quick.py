@@ -1,8 +1,8 @@
 """Every variant and thread count of a bundle, measured within some seconds.
 
 Each row is measured in fresh processes that take turns, with the same commanded
-requests. The cheapest rows come first, and as many rounds follow as the time allows;
-what it does not allow at all is a row that says so.
+requests. The cheapest rows come first, and as many rounds follow as the time allows.
+A row that the time does not allow at all says so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REQUEST = "a red fox in the snow"
 ROUNDS = 7  # more would only take time
 _LATE = 1.2  # a round may take this much longer than the one before
 
-# Of the row alone; whatever else can be wrong is wrong with all of them.
+# Errors of one row alone; any other error concerns all of them.
 _ROW_ERRORS = (EngineError, DependencyMissing, OutOfMemory)
 
 QuickProgress = tuple[list[VariantRow], int, int]
@@ -95,7 +95,7 @@ def measure(
     requests = requests_of(manifest)
     cells = {(v.name, n): (v, n) for v in variants for n in threads}
     rows = {key: _row(manifest, variant, n) for key, (variant, n) in cells.items()}
-    # What costs least comes first: it is what is chosen more often.
+    # Cheap rows come first: they are chosen more often.
     order = sorted(cells, key=lambda key: cells[key][0].weight_bytes_per_token / cells[key][1])
     ended, total = 0, len(order)
     yield list(rows.values()), ended, total
@@ -154,16 +154,16 @@ def _row(manifest: Manifest, variant: Variant, threads: int) -> VariantRow:
 def _with(row: VariantRow, words: Sequence[int], result: Mapping[str, Any]) -> VariantRow:
     """The row with the samples of one more process."""
     stats = [answer["stats"] for answers in result["answers"] for answer in answers]
-    told = {n: row.answers_ms.get(n, ()) for n in words}
+    answers_ms = {n: row.answers_ms.get(n, ()) for n in words}
     for answers in result["answers"]:
         for n, answer in zip(words, answers, strict=True):
-            told[n] = (*told[n], answer["stats"]["total_ms"])
+            answers_ms[n] = (*answers_ms[n], answer["stats"]["total_ms"])
     return replace(
         row,
         reason="",
         load_ms=(*row.load_ms, result["load_ms"]),
         ttft_ms=(*row.ttft_ms, *(s["ttft_ms"] for s in stats)),
         tpot_ms=(*row.tpot_ms, *(s["tpot_ms"] for s in stats if s["tpot_ms"] is not None)),
-        answers_ms=told,
+        answers_ms=answers_ms,
         peak_rss_mb=(*row.peak_rss_mb, result["peak_rss_mb"]),
     )

@@ -149,8 +149,8 @@ class CellResult:
         )
 
     def _floor_ratio(self, bandwidth: str) -> float | None:
-        found = [(s.tpot_ms, getattr(s, bandwidth)) for s in self.used if self.step_bytes]
-        return median([ms * rate / (self.step_bytes * 1e3) for ms, rate in found if ms and rate])
+        pairs = [(s.tpot_ms, getattr(s, bandwidth)) for s in self.used if self.step_bytes]
+        return median([ms * rate / (self.step_bytes * 1e3) for ms, rate in pairs if ms and rate])
 
     def steps(self) -> list[float]:
         """In ms: intervals between tokens; a request's mean where its engine reports none."""
@@ -231,7 +231,7 @@ class Quality:
     adherence: share of answers within the words' tolerance, mean absolute error in
     words, Spearman(asked, got), share of texts equal to the reference's; None for peers.
     words: (asked, got) of every answer, the model alone (no length promise). differing:
-    way of decoding → how many of these answers came out otherwise (`consistency`).
+    way of decoding → how many of these answers it changes (`consistency`).
     """
 
     model: str
@@ -287,11 +287,11 @@ class Report:
 
     def bandwidth(self) -> dict[int, float]:
         """Threads → bytes/s that they read, by the median over processes."""
-        found: dict[int, list[float]] = {}
+        by_threads: dict[int, list[float]] = {}
         for result in self.cells:
             read = (s.bandwidth for s in result.used if s.bandwidth)
-            found.setdefault(result.cell.threads, []).extend(read)
-        return {threads: mid for threads, rates in found.items() if (mid := median(rates))}
+            by_threads.setdefault(result.cell.threads, []).extend(read)
+        return {threads: mid for threads, rates in by_threads.items() if (mid := median(rates))}
 
     def as_dict(self) -> dict[str, Any]:
         data = {"schema_version": SCHEMA_VERSION, **asdict(self)}

@@ -56,8 +56,8 @@ class TableRow:
 
     def at(self, name: str, axis: str, place: int) -> Value:
         """The figure of the cell whose `axis` is `place`."""
-        found = [pair for pair in self.measured if getattr(pair[0].cell, axis) == place]
-        return _value(found[0], name) if found else (None, False)
+        cells = [pair for pair in self.measured if getattr(pair[0].cell, axis) == place]
+        return _value(cells[0], name) if cells else (None, False)
 
     def first(self, name: str) -> Value:
         return _value(self.measured[0], name) if self.measured else (None, False)

@@ -49,7 +49,7 @@ def single_stream(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     timings = [
-        # From the second on: the first was the warm-up's, and must be nobody's advantage.
+        # From the second on: the warm-up used the first, which no engine shall profit from.
         _timing(answered(runner, prompts[i % len(prompts)], job["new_tokens"]))
         for i in range(1, job["repetitions"] + 1)
     ]
@@ -58,7 +58,7 @@ def single_stream(
 
 def variations(runner: Runner, prompts: Sequence[Prompt], job: Mapping[str, Any]) -> dict[str, Any]:
     """The warm-up's request under another command, under its own, and so on. An engine that
-    keeps what it computed for the last prompt has only the command to compute."""
+    keeps the keys and values of the last prompt has only the command to compute."""
     turns = (Prompt.of(job["other"]), prompts[0])
     start = time.perf_counter()
     timings = [
@@ -131,8 +131,8 @@ def answered(runner: Runner, prompt: Prompt, new_tokens: int) -> TimedAnswer:
 
 def _timing(run: TimedAnswer, late: float = 0.0) -> dict[str, Any]:
     """late: seconds that the request waited before it was begun."""
-    told = len(run.seconds) == len(run.ids)
-    steps = [(b - a) * 1e3 for a, b in pairwise(run.seconds)] if told else []
+    reported = len(run.seconds) == len(run.ids)
+    steps = [(b - a) * 1e3 for a, b in pairwise(run.seconds)] if reported else []
     return {
         "total_ms": (late + run.seconds[-1]) * 1e3,
         "new_tokens": len(run.ids),

@@ -26,12 +26,12 @@ def number(path: Path) -> int | None:
 
 def fields(content: str) -> dict[str, str]:
     """The `name: value` lines of a text, the first of each name."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for line in content.splitlines():
         name, colon, value = line.partition(":")
         if colon:
-            found.setdefault(name.strip(), value.strip())
-    return found
+            values.setdefault(name.strip(), value.strip())
+    return values
 
 
 class Periodic:

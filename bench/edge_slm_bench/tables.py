@@ -28,7 +28,7 @@ def tables(report: Report) -> list[Table]:
 
 def quality_tables(report: Report) -> list[Table]:
     """One per model."""
-    found = []
+    tables = []
     for model in dict.fromkeys(q.model for q in report.quality):
         mine = [q for q in report.quality if q.model == model]
         mine.sort(key=lambda q: q.peer)
@@ -40,17 +40,17 @@ def quality_tables(report: Report) -> list[Table]:
             head += ["words within tolerance", "mean abs. error", "Spearman (words)"]
         rows = [_quality_row(q, adherence) for q in mine]
         about = f"{model}, fidelity to {mine[0].reference or 'nothing'}; {mine[0].evaluation}"
-        found.append(Table(head, rows, about, [*peers, *reasons]))
-        if told := [q for q in mine if q.differing is not None]:
-            found.append(_differing_table(model, told))
-    return found
+        tables.append(Table(head, rows, about, [*peers, *reasons]))
+        if compared := [q for q in mine if q.differing is not None]:
+            tables.append(_differing_table(model, compared))
+    return tables
 
 
-def _differing_table(model: str, told: Sequence[Quality]) -> Table:
-    ways = list(dict.fromkeys(way for q in told for way in q.differing or ()))
+def _differing_table(model: str, compared: Sequence[Quality]) -> Table:
+    ways = list(dict.fromkeys(way for q in compared for way in q.differing or ()))
     rows = [
         [q.variant, str(len(q.words)), *(str((q.differing or {}).get(way, "–")) for way in ways)]
-        for q in told
+        for q in compared
     ]
     about = f"{model}, greedy answers that differ from those one by one, nothing cached"
     return Table(["variant", "answers", *ways], rows, about, [])

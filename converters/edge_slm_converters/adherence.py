@@ -1,8 +1,8 @@
 """Does a variant still obey? Its own answers to commanded requests are compared with fp32's.
 
 Two models that predict nearly the same may still write different texts, token upon token.
-So every variant answers the same requests, greedily and without the length promise, and
-what it does with the commands is compared answer by answer.
+So every variant answers the same requests, greedily and without the length promise, and its
+obedience to the commands is compared answer by answer.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class AnswerJudge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What one variant wrote: figure → a value per answer, nan where it says nothing.
+    """What one variant wrote: figure → a value per answer, nan where it does not apply.
 
     within: 1 in the tolerance of the words asked. length_mae: |asked − written| words.
     relevance and task_accuracy: the judge's. levels: the level asked, nan for none.
-    requests: what was asked; answers to one request are not independent.
+    requests: those asked; answers to one request are not independent.
     """
 
     values: Mapping[str, Float64]
@@ -52,40 +52,40 @@ class Answers:
     requests: Sequence[str]
 
     def figures(self) -> dict[str, float]:
-        """Means; `relevance_L` is what was attained under level L."""
-        found = {"answers": float(len(self.levels))}
+        """Means; `relevance_L` is the relevance attained under level L."""
+        means = {"answers": float(len(self.levels))}
         for name, values in self.values.items():
             if np.isfinite(values).any():
-                found[name] = float(np.nanmean(values))
-        if "relevance" in found:
+                means[name] = float(np.nanmean(values))
+        if "relevance" in means:
             for level in np.unique(self.levels[np.isfinite(self.levels)]):
                 attained = self.values["relevance"][self.levels == level]
-                found[f"relevance_{level:.0f}"] = float(attained.mean())
-        return found
+                means[f"relevance_{level:.0f}"] = float(attained.mean())
+        return means
 
 
 def requests(
     source: Checkpoint, asked: Sequence[tuple[str, Command]], *, levelled: bool
 ) -> list[Request]:
     """Each request under its command; if `levelled`, the first ones at every level of
-    relevance too. What the context has no room for is left out."""
+    relevance too. Requests for which the context has no room are left out."""
     schema = source.form.grammar
     levels = range(len(schema.axis("relevance").values) if levelled else 0)
     at_levels = [(text, replace(c, relevance=n)) for text, c in asked[:LEVELLED] for n in levels]
-    found = []
+    fitting = []
     for text, command in [*asked, *at_levels]:
         prompt = source.codec.prompt(text, schema.check(command).commanded)
         # A model that has learnt nothing never ends by itself.
         tokens = min(source.decoder.positions - len(prompt), 2 * (command.words or 0) + 16)
         if tokens > 0:
-            found.append(
+            fitting.append(
                 Request.of(text, **command.as_dict(), max_new_tokens=tokens, keep_length=False)
             )
-    return found
+    return fitting
 
 
 def answer(slm: SLM, asked: Sequence[Request], judge: AnswerJudge | None) -> Answers:
-    """What a variant answers, and what it is worth."""
+    """A variant's answers to `asked`, and their scores."""
     texts = [out.text for out in slm.generate_batch(asked, ROWS)]
     words = np.array([request.words for request in asked], float)
     written = np.array([count_words(text) for text in texts], float)
@@ -100,15 +100,15 @@ def answer(slm: SLM, asked: Sequence[Request], judge: AnswerJudge | None) -> Ans
     return Answers(values, np.array(levels, float), [request.request for request in asked])
 
 
-def faults(reference: Answers, found: Answers) -> list[str]:
-    """The figures of `found` that are outside ALLOWED by more than two standard errors of
+def faults(reference: Answers, candidate: Answers) -> list[str]:
+    """The figures of `candidate` that are outside ALLOWED by more than two standard errors of
     the paired difference, requests being the units."""
     faults = []
     _, request = np.unique(reference.requests, return_inverse=True)
     for name, allowed in ALLOWED.items():
-        if name not in found.values:
+        if name not in candidate.values:
             continue
-        before, after = reference.values[name], found.values[name]
+        before, after = reference.values[name], candidate.values[name]
         lost = (after - before) * (1 if name == "length_mae" else -1)
         known = np.isfinite(lost)
         if len(np.unique(request[known])) < LEAST:

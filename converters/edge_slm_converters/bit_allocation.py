@@ -1,12 +1,12 @@
 """How many bits each matrix of an int4 model gets: a rule, measured for every checkpoint.
 
-Some matrices bear 4 bits far worse than others. So each is rounded alone, the others left
-in float32, and the KL to the float32 predictions is what it costs. All start in the form
+Some matrices lose far more in 4 bits than others. So each is rounded alone, the others left
+in float32, and its cost is the KL to the float32 predictions. All start in the form
 of fewest bytes; then the change that gains most KL for a byte is made, again and again,
 as long as a step reads no more bytes than llama.cpp's Q4_0 of the same model would
 (4.5 bits a weight, 8.5 in the head). Then they are quantised layer by layer, each on inputs
-that come out of the quantised layers before it, and to the outputs of the float32 model: what
-stays in 4 bits by GPTQ, and every bias takes up the mean of what is still missing.
+that come out of the quantised layers before it, and to the outputs of the float32 model:
+matrices of 4 bits by GPTQ, and every bias takes up the mean of the remaining error.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def int4(
     checkpoint: Checkpoint, texts: Sequence[Scored], step: Step = lambda line, share: None
 ) -> tuple[Checkpoint, Quantised, dict[str, Any]]:
     """The int4 model of a checkpoint, calibrated on `texts`: the checkpoint with its biases
-    fitted, how to store its matrices, and what was chosen, as JSON.
+    fitted, how to store its matrices, and the choice made, as JSON.
 
     step: called before each step with a line and its share of the whole work.
     """
@@ -167,7 +167,7 @@ def costs(
             x = changed.layer(i, x)
         return expected.kl(model.logits(x, checkpoint.head))
 
-    found = {}
+    kl_by_matrix = {}
     for name in (matrices := decoder.matrices()):
         step(f"measuring what 4 bits cost in {name}", 1 / len(matrices))
         weight = tensors[f"{name}.weight"]
@@ -175,8 +175,8 @@ def costs(
         errors = [float((np.square(r - weight) * mean_square[name]).sum()) for r in rounded]
         probed = FORMS.index(PROBED)
         rate = kl(name, rounded[probed]) / errors[probed] if errors[probed] else 0.0
-        found[name] = [rate * error for error in errors]
-    return found
+        kl_by_matrix[name] = [rate * error for error in errors]
+    return kl_by_matrix
 
 
 class Predictions:
@@ -198,20 +198,20 @@ class Predictions:
 
 def _log_sums(logits: Float32) -> Float64:
     """log Σ exp(logits) of each row."""
-    found = np.empty(len(logits))
+    sums_of_rows = np.empty(len(logits))
     for rows in pieces(len(logits)):
         largest = logits[rows].max(-1)
         sums = np.exp(logits[rows] - largest[:, None]).sum(-1, dtype=np.float64)
-        found[rows] = largest + np.log(sums)
-    return found
+        sums_of_rows[rows] = largest + np.log(sums)
+    return sums_of_rows
 
 
 def _dot(a: Float32, b: Float32) -> Float64:
     """Σ a · b of each row."""
-    found = np.empty(len(a))
+    products = np.empty(len(a))
     for rows in pieces(len(a)):
-        found[rows] = (a[rows] * b[rows]).sum(-1, dtype=np.float64)
-    return found
+        products[rows] = (a[rows] * b[rows]).sum(-1, dtype=np.float64)
+    return products
 
 
 def choose(costs: Costs, decoder: Decoder, limit: int) -> dict[str, Form]:

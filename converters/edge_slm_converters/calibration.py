@@ -1,4 +1,4 @@
-"""The model's own forward pass, in numpy: what its matrices see in use.
+"""The model's own forward pass, in numpy: the inputs that its matrices get in use.
 
 Conversion does without torch, and the graph that ships hands out neither the inputs of a
 matrix nor a place to swap one, so the model is computed here once more, a layer at a time.
@@ -72,12 +72,12 @@ class ForwardPass:
         """The activation of [T, inner]; of a gated layer's [T, 2 × inner], times the second
         half."""
         activation, inner = ACTIVATIONS[self.decoder.activation], self.decoder.inner
-        found = np.empty((len(up), inner), np.float32)
+        inner_rows = np.empty((len(up), inner), np.float32)
         for rows in pieces(len(up)):
-            found[rows] = activation(up[rows, :inner])
+            inner_rows[rows] = activation(up[rows, :inner])
             if self.decoder.mlp == "gated":
-                found[rows] *= up[rows, inner:]
-        return found
+                inner_rows[rows] *= up[rows, inner:]
+        return inner_rows
 
     def _attention(self, i: int, qkv: Float32) -> Float32:
         """Causal, within each text; a key-value head serves heads / kv_heads query heads."""
@@ -95,9 +95,9 @@ class ForwardPass:
             score[:, ~np.tri(length, dtype=bool)] = -np.inf
             share = np.exp(score - score.max(-1, keepdims=True))
             share /= share.sum(-1, keepdims=True)
-            found = share.reshape(d.kv_heads, -1, length) @ value
-            found = found.reshape(d.heads, length, d.head_width)
-            mixed[start:end] = found.swapaxes(0, 1).reshape(length, -1)
+            heads = share.reshape(d.kv_heads, -1, length) @ value
+            heads = heads.reshape(d.heads, length, d.head_width)
+            mixed[start:end] = heads.swapaxes(0, 1).reshape(length, -1)
         return mixed
 
     def _rotated(self, heads: Float32) -> Float32:

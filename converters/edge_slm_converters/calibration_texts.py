@@ -21,7 +21,7 @@ SAMPLES = (64, 1024)  # at least, at most
 # which do not depend on texts grows faster; so a large model gets fewer texts.
 SAMPLE_WORK = 677_000_000_000
 SAMPLE_TOKENS, SAMPLE_ROWS, SAMPLE_ROUND = 96, 32, 128
-LEAST_TOKENS = 8  # of an answer, where a prompt leaves no more
+LEAST_TOKENS = 16  # of an answer where the context is short
 SAMPLE_WORDS = (4, 12, 24, 40, 72)
 EXCERPT_WORDS = (4, 8, 16, 30)
 
@@ -38,7 +38,7 @@ def sampled_answers(
     """
     tokens = min(SAMPLE_TOKENS, source.decoder.positions // 2)
     rng, count = Random(0), sample_count(source.decoder, source.parameters)
-    seed_texts, found = list(REQUESTS), list[Scored]()
+    seed_texts, texts = list(REQUESTS), list[Scored]()
     for start in range(0, count, SAMPLE_ROUND):
         numbers = range(start, min(start + SAMPLE_ROUND, count))
         if step:
@@ -57,13 +57,13 @@ def sampled_answers(
             for seed, one in zip(numbers, asked, strict=True)
         ]
         answers = list(slm.generate_batch(requests, SAMPLE_ROWS))
-        found += [
+        texts += [
             Scored((*one.prompt, *answer.token_ids), len(one.prompt))
             for one, answer in zip(asked, answers, strict=True)
             if answer.token_ids
         ]
         seed_texts = [answer.text for answer in answers if answer.text.strip()] or seed_texts
-    return found
+    return texts
 
 
 def sample_count(decoder: Decoder, parameters: int) -> int:
@@ -75,7 +75,7 @@ def _drawn(
     source: Checkpoint, seed_texts: Sequence[str], number: int, tokens: int, rng: Random
 ) -> Asked:
     """A request for some successive words of one of `seed_texts`, its prompt short enough for
-    an answer of `tokens`; else one of REQUESTS; else the shorter prompt of the two."""
+    an answer of `tokens`; else one of REQUESTS, whose answer may be as short as LEAST_TOKENS."""
     words, length = rng.choice(seed_texts).split(), rng.choice(EXCERPT_WORDS)
     first = rng.randrange(max(1, len(words) - length + 1))
     command = Command()
@@ -83,19 +83,15 @@ def _drawn(
         level = rng.choice((None, None, schema.levels - 1))
         task = schema.tasks[number % len(schema.tasks)]
         command = schema.check(Command(task, rng.choice(SAMPLE_WORDS), level)).commanded
-    found = []
-    for request in (" ".join(words[first : first + length]), REQUESTS[number % len(REQUESTS)]):
+    excerpt, least = " ".join(words[first : first + length]), min(tokens, LEAST_TOKENS)
+    for request, room in ((excerpt, tokens), (REQUESTS[number % len(REQUESTS)], least)):
         try:
             prompt = tuple(source.codec.prompt(request, command))
         except RequestError:  # an untrained model writes anything
             continue
-        if len(prompt) + tokens <= source.decoder.positions:
+        if len(prompt) + room <= source.decoder.positions:
             return Asked(request, command, prompt)
-        found.append(Asked(request, command, prompt))
-    shortest = min(found, key=lambda one: len(one.prompt), default=None)
-    if shortest and len(shortest.prompt) + LEAST_TOKENS <= source.decoder.positions:
-        return shortest
     raise CheckpointError(
         f"a context of {source.decoder.positions} tokens is too short to calibrate the model in",
-        f"a prompt and an answer of {LEAST_TOKENS} must fit",
+        f"a prompt and an answer of {least} must fit",
     )

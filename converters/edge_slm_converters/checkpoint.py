@@ -82,16 +82,16 @@ def read_checkpoint(
     """
     path = Path(path)
     if path.is_dir():
-        found = _read_folder(path, prompt)
+        source = _read_folder(path, prompt)
     elif path.suffix == ".gguf":
-        found = _read_gguf(path, prompt)
+        source = _read_gguf(path, prompt)
     else:
         raise CheckpointError(f"{path} is not a checkpoint folder or a .gguf file")
-    if len(found.tokens) > found.decoder.vocab_size:
+    if len(source.tokens) > source.decoder.vocab_size:
         raise CheckpointError(
-            f"{TOKENIZER} has {len(found.tokens)} tokens, the model {found.decoder.vocab_size}"
+            f"{TOKENIZER} has {len(source.tokens)} tokens, the model {source.decoder.vocab_size}"
         )
-    return found if context is None else _shortened(found, context)
+    return source if context is None else _shortened(source, context)
 
 
 def _read_folder(path: Path, prompt: str | None) -> Checkpoint:
@@ -191,27 +191,27 @@ def _as_float32(where: str, entry: Mapping[str, Any]) -> Float32:
 def _stored_tensors(path: Path, architecture: Architecture, layout: Layout) -> dict[str, Float32]:
     """The tensors of all files, by the names of `layout`. Raises CheckpointError, naming
     everything that is wrong with them."""
-    found: dict[str, Float32] = {}
+    tensors: dict[str, Float32] = {}
     for file in weight_files(path):
         for name, tensor in _read_tensors(file, architecture.BUFFERS):
-            found[name.removeprefix(architecture.PREFIX)] = tensor
-    _drop_tied_head(found, layout)
+            tensors[name.removeprefix(architecture.PREFIX)] = tensor
+    _drop_tied_head(tensors, layout)
     shapes = {
         name: shape
         for place in layout.values()
         for name, shape in zip(place.names, place.shapes, strict=True)
     }
-    faults = [f"missing {name}" for name in shapes if name not in found]
-    faults += [f"unexpected {name}" for name in found if name not in shapes]
+    faults = [f"missing {name}" for name in shapes if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in shapes]
     for name, shape in shapes.items():
-        if name in found and found[name].shape != shape:
-            faults.append(f"{name} is {list(found[name].shape)}, config.json says {list(shape)}")
-        elif name in found and not np.isfinite(found[name]).all():
+        if name in tensors and tensors[name].shape != shape:
+            faults.append(f"{name} is {list(tensors[name].shape)}, config.json says {list(shape)}")
+        elif name in tensors and not np.isfinite(tensors[name]).all():
             faults.append(f"{name} has values that are not finite")
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise CheckpointError(f"{path}: {'; '.join(faults[:_SHOWN])}{more}")
-    return found
+    return tensors
 
 
 def _drop_tied_head(tensors: dict[str, Float32], layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint in, a bundle out: write the variants, measure them, ship or refuse."""
+"""From a checkpoint to a bundle: write the variants, measure them, ship or refuse."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ WRITE, SAMPLE, QUANTISE, MEASURE = 1.0, 25.0, 90.0, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A written variant and what was measured of it.
+    """A written variant and its measurements.
 
     answers: to commanded requests; None of a model without commands. golden_ids: of
     `goldens.golden_ids`. failure: why it cannot be measured, and so never ships.
@@ -83,15 +83,14 @@ def convert(
     accept: bool = False,
     progress: Report | None = None,
 ) -> Manifest:
-    """Converts `checkpoint`, a folder or what `read_checkpoint` returned, to the bundle folder
-    `out`.
+    """Converts `checkpoint` (its folder, its GGUF file or a Checkpoint) to the bundle folder `out`.
 
     variants: names of VARIANTS, all of which must keep their budget; None is
     the default ones whose engine is installed, without those outside their budget
-    (the manifest's provenance says which were left out, and their figures).
+    (the manifest's provenance lists them with their figures).
     name: the bundle's, by default the folder's. evaluation: texts on which
     fidelity and adherence are measured against fp32; by default the fp32 model's own greedy
-    answers to commanded requests. judge: of relevance and tasks; without one, adherence is
+    answers to built-in requests. judge: of relevance and tasks; without one, adherence is
     that of lengths alone. accept: ship variants outside their budget too, and say so
     in the manifest. progress: called before each step with a line that names it and the
     share of the work that is done.
@@ -194,7 +193,7 @@ def _measure(
     if evaluation is not None:
         scored = to_scored(evaluation, source.codec, source.decoder.positions)
     reference = gate.remembered(gate.logits_of(written[0], source.decoder, folder))
-    found = []
+    candidates = []
     for variant in written:
         steps.step(f"measuring {variant.name}", MEASURE)
         is_reference = variant is written[0]
@@ -212,7 +211,7 @@ def _measure(
         except EngineError as error:
             if is_reference:  # without it nothing can be measured
                 raise CheckpointError(f"the model cannot be run: {error.problem}") from error
-            found.append(Candidate(variant, failure=error.problem))
+            candidates.append(Candidate(variant, failure=error.problem))
             continue
         measured = replace(
             variant,
@@ -220,8 +219,8 @@ def _measure(
             adherence=answers.figures() if answers else None,
             peak_rss_mb=round(memory, 1),
         )
-        found.append(Candidate(measured, answers, ids))
-    return found
+        candidates.append(Candidate(measured, answers, ids))
+    return candidates
 
 
 def _adherence_requests(

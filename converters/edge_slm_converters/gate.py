@@ -1,7 +1,7 @@
 """The gate: a variant that drifts too far from fp32, or obeys less, is refused.
 
-Fidelity is measured on commanded prompts, at the positions of the response only:
-training asks nothing of the others. The reference is our fp32 graph.
+Fidelity is measured at the positions of the response only: training asks nothing of the
+others. The reference is our fp32 graph.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def measure(
     try:
         for sequence in sequences:
             rows = slice(sequence.prompt - 1, len(sequence.ids) - 1)
-            expected, found = (
+            expected, actual = (
                 of(sequence.ids)[rows, :tokenizer_size] for of in (reference, candidate)
             )
-            if not np.isfinite(found).all():
+            if not np.isfinite(actual).all():
                 raise not_finite()
-            meter.add(expected, found, np.array(sequence.ids[sequence.prompt :], np.int64))
+            meter.add(expected, actual, np.array(sequence.ids[sequence.prompt :], np.int64))
         return meter.result()
     except ValueError as error:
         raise CheckpointError(f"fidelity cannot be measured: {error}") from None
@@ -70,12 +70,12 @@ def remembered(compute: LogitsOf) -> LogitsOf:
 
     def logits(ids: Sequence[int]) -> Float32:
         nonlocal free
-        if (found := kept.get(tuple(ids))) is None:
-            found = compute(ids)
-            if found.nbytes <= free:
-                kept[tuple(ids)] = found = found.copy()
-                free -= found.nbytes
-        return found
+        if (rows := kept.get(tuple(ids))) is None:
+            rows = compute(ids)
+            if rows.nbytes <= free:
+                kept[tuple(ids)] = rows = rows.copy()
+                free -= rows.nbytes
+        return rows
 
     return logits
 

@@ -1,7 +1,7 @@
 """Reads a GGUF file: its metadata as a Decoder, its tensors in canonical form.
 
-The `gguf` package decodes quantised blocks to float32, so a converted model is what the file
-holds, not what it was quantised from.
+The `gguf` package decodes quantised blocks to float32, so a converted model has the values of the
+file, not those that were quantised to make it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _opened(file: Path) -> GGUFReader:
         return GGUFReader(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except Exception as error:  # a torn file ends in whatever reading beyond its end raises
+    except Exception as error:  # reading beyond the end of a torn file may raise anything
         raise CheckpointError(f"{file} is not a GGUF file: {first_line(error)}") from None
 
 
@@ -90,22 +90,22 @@ def _tensors(
     shapes, tensors, faults = decoder.shapes(), dict[str, Float32](), list[str]()
     for name, names in stored_names(decoder, architecture.GGUF_PARTS):
         missing = [f"missing {one}" for one in names if one not in stored]
-        found = [stored.pop(one) for one in names if one in stored]
-        if not found and name.endswith(".bias") and "norm" not in name:
+        present = [stored.pop(one) for one in names if one in stored]
+        if not present and name.endswith(".bias") and "norm" not in name:
             tensors[name] = np.zeros(shapes[name], np.float32)
             continue
         if missing:
             faults += missing
             continue
-        parts = {tensor.name: _as_float32(file, tensor) for tensor in found}
+        parts = {tensor.name: _as_float32(file, tensor) for tensor in present}
         tensors[name] = joined(decoder, parts, architecture.GGUF_INTERLEAVED)
         if tensors[name].shape != shapes[name]:
             faults.append(
-                f"{found[0].name} makes a {name} of {list(tensors[name].shape)}, "
+                f"{present[0].name} makes a {name} of {list(tensors[name].shape)}, "
                 f"its metadata {list(shapes[name])}"
             )
         elif not np.isfinite(tensors[name]).all():
-            faults.append(f"{found[0].name} has values that are not finite")
+            faults.append(f"{present[0].name} has values that are not finite")
     faults += [f"unexpected {name}" for name in stored]
     if faults:
         raise CheckpointError(f"{file.name}: {'; '.join(faults)}")

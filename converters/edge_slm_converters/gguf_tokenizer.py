@@ -124,8 +124,8 @@ def pre_tokenizer_name(tokenizer: Json) -> str:
 
     Raises CheckpointError when it has none.
     """
-    found = tokenizer.get("pre_tokenizer") or {}
-    steps = found.get("pretokenizers", []) if found.get("type") == "Sequence" else [found]
+    stored = tokenizer.get("pre_tokenizer") or {}
+    steps = stored.get("pretokenizers", []) if stored.get("type") == "Sequence" else [stored]
     for name, known in PRE_TOKENIZERS.items():
         if [_essence(step) for step in steps] == [_essence(step) for step in known]:
             return name
@@ -137,7 +137,7 @@ def pre_tokenizer_name(tokenizer: Json) -> str:
 
 
 def _essence(step: Json) -> Json:
-    """What decides how a step splits: offsets do not, and GPT-2's regex is the default."""
+    """The settings that decide how a step splits text. GPT-2's regex is the default."""
     step = {key: value for key, value in step.items() if key != "trim_offsets"}
     return {"use_regex": True, **step} if step.get("type") == "ByteLevel" else step
 

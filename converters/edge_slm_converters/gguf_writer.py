@@ -1,6 +1,6 @@
-"""Writes a GGUF file: the same weights for llama.cpp, whose graph is the peer's.
+"""Writes a GGUF file: the same weights for llama.cpp.
 
-What is stored how follows llama.cpp's own tools (`convert_hf_to_gguf.py`,
+Types of tensors follow llama.cpp's own tools (`convert_hf_to_gguf.py`,
 `llama-quantize`): matrices in the type asked for; positions, norms and biases in F32; a
 tied embedding once, because the loader takes it as the head when `output.weight` is
 missing. One difference: under Q4_0 `llama-quantize` keeps the head in Q6_K where the
@@ -51,8 +51,8 @@ def write_gguf(checkpoint: Checkpoint, file: Path, quantisation: Quantisation) -
     """Writes `file`; returns the bytes of matrices that one decoding step reads.
 
     quantisation: a key of `BLOCKS`. Raises CheckpointError for what llama.cpp does not
-    compute, for a tokenizer whose way of splitting text it does not know, and for rows that
-    are not whole blocks; TargetExists, DependencyMissing.
+    compute, for a tokenizer that splits text in a way unknown to it, and for rows that are
+    not whole blocks; TargetExists, DependencyMissing.
     """
     try:
         from gguf import GGUFWriter
@@ -138,7 +138,7 @@ def _add_settings(
 def _add_tokenizer(
     writer: GGUFWriter, checkpoint: Checkpoint, tokenizer: dict[str, Any], splitting: str
 ) -> None:
-    """Control tokens are typed so: llama.cpp finds them in text only when it is told to
+    """Control tokens are typed as such: llama.cpp finds them in text only when asked to
     parse special tokens, and never prints them."""
     codec, size = checkpoint.codec, len(checkpoint.tokens)
     padding = range(size, checkpoint.decoder.vocab_size)
@@ -154,7 +154,7 @@ def _add_tokenizer(
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(codec.ends[0])
     writer.add_eos_token_id(codec.ends[0])
-    writer.add_add_bos_token(False)  # what a prompt begins with is said by its form
+    writer.add_add_bos_token(False)  # the form of a prompt says how it begins
     writer.add_add_space_prefix(False)
 
 

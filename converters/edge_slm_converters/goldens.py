@@ -1,8 +1,7 @@
 """Greedy answers of a model's variants, through the runtime that ships.
 
-Those of the fp32 model are what fidelity is measured on when the caller has no evaluation
-texts; token ids go into the manifest so that a device can check that it computes what was
-converted.
+Fidelity is measured on those of the fp32 model when the caller has no evaluation texts; token
+ids go into the manifest, so that a device can check that it computes the same ones.
 """
 
 from __future__ import annotations
@@ -97,13 +96,13 @@ def golden_ids(slm: SLM, source: Checkpoint) -> list[tuple[int, ...]]:
 
 
 def goldens(source: Checkpoint, ids: Mapping[str, Sequence[tuple[int, ...]]]) -> list[Golden]:
-    """Requests with what each variant answers, greedily and without length promise.
+    """Requests with each variant's answers, greedy and without length promise.
 
     ids: of every variant, `golden_ids`.
     """
     tokens = min(GOLDEN_TOKENS, source.decoder.positions // 2)
     asked = built_in_requests(source, GOLDENS, tokens)
     return [
-        Golden(one.request, one.command, tokens, {name: found[i] for name, found in ids.items()})
+        Golden(one.request, one.command, tokens, {name: every[i] for name, every in ids.items()})
         for i, one in enumerate(asked)
     ]

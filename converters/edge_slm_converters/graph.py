@@ -218,8 +218,8 @@ class DecoderGraph:
 
 def _check(decoder: Decoder, precision: Precision, graph: GraphWriter) -> None:
     """Every matrix was written in its precision, and none was stored twice."""
-    found, expected = graph.operators[precision.operator], 4 * decoder.layers + 1
-    if found != expected:
-        raise AssertionError(f"{found} matrices are {precision.name}, not {expected}")
+    quantised, expected = graph.operators[precision.operator], 4 * decoder.layers + 1
+    if quantised != expected:
+        raise AssertionError(f"{quantised} matrices are {precision.name}, not {expected}")
     if graph.weight_bytes > (most := stored_bytes(decoder, precision)):
         raise AssertionError(f"{DATA_FILE} has {graph.weight_bytes} bytes of weights, not {most}")

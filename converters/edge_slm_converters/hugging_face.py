@@ -22,8 +22,8 @@ def write_weights(
 ) -> None:
     """Writes `config.json` and `model.safetensors` of canonical tensors.
 
-    dtype: of the stored values. Raises DependencyMissing, and CheckpointError for what the
-    format cannot say.
+    dtype: of the stored values. Raises DependencyMissing, and CheckpointError for a
+    model that the format cannot describe.
     """
     try:
         from safetensors.numpy import save_file

@@ -114,7 +114,7 @@ class _Graph:
         return self._ops.transpose(self._ops.reshape(x, shape, True), self._ints(0, 2, 1, 3))
 
     def _cached(self, new: Any, name: str, empty: Any) -> Any:
-        """The cache with `new` at its end, which is also what the next step finds."""
+        """The cache with `new` at its end, which the next step starts from."""
         shape = [-1, self._decoder.kv_heads, -1, self._decoder.head_width]
         past = self._ops.read_value(empty, name, np.float32, shape)
         past = self._ops.gather(past, self._beams, self._ints(0))
@@ -146,12 +146,12 @@ class _Graph:
         if self._decoder.position != "rotary":
             return None
         ops, (cos, sin) = self._ops, self._decoder.rotary_table()
-        found = []
+        tables = []
         for name, table in (("cos", cos), ("sin", sin)):
             both = self._constant(np.concatenate([table, table], -1), f"rotary.{name}")
             rows = ops.gather(both, self._positions, self._ints(0))
-            found.append(ops.unsqueeze(rows, self._ints(1)))
-        return found[0], found[1]
+            tables.append(ops.unsqueeze(rows, self._ints(1)))
+        return tables[0], tables[1]
 
     def _rotated(self, x: Any, cos: Any, sin: Any) -> Any:
         """Queries or keys [B,heads,S,head width], each turned by its position."""
@@ -169,7 +169,7 @@ class _Graph:
         return ops.select(hidden, ops.constant(-np.inf, np.float32), ops.constant(0, np.float32))
 
     def _inner(self, x: Any, name: str) -> Any:
-        """What the feed-forward layer's second matrix is given."""
+        """The input of the feed-forward layer's second matrix."""
         up = self._linear(x, name)
         if self._decoder.mlp == "plain":
             return self._activation(up)

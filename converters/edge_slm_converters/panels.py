@@ -63,7 +63,7 @@ def _split(content: bytes) -> tuple[bytes, memoryview]:
 
 
 def _in_order(header: bytes) -> bytes:
-    """With its metadata sorted: safetensors writes them in an order of chance."""
+    """With its metadata sorted: safetensors writes them in no fixed order."""
     entries = json.loads(header)
     entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
     return json.dumps(entries, separators=(",", ":")).encode()

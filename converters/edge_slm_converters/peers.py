@@ -75,7 +75,7 @@ def prepare(
     progress: called with each name before it is begun. context: positions that they get, by
     default all of the checkpoint's; some engines take memory for each. Returns the specs of what is
     ready, and name → reason for what is not: a package that is not installed, or the
-    first line of what its exporter said.
+    first line of its exporter's error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     specs, missing = [], {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# Called before each step with a line that says what it is, and the share of all work done.
+# Called before each step with a line that names it, and the share of all work done.
 Report = Callable[[str, float], None]
 
 

@@ -1,8 +1,8 @@
 """The prompt form of a model that was trained elsewhere.
 
-Chat templates are programs; they are recognised by the text that they write, never run. What
-is recognised becomes literal text (`PromptForm`); what is not is refused, and may be given a
-form by name.
+Chat templates are programs; they are recognised by the text that they write, never run. A known
+template becomes literal text (`PromptForm`); any other is refused, and may be given a form by
+name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def _no_system(template: str) -> str:
 
 def _chatml_system(template: str) -> str:
     """The turn of a default system message, where the template has one."""
-    found = re.search(r"<\|im_start\|>system\n[^'\"{}<]+<\|im_end\|>\n", template)
-    return found[0] if found else ""
+    turn = re.search(r"<\|im_start\|>system\n[^'\"{}<]+<\|im_end\|>\n", template)
+    return turn[0] if turn else ""
 
 
 def _llama3_system(template: str) -> str:
@@ -44,8 +44,8 @@ def _llama3_system(template: str) -> str:
 class Chat:
     """A kind of chat template.
 
-    marks: text that every template of the kind contains. start: what a conversation begins
-    with. system: the default system turn of a template. before, after: of the request; END
+    marks: text that every template of the kind contains. start: the beginning of a
+    conversation. system: the default system turn of a template. before, after: of the request; END
     in them is the token that ends a text. end: the token that ends an answer, by default END.
     """
 
@@ -91,8 +91,8 @@ def prompt_form(
 ) -> PromptForm:
     """The form of a model with this chat template; without one, plain text to continue.
 
-    ends: what the model's files say ends a text. controls: all control tokens. start: what a
-    plain text begins with. name: one of NAMES instead of what is recognised.
+    ends: the tokens that end a text by the model's files. controls: all control tokens. start: the
+    beginning of a plain text. name: one of NAMES instead of the form recognised.
 
     Raises CheckpointError for a template that is not known, or when nothing ends a text.
     """

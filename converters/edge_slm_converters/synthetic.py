@@ -1,7 +1,7 @@
 """Random-initialised checkpoints of any shape and architecture, written without torch.
 
-For measuring: speed and memory depend on the shape of a model, not on what it
-has learnt. `python -m edge_slm_converters.synthetic OUT --like models/reference`
+For measuring: speed and memory depend on the shape of a model, not on its
+weights. `python -m edge_slm_converters.synthetic OUT --like models/reference`
 writes the 98M shape (12 layers × 768, vocabulary 16384).
 """
 
@@ -21,7 +21,7 @@ from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.errors import CheckpointError, EdgeSlmError
 from edge_slm_runtime.files import write_folder_aside
 
-# What a Decoder has that a GPT-2 of the same shape has not.
+# Traits of a Decoder that differ from those of a GPT-2 of the same shape.
 TRAITS: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {},
     "llama": {
@@ -50,8 +50,8 @@ def random_checkpoint(
 ) -> Path:
     """Writes a checkpoint folder with the tokenizer and command schema of `like`.
 
-    architecture: a key of TRAITS. traits: other fields of its Decoder, as kv_heads, head_width,
-    inner, tied.
+    architecture: a key of TRAITS. traits: other fields of its Decoder, such as kv_heads,
+    head_width, inner, tied.
 
     Weights are normal with standard deviation `std` (GPT-2's own 0.02 by default),
     stored as float16; norms are 1 and biases 0. A `vocab_size` above the

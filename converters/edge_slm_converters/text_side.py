@@ -17,7 +17,7 @@ from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec, open_tokenizer
 
 TOKENIZER, SCHEMA = "tokenizer.json", "command.json"
-# Beside these: what says how a model of others is prompted, and what ends its texts.
+# Beside these: the files that say how a model trained elsewhere is prompted, and how its texts end.
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 ENDS_FROM = ("generation_config.json", "config.json")
 
@@ -82,7 +82,7 @@ def read_schema(path: Path) -> CommandSchema:
 
 
 def _form_of_folder(path: Path, content: bytes, prompt: str | None) -> tuple[PromptForm, list[str]]:
-    """The form of a model that was trained elsewhere, and the files that say it."""
+    """The form of a model that was trained elsewhere, and the files that it was read from."""
     there = [name for name in (SETTINGS, *ENDS_FROM) if (path / name).is_file()]
     read = {name: read_json(path / name) for name in there}
     tokenizer = open_tokenizer(content)
@@ -114,8 +114,8 @@ def _start(tokenizer: Any) -> str:
 
 def _content(token: Any) -> str:
     """A token of tokenizer_config.json: a text, or an object with its properties."""
-    found = token.get("content") if isinstance(token, Mapping) else token
-    return found if isinstance(found, str) else ""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else ""
 
 
 def _text_side(tokenizer: bytes, form: PromptForm, files: Sequence[str] = ()) -> TextSide:

@@ -1,4 +1,4 @@
-"""The variants of a bundle: what their names mean, how one is written and opened."""
+"""The variants of a bundle: the meaning of their names, and how one is written and opened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edge_slm_runtime.memory import PREFIX_CACHE_MB
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the name of a variant stands for."""
+    """Engine and precision of a variant."""
 
     engine: str
     precision: str
@@ -37,7 +37,7 @@ VARIANTS: Mapping[str, Target] = {
     "ctranslate2-float32": Target("ctranslate2", "fp32"),
 }
 DEFAULT_VARIANTS = tuple(name for name in VARIANTS if name != "ctranslate2-float32")
-REFERENCE = "onnx-fp32"  # what all others are measured against
+REFERENCE = "onnx-fp32"  # all others are measured against it
 
 # Each writes into a folder and returns the bytes of weights that one decoding step reads.
 WRITERS: Mapping[str, Callable[[Checkpoint, Precision, Path], int]] = {

@@ -32,7 +32,7 @@ class Estimate:
     n: int
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """JSON knows no nan: null."""
+        """JSON-ready: null for nan."""
         figures = {"value": self.value, "low": self.low, "high": self.high}
         return {k: float(v) if np.isfinite(v) else None for k, v in figures.items()} | {"n": self.n}
 
@@ -84,11 +84,11 @@ def _bootstrap_sums(above: Float64, below: Float64 | None = None) -> Estimate:
 
     def figure(rows: npt.NDArray[np.int64]) -> Float64:
         totals = above[rows].sum(-2)
-        found = totals[..., 0] / totals[..., 1]
+        means = totals[..., 0] / totals[..., 1]
         if below is not None:
             totals = below[rows].sum(-2)
-            found = found / (totals[..., 0] / totals[..., 1])
-        return np.asarray(found)
+            means = means / (totals[..., 0] / totals[..., 1])
+        return np.asarray(means)
 
     n = len(above)
     with np.errstate(divide="ignore", invalid="ignore"):

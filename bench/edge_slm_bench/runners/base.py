@@ -1,4 +1,4 @@
-"""What an engine, ours or a peer's, is to the benchmark."""
+"""The interface of an engine, ours or a peer's, to the benchmark."""
 
 from __future__ import annotations
 

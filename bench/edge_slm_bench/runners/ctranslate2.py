@@ -62,18 +62,18 @@ class CTranslate2Runner:
         return self._generate(prompts, new_tokens)
 
     def logits(self, ids: Sequence[int]) -> Float32:
-        found: Float32 = np.asarray(self._generator.forward_batch([list(ids)]), np.float32)[0]
-        return found
+        rows: Float32 = np.asarray(self._generator.forward_batch([list(ids)]), np.float32)[0]
+        return rows
 
     def close(self) -> None:
         self._generator = None
 
     def _generate(self, prompts: Sequence[Prompt], new_tokens: int) -> list[tuple[int, ...]]:
-        found = self._generator.generate_batch(
+        results = self._generator.generate_batch(
             [[self._tokens[i] for i in prompt.ids] for prompt in prompts],
             max_length=new_tokens,
             sampling_topk=1,
             end_token=[],  # none: end-of-text is a token like others
             include_prompt_in_result=False,
         )
-        return [tuple(result.sequences_ids[0]) for result in found]
+        return [tuple(result.sequences_ids[0]) for result in results]

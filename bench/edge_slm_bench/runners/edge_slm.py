@@ -75,6 +75,6 @@ class EdgeSlmRunner:
         return Request(prompt.request, words=prompt.words, max_new_tokens=new_tokens)
 
     @staticmethod
-    def _check(found: Sequence[int], prompt: Prompt) -> None:
-        if tuple(found) != prompt.ids:
+    def _check(ids: Sequence[int], prompt: Prompt) -> None:
+        if tuple(ids) != prompt.ids:
             raise EngineError("the runtime saw another prompt than the peers are given")

@@ -31,8 +31,8 @@ class GreedyRunner(ABC):
 
     def logits(self, ids: Sequence[int]) -> Float32:
         self.reset(1, len(ids))
-        found: Float32 = self.step(np.array([ids], np.int64), every=True)[0].copy()
-        return found
+        rows: Float32 = self.step(np.array([ids], np.int64), every=True)[0].copy()
+        return rows
 
     def close(self) -> None:
         vars(self).clear()
@@ -49,9 +49,9 @@ class GreedyRunner(ABC):
     def _answer(self, ids: Int64, new_tokens: int, start: float) -> tuple[Int64, list[float]]:
         """Tokens [R, new_tokens], and the seconds since `start` at which each was there."""
         self.reset(*ids.shape)
-        found, seconds = [], []
+        tokens, seconds = [], []
         for _ in range(new_tokens):
             ids = self.step(ids)[:, -1].argmax(-1)[:, None]
-            found.append(ids)
+            tokens.append(ids)
             seconds.append(perf_counter() - start)
-        return np.concatenate(found, 1), seconds
+        return np.concatenate(tokens, 1), seconds

@@ -73,9 +73,9 @@ class LlamaCppRunner(GreedyRunner):
         if status := self._library.llama_decode(self._context, batch.struct):
             raise EngineError(f"llama.cpp failed: llama_decode returned {status}")
         self._seen += ids.shape[1]
-        found = self._library.llama_get_logits(self._context)  # of the wanted ones, in order
+        logits = self._library.llama_get_logits(self._context)  # of the wanted ones, in order
         shape = (len(ids), ids.shape[1] if every else 1, self._vocab_size)
-        return np.ctypeslib.as_array(found, shape)
+        return np.ctypeslib.as_array(logits, shape)
 
     def close(self) -> None:
         self._close_context()

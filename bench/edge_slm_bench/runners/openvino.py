@@ -69,5 +69,5 @@ class OpenVinoRunner(GreedyRunner):
             "keep": np.arange(width) if every else np.array([width - 1]),
             "beam_idx": np.arange(rows, dtype=np.int32),
         }
-        found: Float32 = self._request.infer(feed, share_inputs=True, share_outputs=True)["logits"]
-        return found
+        logits: Float32 = self._request.infer(feed, share_inputs=True, share_outputs=True)["logits"]
+        return logits

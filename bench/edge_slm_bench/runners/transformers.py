@@ -93,10 +93,10 @@ class TransformersRunner(GreedyRunner):
         import torch
 
         with torch.inference_mode():
-            found: Float32 = self._model(
+            logits: Float32 = self._model(
                 torch.from_numpy(ids),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=0 if every else 1,
             ).logits.numpy()
-        return found
+        return logits

@@ -29,11 +29,11 @@ _ALLOWED: Mapping[str, Sequence[Any]] = {
 
 def architecture_of(config: Config) -> Architecture:
     """Raises CheckpointError for one that cannot be converted."""
-    found = ARCHITECTURES.get(str(config.get("model_type")))
-    if found is None:
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None:
         raise CheckpointError(
             f"config.json: model_type {config.get('model_type')!r} cannot be converted",
             f"these can: {', '.join(ARCHITECTURES)}",
         )
     refuse_unless(config, _ALLOWED)
-    return found
+    return architecture

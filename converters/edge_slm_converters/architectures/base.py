@@ -1,4 +1,4 @@
-"""What an architecture file provides: how one family stores what a `Decoder` describes."""
+"""The contents of an architecture file: how one family stores the model of a `Decoder`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Architecture(Protocol):
 
     def config(self, decoder: Decoder, biased: Collection[str] = ()) -> dict[str, Any]:
         """The config.json that is read as this Decoder. biased: the matrices of a layer that
-        have biases other than zeros. Raises CheckpointError for what it cannot say."""
+        have biases other than zeros. Raises CheckpointError for traits that it cannot have."""
 
     GGUF_PARTS: Parts
     GGUF_INTERLEAVED: tuple[str, ...]  # parts with rotary pairs side by side
@@ -61,7 +61,7 @@ class Architecture(Protocol):
     def gguf_settings(self, decoder: Decoder) -> Settings:
         """The metadata that `gguf_decoder` and llama.cpp read as this Decoder.
 
-        Raises CheckpointError for what llama.cpp does not compute.
+        Raises CheckpointError for traits that llama.cpp does not compute.
         """
 
 
@@ -86,28 +86,28 @@ def canonical(
     layout: Layout, decoder: Decoder, tensors: Mapping[str, Float32]
 ) -> dict[str, Float32]:
     """Stored tensors → canonical ones."""
-    found = {}
+    canonical_tensors = {}
     for name, shape in decoder.shapes().items():
         place = layout[name]
         parts = [tensors[part].T if place.outputs_first else tensors[part] for part in place.names]
         if not parts:
-            found[name] = np.zeros(shape, np.float32)
+            canonical_tensors[name] = np.zeros(shape, np.float32)
         else:
-            found[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
-    return found
+            canonical_tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+    return canonical_tensors
 
 
 def as_stored(layout: Layout, tensors: Mapping[str, Float32]) -> dict[str, Float32]:
     """Canonical tensors → stored ones: the inverse of `canonical`."""
-    found = {}
+    stored_tensors = {}
     for name, place in layout.items():
         start = 0
         for part, shape in zip(place.names, place.shapes, strict=True):
             size = shape[0] if place.outputs_first else shape[-1]
             value = tensors[name][..., start : start + size]
-            found[part] = value.T if place.outputs_first else value
+            stored_tensors[part] = value.T if place.outputs_first else value
             start += size
-    return found
+    return stored_tensors
 
 
 # -- GGUF ----------------------------------------------------------------------
@@ -166,7 +166,7 @@ def refuse_unless(config: Config, allowed: Mapping[str, Sequence[Any]]) -> None:
             raise CheckpointError(f"config.json: {key} = {value!r} cannot be converted")
 
 
-# What Hugging Face calls the activations of `decoder.ACTIVATIONS`. The three spellings of
+# Hugging Face's names of the activations of `decoder.ACTIVATIONS`. The three spellings of
 # the tanh approximation are the same formula.
 _ACTIVATIONS: Mapping[str, str] = {
     "gelu_new": "gelu_tanh",
@@ -192,5 +192,5 @@ def activation(config: Config, key: str, default: str) -> str:
 
 
 def activation_name(decoder: Decoder) -> str:
-    """What Hugging Face calls a Decoder's activation."""
+    """Hugging Face's name of a Decoder's activation."""
     return next(name for name, ours in _ACTIVATIONS.items() if ours == decoder.activation)

@@ -76,7 +76,7 @@ def decoder(config: Config) -> Decoder:
 def layout(decoder: Decoder, config: Config) -> Layout:
     """Weights are stored as [outputs, inputs]: q, k, v apart, gate and up apart."""
     d, biased = decoder, _biased(config)
-    found: dict[str, Stored] = {
+    places: dict[str, Stored] = {
         "embedding": stored((d.vocab_size, d.width), "embed_tokens.weight"),
         "final_norm.weight": stored((d.width,), "norm.weight"),
         "head.weight": stored((d.vocab_size, d.width), "lm_head.weight"),
@@ -94,16 +94,16 @@ def layout(decoder: Decoder, config: Config) -> Layout:
             ("attention_norm", "input_layernorm"),
             ("mlp_norm", "post_attention_layernorm"),
         ):
-            found[f"{here}{norm}.weight"] = stored((d.width,), f"{here}{name}.weight")
+            places[f"{here}{norm}.weight"] = stored((d.width,), f"{here}{name}.weight")
         for matrix, (inputs, _) in d.layer_matrices().items():
             outputs = {here + name: size for name, size in parts[matrix].items()}
-            found[f"{here}{matrix}.weight"] = linear(
+            places[f"{here}{matrix}.weight"] = linear(
                 inputs, {f"{name}.weight": size for name, size in outputs.items()}
             )
-            found[f"{here}{matrix}.bias"] = bias(
+            places[f"{here}{matrix}.bias"] = bias(
                 {f"{name}.bias": size for name, size in outputs.items()}, matrix in biased
             )
-    return {name: found[name] for name in d.shapes()}
+    return {name: places[name] for name in d.shapes()}
 
 
 def config(decoder: Decoder, biased: Collection[str] = ()) -> dict[str, Any]:
@@ -217,8 +217,8 @@ def _biased(config: Config) -> set[str]:
     """The matrices that have biases. Mistral has none, Qwen2 those of q, k and v."""
     if config.get("model_type") == "qwen2":
         return {"qkv"}
-    found = {"qkv", "out"} if flag(config, "attention_bias", False) else set()
-    return found | ({"up", "down"} if flag(config, "mlp_bias", False) else set())
+    attention = {"qkv", "out"} if flag(config, "attention_bias", False) else set()
+    return attention | ({"up", "down"} if flag(config, "mlp_bias", False) else set())
 
 
 def refuse_windows(config: Config, positions: int) -> None:
