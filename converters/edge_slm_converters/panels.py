@@ -106,7 +106,8 @@ def _matrix(
     stored = levels.reshape(-1, steps.shape[1]).astype(np.uint8)
     scale = blocks.scale if factor is None else blocks.scale * factor
     yield f"{name}.levels", pack_levels(stored, blocks.bits, blocks.size)
-    scale = np.pad(scale, ((0, 0), (0, columns))).astype(np.float16)
+    with np.errstate(over="ignore"):  # the gate refuses what becomes infinite
+        scale = np.pad(scale, ((0, 0), (0, columns))).astype(np.float16)
     yield f"{name}.scale", pack_outputs(scale)
     if blocks.bits == 4:
         yield f"{name}.zero", pack_outputs(zero.astype(np.uint8))

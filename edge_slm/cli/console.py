@@ -128,10 +128,9 @@ def warn(message: str) -> None:
     click.echo(f"warning: {printable(message)}", err=True)
 
 
-def say(text: str, *, end: str = "\n") -> None:
-    """A text of a bundle or a model on stdout: as it is into a file, printable on a terminal."""
-    click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)  # click flushes
-    click.echo(end, nl=False)
+def say(text: str) -> None:
+    """A line on stdout for people to read."""
+    click.echo(printable(text))
 
 
 def json_text(data: Any, indent: int | None = None) -> str:

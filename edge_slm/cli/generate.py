@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, note, read_request, say, warn
+from edge_slm.cli.console import emit_json, json_option, note, printable, read_request, warn
 from edge_slm.cli.options import model_options, sampling_options
 
 
@@ -39,7 +40,8 @@ def generate(
             return
         stream = slm.stream(text, **settings)
         for piece in stream:
-            say(piece, end="")
+            # As it is into a file; a terminal must not obey what a model writes.
+            click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
         click.echo()
         result = stream.result
     for warning in result.warnings:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from edge_slm.distill.tokenizer import save_tokenizer
+from edge_slm_runtime.bundle import file_entry
 from edge_slm_runtime.command import CommandSchema
+from edge_slm_runtime.errors import DataError
 from edge_slm_runtime.files import write_aside, write_folder_aside, write_json
 
 
@@ -30,8 +33,26 @@ def save_checkpoint(
 
 
 def save_state(state: dict[str, Any], target: Path) -> None:
-    """A torch file in the place of what `target` held before, complete after a crash."""
+    """A torch file in the place of what `target` held before, complete after a crash, with
+    its sha256 at the end, which torch ignores."""
     import torch
 
     with write_aside(target) as aside:
         torch.save(state, aside)
+        digest = bytes.fromhex(file_entry(aside).sha256)
+        with aside.open("ab") as file:
+            file.write(digest)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote. Raises DataError when it was damaged."""
+    import torch
+
+    digest, end = hashlib.sha256(), path.stat().st_size - hashlib.sha256().digest_size
+    with path.open("rb") as file:
+        while (left := end - file.tell()) > 0:
+            digest.update(file.read(min(left, 1 << 20)))
+        if end <= 0 or file.read() != digest.digest():
+            raise DataError(f"{path} is damaged", "remove it; training begins its stage again")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

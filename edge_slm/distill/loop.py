@@ -19,11 +19,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from edge_slm.distill.checkpoint import save_checkpoint, save_state
+from edge_slm.distill.checkpoint import load_state, save_checkpoint, save_state
 from edge_slm.distill.explore import explore
 from edge_slm.distill.model import fresh_model, grown_model, weights_digest
 from edge_slm.distill.precision import use_bf16
@@ -44,6 +45,7 @@ from edge_slm.distill.samples import read_requests
 from edge_slm.distill.teachers import make_teacher, teach
 from edge_slm.progress import StageProgress, silent
 from edge_slm_runtime.errors import DataError, DependencyMissing, TargetExists
+from edge_slm_runtime.files import locked_folder
 
 
 def distill(
@@ -70,8 +72,7 @@ def distill(
     accelerate = _accelerate()
     out = Path(out)
     if (finished := out / "checkpoint").exists():
-        made_by = json.loads((finished / "recipe.json").read_text("utf-8"))
-        if made_by["digest"] != recipe.digest():
+        if _recipe_digest(finished / "recipe.json") != recipe.digest():
             raise TargetExists(f"{out} holds a run of another recipe", "give another --out")
         return finished
     if any(stage.kind == "text" for stage in recipe.stages) and not text:
@@ -80,19 +81,28 @@ def distill(
         raise DataError("no samples and no teacher", "give --data, or a [teacher] in the recipe")
     out.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(accelerate)
-    if not accelerator.is_main_process:
-        report = silent
-    cache = Path(cache) if cache else out / "cache"
-    with accelerator.main_process_first():
-        reward = make_reward(
-            recipe.reward, cache, bf16=use_bf16(recipe.train.precision), server=server
-        )
-        if recipe.teacher:
-            data = [*data, _taught(recipe, data, reward, out, server, report)]
-        prepared = prepare(recipe, data, reward, report)
-    general = read_text(text) if text else ""
-    training = _Training(recipe, prepared, general, reward, out, accelerator, report, max_steps)
-    return training.run()
+    with locked_folder(out) if accelerator.is_main_process else nullcontext():
+        if not accelerator.is_main_process:
+            report = silent
+        cache = Path(cache) if cache else out / "cache"
+        with accelerator.main_process_first():
+            reward = make_reward(
+                recipe.reward, cache, bf16=use_bf16(recipe.train.precision), server=server
+            )
+            if recipe.teacher:
+                data = [*data, _taught(recipe, data, reward, out, server, report)]
+            prepared = prepare(recipe, data, reward, report)
+        general = read_text(text) if text else ""
+        training = _Training(recipe, prepared, general, reward, out, accelerator, report, max_steps)
+        return training.run()
+
+
+def _recipe_digest(file: Path) -> str:
+    """Of the recipe that a finished run was made by. Raises DataError."""
+    try:
+        return str(json.loads(file.read_text("utf-8"))["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{file} is damaged", "give another --out") from None
 
 
 def _accelerate() -> Any:
@@ -211,13 +221,11 @@ class _Training:
         self, name: str, stage: StageRecipe, achieved: Mapping[str, Any] | None = None, **extra: Any
     ) -> bool:
         """Trains a stage, or loads the weights of a finished one. False: stopped before its end."""
-        import torch
-
         from edge_slm.distill.trainer import Stage, Trainer, interrupts_deferred
 
         done = self.out / f"{name}.pt"
         if done.exists():
-            state = torch.load(done, map_location="cpu", weights_only=True)
+            state = load_state(done)
             if state["recipe"] != self.recipe.digest():
                 raise DataError(f"{done} belongs to another recipe", "give another --out")
             self.learner.load_state_dict(state["model"])

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from edge_slm.distill.checkpoint import save_state
+from edge_slm.distill.checkpoint import load_state, save_state
 from edge_slm.distill.objective import Learner, tensors
 from edge_slm.distill.packing import Batch, Encoded, Packer
 from edge_slm.distill.precision import use_bf16
@@ -319,7 +319,7 @@ class Trainer:
         assert self.out is not None
         path = self.out / "state.pt"
         metrics = self.out / f"metrics-{self.stage.name}.jsonl"
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        state = load_state(path) if path.exists() else None
         if state is None or state["stage"] != self.stage.name:
             metrics.unlink(missing_ok=True)
             return

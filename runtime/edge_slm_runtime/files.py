@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from edge_slm_runtime.errors import DataError, TargetExists
+
+_LOCKED_BY = 2.0  # seconds after it was made
 
 
 @contextmanager
@@ -26,14 +30,16 @@ def write_aside(target: Path, *, replace: bool = True, mode: int = 0o666) -> Ite
     aside = _beside(target)
     try:
         os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
-        yield aside
-        _flush(aside)
-        if not replace:
-            refuse_existing(target)
-        aside.replace(target)
-        _flush_folder(target.parent)
+        with _held(aside):
+            yield aside
+            _flush(aside)
+            if not replace:
+                refuse_existing(target)
+            aside.replace(target)
+            _flush_folder(target.parent)
     finally:
         aside.unlink(missing_ok=True)
+        _remove_abandoned(target)
 
 
 @contextmanager
@@ -47,15 +53,17 @@ def write_folder_aside(target: Path) -> Iterator[Path]:
     folder = _beside(target)
     try:
         folder.mkdir()
-        yield folder
-        for path in folder.rglob("*"):
-            _flush_folder(path) if path.is_dir() else _flush(path)
-        _flush_folder(folder)
-        refuse_existing(target)  # rename would replace an empty folder
-        folder.rename(target)
-        _flush_folder(target.parent)
+        with _held(folder):
+            yield folder
+            for path in folder.rglob("*"):
+                _flush_folder(path) if path.is_dir() else _flush(path)
+            _flush_folder(folder)
+            refuse_existing(target)  # rename would replace an empty folder
+            folder.rename(target)
+            _flush_folder(target.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_abandoned(target)
 
 
 def write_text(text: str, target: Path) -> None:
@@ -96,6 +104,22 @@ def lock(file: IO[Any], path: Path, *, wait: bool = False) -> None:
         raise DataError(f"another process is writing {path}", "wait for it to end") from None
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """While no other process has the lock of `folder` (POSIX; elsewhere no lock). Raises
+    DataError when one has."""
+    if os.name != "posix":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not _try_lock(descriptor):
+            raise DataError(f"another process is writing {folder}", "wait for it to end")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_locked(path: Path) -> BinaryIO:
     """The file at `path`, made where there is none, for appending and reading, locked for this
     process. Raises DataError when another process holds the lock.
@@ -118,6 +142,46 @@ def open_locked(path: Path) -> BinaryIO:
 
 def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.urandom(4).hex()}")
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Locks a file or folder that is being written (POSIX), so that it is not abandoned."""
+    if os.name != "posix":
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _try_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """What killed processes have left beside `target`: nobody holds its lock, and it is not
+    about to be locked."""
+    if os.name != "posix":
+        return
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                old = time.time() - path.stat().st_mtime > _LOCKED_BY
+                if old and _try_lock(descriptor):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether this process holds the lock now."""
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _flush(path: Path) -> None:

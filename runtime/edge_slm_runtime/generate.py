@@ -8,6 +8,7 @@ from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal
+from weakref import ref
 
 import numpy as np
 
@@ -59,6 +60,14 @@ class Stream(Iterator[str]):
             self._steps.close()
 
 
+class _Rows:
+    """Rows of the cache that a caller has as long as this object is alive: no interruption can
+    leave them counted."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
 class SLM:
     """A loaded bundle; made by `load`. Its calls may come from several threads."""
 
@@ -78,7 +87,7 @@ class SLM:
         self._engine = engine
         self._load_ms = load_ms
         self._most_rows = most_rows
-        self._under_way: list[object] = []
+        self._under_way: list[ref[_Rows]] = []
 
     @property
     def schema(self) -> CommandSchema:
@@ -214,24 +223,32 @@ class SLM:
 
     def _bounded(self, answers: Iterable[Answer], rows: int) -> Iterator[Step]:
         """Counts the rows of all callers that are under way, streams left open too."""
-        rows = rows if self._engine.batches else 1
-        mine = [object()] * rows
+        mine = _Rows(rows if self._engine.batches else 1)
         try:
-            self._under_way.extend(mine)  # without a lock, as in `PrefixCache`
-            if self._most_rows and len(self._under_way) > self._most_rows:
+            self._under_way.append(ref(mine))  # without a lock, as in `PrefixCache`
+            used = self._rows_under_way()
+            if self._most_rows and used > self._most_rows:
                 raise OutOfMemory(
-                    f"{len(self._under_way)} answers at a time need more than max_memory_mb",
+                    f"{used} answers at a time need more than max_memory_mb",
                     f"at most {self._most_rows}; finish or close streams",
                 )
-            yield from self._engine.decode(answers, rows)
+            yield from self._engine.decode(answers, mine.count)
         except MemoryError:
             raise OutOfMemory(
                 "there is no memory for the answer", "close other streams, or ask for less"
             ) from None
         finally:
-            for row in mine:
-                with suppress(ValueError):  # interrupted before it was counted
-                    self._under_way.remove(row)
+            del mine  # now, although an error may keep this frame
+
+    def _rows_under_way(self) -> int:
+        used = 0
+        for one in tuple(self._under_way):
+            if rows := one():
+                used += rows.count
+            else:
+                with suppress(ValueError):  # another caller has just removed it
+                    self._under_way.remove(one)
+        return used
 
     def _batch(self, requests: Iterable[Request], batch_size: int) -> Iterator[Generation]:
         order: deque[Answer] = deque()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from edge_slm.cli import main
 from edge_slm_runtime import read_manifest, tolerance
+from edge_slm_runtime.bundle import file_entry, manifest_digest
 
 REPOSITORY = Path(__file__).parents[2]
 EDGE_SLM = [sys.executable, "-c", "from edge_slm.cli import main; main(prog_name='edge-slm')"]
@@ -276,3 +278,99 @@ def test_the_help_texts_in_the_docs_are_current() -> None:
 def test_the_tolerance_that_the_help_promises() -> None:
     assert tolerance(10) == (8, 12)
     assert tolerance(50) == (45, 55)
+
+
+# -- terminals and encodings --------------------------------------------------
+
+
+def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, **options.pop("env", {})}
+    command = [*EDGE_SLM, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, env=environment, check=False, timeout=120, **options
+    )
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii", "utf-8", "utf-16"])
+def test_any_encoding_of_the_output(tiny_bundle: Path, encoding: str) -> None:
+    env = {"PYTHONIOENCODING": encoding}
+    options = ("--bundle", tiny_bundle, "--task", "image", "--max-new-tokens", 4)
+    done = cli("generate", "ein Café 東京 🦊", *options, "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode(encoding))["request"] == "ein Café 東京 🦊"
+    for arguments in (("info", tiny_bundle), ("generate", "東京", *options)):
+        assert cli(*arguments, env=env).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_error(tiny_bundle: Path, closed: str) -> None:
+    command = f'"$0" -m edge_slm generate a --bundle "$1" --max-new-tokens 3 {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(tiny_bundle)],
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+
+
+def renamed(bundle: Path, name: str, tmp_path: Path) -> Path:
+    """With another name, and a digest that fits."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "renamed"))
+    data = json.loads((copy / "manifest.json").read_text("utf-8"))
+    data["name"] = name
+    data["digest"] = manifest_digest(data)
+    (copy / "manifest.json").write_text(json.dumps(data), "utf-8")
+    return copy
+
+
+def test_a_bundle_does_not_control_the_terminal(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = renamed(tiny_bundle, "x[/]y \x1b]0;title\x1b[2J\x9b31m\u202e", tmp_path)
+    shown = run("info", bundle)
+    assert shown.exit_code == 0
+    assert "x[/]y \\x1b]0;title\\x1b[2J\\x9b31m\\u202e" in shown.stdout
+    (bundle / "\x1b[31mred").write_text("")
+    assert "\\x1b[31mred" in error_of(run("verify", bundle), "file_unlisted", 4)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_request(tiny_bundle: Path) -> None:
+    mark = "\ufeff".encode()
+    options = ("--bundle", tiny_bundle, "--max-new-tokens", 5)
+    texts = [
+        run("generate", "-", *options, stdin=begin + b"a red fox").stdout for begin in (b"", mark)
+    ]
+    assert texts[0] == texts[1]
+    line = b'{"id": 1, "request": "a", "task": null, "max_new_tokens": 2}\r\n'
+    lines = run("batch", "-", "--bundle", tiny_bundle, stdin=mark + line + line).stdout.splitlines()
+    assert lines[0] == lines[1]
+    assert "error" not in lines[0]
+
+
+def test_every_variant_is_verified_by_its_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Also a second one of the same engine and precision, which `load` would not choose."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = read_manifest(bundle)
+    shutil.copytree(bundle / "onnx-int8", bundle / "second")
+    data = bytearray((bundle / "second/model.data").read_bytes())
+    data[::7] = bytes(len(data[::7]))
+    (bundle / "second/model.data").write_bytes(data)
+    first = next(v for v in manifest.variants if v.name == "onnx-int8")
+    goldens = [replace(g, ids={**g.ids, "second": g.ids["onnx-int8"]}) for g in manifest.goldens]
+    files = dict(manifest.files)
+    files |= {
+        f"second/{n}": file_entry(bundle / f"second/{n}") for n in ("model.onnx", "model.data")
+    }
+    changed = replace(
+        manifest,
+        variants=(*manifest.variants, replace(first, name="second", path="second")),
+        goldens=tuple(goldens),
+        files=files,
+    )
+    (bundle / "manifest.json").write_text(json.dumps(changed.to_json()))
+    result = run("verify", bundle, "--goldens")
+    assert result.exit_code == 4
+    assert "second no longer gives its golden tokens" in result.stderr
+    (bundle / "manifest.json").write_text(json.dumps(replace(changed, goldens=()).to_json()))
+    assert "second: not tested: it has no goldens" in run("verify", bundle, "--goldens").stdout

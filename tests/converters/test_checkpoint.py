@@ -223,6 +223,7 @@ def test_a_tied_embedding_may_be_stored_as_the_head_alone(copy: Path) -> None:
         ("layer_norm_epsilon", math.inf),
         ("tie_word_embeddings", "false"),
         ("scale_attn_weights", "no"),
+        ("activation_function", ["gelu"]),
     ],
 )
 def test_settings_are_checked_before_anything_of_their_size(
@@ -230,7 +231,7 @@ def test_settings_are_checked_before_anything_of_their_size(
 ) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(CheckpointError, match=rf"config\.json: {key} must"):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} "):
         read_checkpoint(copy)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import edge_slm_runtime
 from edge_slm_bench.metrics.fidelity import fidelity
@@ -124,6 +125,36 @@ def test_gate_refuses_figures_that_are_no_numbers() -> None:
     assert len(gate.refusals([variant])) == 1
     with pytest.raises(ValueError, match="reference's logits are not finite"):
         fidelity(np.full((3, 5), np.nan), np.zeros((3, 5)), np.zeros(3, np.int64))
+
+
+def test_a_variant_that_cannot_be_measured_is_left_out_alone(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Keys beyond half precision, which the numba engine has: the same function in float32."""
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    tensors = {k: v.astype(np.float32) for k, v in load_file(copy / "model.safetensors").items()}
+    for name, value in tensors.items():
+        if ".attn.c_attn." in name:
+            third = value.shape[-1] // 3
+            value[..., :third] *= 2.0**-20
+            value[..., third : 2 * third] *= 2.0**20
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    manifest = convert(copy, tmp_path / "b", accept=True)
+    left_out = [line.partition(":")[0] for line in manifest.provenance["gate"]["left_out"]]
+    names = [variant.name for variant in manifest.variants]
+    assert left_out
+    assert all(name.startswith("numba") for name in left_out)
+    assert sorted(names + left_out) == sorted(DEFAULT_VARIANTS)
+    assert not any("numba" in line for line in manifest.provenance["gate"]["accepted"])
+    with pytest.raises(GateRefused, match="numba-int8: the model's predictions are not finite"):
+        convert(copy, tmp_path / "c", ("numba-int8",), accept=True)
+
+
+def test_a_recipe_with_a_number_that_is_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    (copy / "recipe.json").write_text('{"history": [{"valid_loss": NaN}]}')
+    with pytest.raises(CheckpointError, match=r"recipe\.json holds a number that is not finite"):
+        convert(copy, tmp_path / "b")
 
 
 def test_broken_recipe_is_found_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:

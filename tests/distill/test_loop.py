@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from edge_slm.distill.checkpoint import load_state, save_state
 from edge_slm.distill.loop import distill
 from edge_slm.distill.recipe import ExploreRecipe, Recipe, StageRecipe
 from edge_slm.distill.trainer import learning_rate
 from edge_slm_converters.checkpoint import read_checkpoint
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError, TargetExists
+from edge_slm_runtime.files import locked_folder
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +77,24 @@ def test_a_stopped_run_continues_to_the_same_weights(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("change", ["one bit", "cut", "empty"])
+def test_a_damaged_state_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "state.pt"
+    save_state({"model": {"weight": torch.arange(1000.0)}}, path)
+    assert load_state(path)["model"]["weight"][7] == 7
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    damaged = {"one bit": content, "cut": content[:-1000], "empty": b""}[change]
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"state\.pt is damaged"):
+        load_state(path)
+
+
+def test_a_run_has_its_folder_alone(recipe: Recipe, data_file: Path, tmp_path: Path) -> None:
+    with locked_folder(tmp_path), pytest.raises(DataError, match="another process is writing"):
+        distill(recipe, [data_file], tmp_path)
+
+
 def test_a_run_of_another_recipe_or_data_is_not_continued(
     recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +128,7 @@ def test_ctrl_c_saves_between_steps(
 # and with them another order of sums.
 PROCESS = """
 import os, signal, sys
+from edge_slm.distill.checkpoint import load_state, save_state
 from edge_slm.distill.loop import distill
 from edge_slm.distill.recipe import Recipe
 

@@ -8,9 +8,12 @@ import os
 import platform
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -153,6 +156,119 @@ def test_something_else_in_its_place_is_no_error(compiler: Compiler, tmp_path: P
     load_anew()
     assert compiler.calls == 1
     assert len(list((tmp_path / "cache/edge-slm").iterdir())) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no owners and modes")
+@pytest.mark.parametrize("where", ["file", "folder", "link"])
+def test_code_that_another_user_could_write_is_not_run(
+    compiler: Compiler, tmp_path: Path, where: str
+) -> None:
+    compiled.kernels(GPT2)
+    file = kept(tmp_path)
+    if where == "file":
+        file.chmod(0o666)
+    elif where == "folder":
+        file.parent.chmod(0o777)
+    else:
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    load_anew()
+    expected = 1 if where == "folder" else 2  # a file that only this user could write is sound
+    assert compiler.calls == expected
+    assert not kept(tmp_path).is_symlink()
+    assert stat.S_IMODE(kept(tmp_path).stat().st_mode) == 0o600
+    assert stat.S_IMODE(kept(tmp_path).parent.stat().st_mode) == 0o700
+    load_anew()
+    assert compiler.calls == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has another folder")
+def test_a_relative_cache_folder_is_ignored(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    compiled.kernels(GPT2)
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert len(list((tmp_path / "home/.cache/edge-slm").iterdir())) == 1
+
+
+def test_simultaneous_first_loads_compile_once(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(traits: Traits) -> bytes:
+        sleep(0.2)
+        return compiler(traits)
+
+    monkeypatch.setattr(compiled, "_compile", slow)
+    with ThreadPoolExecutor(4) as pool:
+        entries = list(pool.map(compiled.kernels, [GPT2] * 4))
+    assert len(set(map(id, entries))) == compiler.calls == 1
+
+
+@needs_images
+def test_another_process_waits_for_the_one_that_compiles(code: bytes, tmp_path: Path) -> None:
+    (tmp_path / "code").write_bytes(code)
+    script = """
+import sys, time
+from pathlib import Path
+from edge_slm_runtime.decoder import Traits
+from edge_slm_runtime.kernels import compiled
+def slow(traits):
+    print("compiles", flush=True)
+    time.sleep(1)
+    return Path(sys.argv[1]).read_bytes()
+compiled._compile = slow
+compiled.kernels(Traits("layer", "learned", "plain"))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "code")]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)
+    ]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sorted(said) == [b"", b"", b"compiles\n"]
+
+
+# -- where numba cannot be used ------------------------------------------------------
+
+
+FAULTS = {
+    "processor": """
+compiled._processor = lambda: "model name: old\\nflags: sse2 sse4_2"
+""",
+    "package": "",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_auto_falls_back_and_says_so(fault: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    if fault == "package":
+        (tmp_path / "numba").mkdir()
+        (tmp_path / "numba/__init__.py").write_text("raise ImportError('another numpy')")
+    script = f"""
+import logging, sys
+import edge_slm_runtime
+from edge_slm_runtime.engines.numba_engine import NumbaEngine
+from edge_slm_runtime.kernels import compiled
+logging.basicConfig(stream=sys.stdout)
+NumbaEngine.fast_here = classmethod(lambda _: True)
+{FAULTS[fault]}
+with edge_slm_runtime.load(sys.argv[1], threads=1) as slm:
+    print(slm.variant.engine, len(slm.generate("a cat", max_new_tokens=3).token_ids))
+try:
+    edge_slm_runtime.load(sys.argv[1], "numba", threads=1)
+except edge_slm_runtime.EdgeSlmError as error:
+    print(error.code)
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    cache = str(tmp_path / "cache")
+    out = python(script, str(tiny_bundle), PYTHONPATH=path, XDG_CACHE_HOME=cache).splitlines()
+    assert "numba cannot be used" in out[0]
+    assert "using onnxruntime instead" in out[0]
+    assert out[1:] == ["onnxruntime 3", "engine_not_installed"]
 
 
 @needs_images

@@ -49,6 +49,30 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert names(tmp_path) == {"file"}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files")
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    """By the next one that writes there; what is being written stays."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from edge_slm_runtime.files import write_aside, write_folder_aside
+with write_aside(Path(sys.argv[1])), write_folder_aside(Path(sys.argv[2])) as folder:
+    (folder / "part").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script, str(file), str(folder)], check=False)
+    assert len(names(tmp_path)) == 4
+    for path in tmp_path.iterdir():
+        os.utime(path, (1, 1))
+    with write_folder_aside(folder) as aside:
+        os.utime(aside, (1, 1))
+        write_text("whole", file)
+        assert aside.is_dir()
+    assert names(tmp_path) == {"file", "folder"}
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
 def test_what_exists_is_not_replaced_unasked(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "target"

@@ -85,7 +85,10 @@ def test_a_signal_handler_may_close_the_model(tiny_bundle: Path, engine: str) ->
         + """
 for wait in (0.001, 0.004, 0.0071, 0.012):
     slm = load(threads=2)
-    signal.signal(signal.SIGALRM, lambda *_: slm.close())
+    def close(*_):
+        time.sleep(0.08)  # longer than anything waits before it looks around
+        slm.close()
+    signal.signal(signal.SIGALRM, close)
     signal.setitimer(signal.ITIMER_REAL, wait)
     try:
         while True:

@@ -96,6 +96,27 @@ def test_it_bounds_the_rows_of_a_batch(tiny_bundle: Path) -> None:
         slm.generate_batch(requests, 1000)  # one at a time
 
 
+def test_it_bounds_the_rows_of_all_callers(tiny_bundle: Path) -> None:
+    """Streams that are left open count until they are closed or collected."""
+    manifest = read_manifest(tiny_bundle)
+    variant = next(v for v in manifest.variants if v.name == "onnx-int8")
+    limit = memory_estimate(manifest, variant, rows=3)
+    with load(
+        tiny_bundle, "onnxruntime", "int8", max_memory_mb=limit, prefix_cache_mb=0, threads=1
+    ) as slm:
+        streams = [slm.stream("a cat", max_new_tokens=20) for _ in range(3)]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(OutOfMemory, match=r"4 answers at a time .* \(at most 3;"):
+            slm.generate("a cat")
+        with pytest.raises(OutOfMemory, match="5 answers at a time"):
+            list(slm.generate_batch([Request("a cat")], 2))
+        streams.pop().close()
+        assert slm.generate("a cat", max_new_tokens=3).token_ids
+        del stream, streams
+        assert len(list(slm.generate_batch([Request("a cat", max_new_tokens=3)] * 4, 3))) == 4
+
+
 @pytest.mark.parametrize("size", [-1, float("nan"), True, "16"])
 def test_the_bound_is_checked(tiny_bundle: Path, size: float) -> None:
     with pytest.raises(BadSetting, match="max_memory_mb"):

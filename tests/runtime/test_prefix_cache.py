@@ -170,6 +170,18 @@ def test_a_bad_request_in_a_batch_leaves_a_sound_prefix(pair: tuple[SLM, SLM]) -
     )
 
 
+def test_callers_of_another_key_share_nothing(pair: tuple[SLM, SLM]) -> None:
+    kept, fresh = pair
+    text = PREAMBLE + " of mine"
+    expected = fresh.generate(text, max_new_tokens=9).token_ids
+    for key, known in (("a", False), ("b", False), ("a", True), ("b", True)):
+        found = kept.generate(text, max_new_tokens=9, cache_key=key)
+        assert found.token_ids == expected
+        assert found.stats.cached_tokens == (known and most_known(found.stats.prompt_tokens))
+    with pytest.raises(BadSetting, match="cache_key is 7"):
+        kept.generate(text, cache_key=7)
+
+
 @pytest.mark.parametrize("size", [-1, float("nan"), float("inf"), True, "16"])
 def test_size_of_the_prefix_cache_is_checked(tiny_bundle: Path, size: Any) -> None:
     with pytest.raises(BadSetting, match="prefix_cache_mb"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_slm_runtime.errors import BadSetting
+from edge_slm_runtime.errors import BadSetting, EngineError
 from edge_slm_runtime.sampling import (
     Sampler,
     Sampling,
@@ -161,3 +161,13 @@ def test_settings_out_of_range(setting: dict[str, Any]) -> None:
     (name,) = setting
     with pytest.raises(BadSetting, match=name):
         Sampling(**setting)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_predictions_that_are_no_numbers_are_an_error(value: float, temperature: float) -> None:
+    logits = np.zeros(8, np.float32)
+    logits[:] = value if value == -np.inf else 0
+    logits[3] = value
+    with pytest.raises(EngineError, match="not finite"):
+        Sampler(Sampling(temperature, seed=1), ()).pick(logits)

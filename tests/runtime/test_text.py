@@ -9,8 +9,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_slm_runtime import CommandSchema, PromptForm
-from edge_slm_runtime.errors import ControlTokenInRequest, ManifestInvalid
+from edge_slm_runtime import Command, CommandSchema, PromptForm
+from edge_slm_runtime.errors import (
+    ControlTokenInRequest,
+    ManifestInvalid,
+    RequestNotText,
+    RequestTooLong,
+)
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
@@ -108,6 +113,79 @@ def test_a_tokenizer_that_would_change_requests_is_refused(tampered: Tampered) -
         tampered(lambda d: d["model"].update(dropout=0.5))
     with pytest.raises(ManifestInvalid, match="cannot be read"):  # tokenizers panics
         tampered(lambda d: d["model"].update(continuing_subword_prefix="not of byte-level BPE"))
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def split(pattern: dict[str, str], behavior: str) -> dict[str, Any]:
+    step = {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": False}
+    return {"type": "Sequence", "pretokenizers": [step, BYTES]}
+
+
+def without(char: str) -> Callable[[dict[str, Any]], None]:
+    """A vocabulary without the tokens of a character of the byte alphabet."""
+
+    def change(data: dict[str, Any]) -> None:
+        model = data["model"]
+        vocab = sorted((t for t in model["vocab"] if char not in t), key=model["vocab"].get)
+        model["vocab"] = {token: i for i, token in enumerate(vocab)}
+        model["merges"] = [m for m in model["merges"] if char not in "".join(m)]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(chr(0xF0)), "no token for byte 0xf0"),  # the first one of emoji
+        (without("s"), "no token for byte 0x73"),
+        (lambda d: d.update(pre_tokenizer=None), "loses or changes"),
+        (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "loses or changes"),
+        (lambda d: d["model"].update(end_of_word_suffix="</w>"), "loses or changes"),
+        (lambda d: d.update(pre_tokenizer=split({"String": ","}, "Removed")), "loses or changes"),
+        (
+            lambda d: d.update(pre_tokenizer=split({"Regex": r"(a+)+$"}, "Isolated")),
+            "may take for ever",
+        ),
+        (
+            lambda d: d.update(pre_tokenizer=split({"Regex": r"(?:a|a|aa)+$"}, "Isolated")),
+            "may take for ever",
+        ),
+        (lambda d: d["model"]["vocab"].update(b=d["model"]["vocab"]["a"]), "gaps"),
+        (lambda d: d["model"]["vocab"].update(a=5000), "gaps"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused(
+    tampered: Tampered, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with pytest.raises(ManifestInvalid, match=message):
+        tampered(change)
+
+
+def test_a_word_that_a_tokenizer_loses_is_refused(tampered: Tampered) -> None:
+    codec = tampered(lambda d: d.update(pre_tokenizer=split({"String": "cabin"}, "Removed")))
+    assert codec.decode(codec.encode("a cosy boat")) == "a cosy boat"
+    with pytest.raises(RequestNotText, match="no tokens for some characters"):
+        codec.encode("a cosy cabin")
+
+
+def test_a_special_token_that_was_added_is_never_an_answer(tampered: Tampered) -> None:
+    def add(data: dict[str, Any]) -> None:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token = {"id": len(data["model"]["vocab"]), "content": "<|pad|>", "special": True}
+        data["added_tokens"].append(token | flags)
+
+    codec = tampered(add)
+    assert codec.bytes_of(codec.size - 1) == b""
+    assert any(ids.start <= codec.size - 1 < ids.stop for ids in codec.never(codec.size))
+
+
+def test_a_huge_request_is_refused_before_it_is_encoded(codec: TextCodec) -> None:
+    bounded = TextCodec((codec._tokenizer.to_str()).encode(), codec.form, positions=128)
+    with pytest.raises(RequestTooLong, match="20000000 characters, more than the model's 128"):
+        bounded.prompt("a" * 20_000_000, Command())
+    assert bounded.prompt("a cosy cabin", Command()) == codec.prompt("a cosy cabin", Command())
 
 
 def test_merges_that_spell_a_control_token(tampered: Tampered) -> None:

@@ -19,6 +19,7 @@ from edge_slm_runtime.engines.base import EngineOptions
 from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import layout as t
+from edge_slm_runtime.panels import LANES
 
 from .test_process import python
 
@@ -203,10 +204,15 @@ def test_memory_of_an_answer_is_its_own(engine: NumbaEngine) -> None:
     cache = engine.new_cache(4).array
     cache[:] = np.float16(3)
     engine.new_pass(cache[:, 1:3], 5, 1).run([IDS[:5]] * 2, [0, 40])
-    for row, start in ((1, 0), (2, 40)):
-        assert (cache[:, row, :, start : start + 5] != 3).any(axis=(1, 3)).all()
-        cache[:, row, :, start : start + 5] = 3
-    assert (cache == 3).all()
+    layers, rows, heads, positions, size = cache.shape
+    blocks = layers // 2, rows, heads, positions // LANES, size, LANES  # of keys
+    keys = cache[::2].reshape(blocks).swapaxes(-1, -2).reshape(cache[::2].shape)
+    for part in (keys, cache[1::2]):
+        for row, start in ((1, 0), (2, 40)):
+            assert (part[:, row, :, start : start + 5] != 3).any(axis=(1, 3)).all()
+            part[:, row, :, start : start + 5] = 3
+    assert (keys == 3).all()
+    assert (cache[1::2] == 3).all()
 
 
 # -- what would hang: in processes of their own --------------------------------------

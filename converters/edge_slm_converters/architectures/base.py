@@ -183,9 +183,9 @@ _ACTIVATIONS: Mapping[str, str] = {
 def activation(config: Config, key: str, default: str) -> str:
     """Raises CheckpointError for one that no engine has."""
     value = config.get(key, default)
-    if value not in _ACTIVATIONS:
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
         raise CheckpointError(
-            f"config.json: {key} {value!r} cannot be converted",
+            f"config.json: {key} {shown(value)} cannot be converted",
             f"known: {', '.join(_ACTIVATIONS)}",
         )
     return _ACTIVATIONS[value]

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any, ClassVar
 
 import numpy as np
@@ -112,7 +112,7 @@ class CTranslate2Engine(Engine):
         """
         if get_ident() == self._worker:  # of a finaliser, which would wait for itself
             raise EngineError("a finaliser must not use ctranslate2")
-        steps: SimpleQueue[Step | EngineError | None] = SimpleQueue()
+        steps = _Mailbox()
         fed = [*answer.plan.prompt, *answer.ids]
         # Only tokens inside its own result get its repetition penalty; so the
         # prompt is put there when it matters (then it is read token by token).
@@ -149,23 +149,43 @@ class CTranslate2Engine(Engine):
         )
         came = len(answer.ids)
         try:
-            while not run.done() or not steps.empty():
+            while not run.done() or steps.items:
                 self._native.get()
-                with suppress(Empty):
-                    step = steps.get(timeout=_POLL)
-                    if isinstance(step, EngineError):
-                        raise step
-                    if step is None:
-                        break
-                    yield step
-                    if step.done:
-                        return
+                if not steps.wait():
+                    continue
+                step = steps.items.popleft()
+                if isinstance(step, EngineError):
+                    raise step
+                if step is None:
+                    break
+                yield step
+                if step.done:
+                    return
             else:
                 _raise_failure(run)
         finally:
             abandoned = True
         if len(answer.ids) == came:
             raise EngineError("ctranslate2 gives no token", "verify the bundle")
+
+
+class _Mailbox:
+    """Steps from the engine's thread to the reader's. (Python's queues wait for ever, or for
+    themselves, when a signal handler or a finaliser runs at the wrong moment.)"""
+
+    def __init__(self) -> None:
+        self.items: deque[Step | EngineError | None] = deque()
+        self._none_yet = Lock()
+        self._none_yet.acquire()
+
+    def put(self, item: Step | EngineError | None) -> None:
+        self.items.append(item)
+        with suppress(RuntimeError):  # the reader has not looked since the last one
+            self._none_yet.release()
+
+    def wait(self) -> bool:
+        """Whether something has come; waits for it a short time."""
+        return bool(self.items) or (self._none_yet.acquire(timeout=_POLL) and bool(self.items))
 
 
 def _vocabulary(folder: Path, decoder: Decoder) -> list[str]:
