@@ -165,10 +165,15 @@ def _write(
     quantisation = {}
     if _has_int4(names) or source.decoder.norm == "rms":
         with open_variant(folder, source, written[0]) as slm:
-            texts = sampled_answers(
-                slm, source, lambda line, share: steps.step(line, SAMPLE * share)
-            )
-        models["int8"] = Model(equalised(source, texts), PRECISIONS["int8"])
+            try:
+                texts = sampled_answers(
+                    slm, source, lambda line, share: steps.step(line, SAMPLE * share)
+                )
+            except CheckpointError:  # too short a context; int8 can do without
+                if _has_int4(names):
+                    raise
+            else:
+                models["int8"] = Model(equalised(source, texts), PRECISIONS["int8"])
     if _has_int4(names):
         fitted, precision, quantisation["int4"] = int4(
             source, texts, lambda line, share: steps.step(line, QUANTISE * share)
