@@ -19,7 +19,8 @@ class Request:
     ends before the first of these. max_new_tokens: None is what the context
     holds. keep_length: keep the length promise (see `length`). cache_key: keys and values of
     a prompt are used again only under the same one, so that one user of an app cannot learn
-    from timings and `cached_tokens` what another asked for.
+    from timings and `cached_tokens` what another asked for; requests of one `generate_batch`
+    share theirs whatever their keys.
     """
 
     request: str
