@@ -113,7 +113,7 @@ def printable(text: str) -> str:
 
 def fail(code: str, message: str, exit_code: int) -> NoReturn:
     """Ends the process with one line on stderr."""
-    with suppress(OSError):  # nobody reads it
+    with suppress(OSError):  # stderr is closed
         click.echo(f"error[{code}]: {printable(' '.join(message.split()))}", err=True)
     sys.exit(exit_code)
 

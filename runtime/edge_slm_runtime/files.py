@@ -159,8 +159,8 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """What killed processes have left beside `target`: nobody holds its lock, and it is not
-    about to be locked."""
+    """Removes unfinished files of killed processes beside `target`: those that are not locked,
+    and old enough that their writer would have locked them."""
     if os.name != "posix":
         return
     for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}"):
