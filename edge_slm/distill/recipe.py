@@ -40,10 +40,12 @@ else:
 Count = Annotated[int, Field(ge=0)]
 # Settings by section that are newer than published checkpoints.
 _NEWER = {
-    "data": "dev_percent max_response_words sentences leave_out mix words cases spaced".split(),
+    "data": (
+        "dev_percent max_response_words sentences whole leave_out mix words cases spaced".split()
+    ),
     "teacher": ["keep"],
     "reward": ["gated"],
-    "hindsight": "cut_share fragment_share bare_share bands".split(),
+    "hindsight": "cut_share fragment_share swaps bare_share bands".split(),
     "model": "architecture kv_heads inner trim".split(),
     "train": ["evaluate_rows"],
     "explore": "engine keep own_share".split(),
@@ -65,6 +67,7 @@ class DataRecipe(_Section):
     max_request_words: int = Field(default=40, ge=1)
     max_response_words: int = Field(default=WORD_EDGES[-1] - 1, ge=1)
     sentences: tuple[TaskName, ...] = ()  # tasks whose responses end in a full stop
+    whole: bool = False  # without requests and responses that are not whole: see `Reading`
     leave_out: tuple[str, ...] = ()  # sources of rows, by the beginning of their "source"
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}  # per task; shares of response words
     words: int = Field(default=0, ge=0)  # of all responses that are used, by `mix`; 0: all
@@ -106,6 +109,7 @@ class HindsightRecipe(_Section):
     cut_share: float = Field(default=1.0, ge=0, le=1)  # at most, of the words of all responses
     fragments: dict[str, Count] = {}  # per task: requests made of phrases of the response
     fragment_share: float = Field(default=1.0, ge=0, le=1)  # at most, of all samples
+    swaps: dict[str, Count] = {}  # per task: copies with another quoted text on both sides
     mismatch_share: float = Field(default=0.12, ge=0, lt=1)
     command_dropout: float = Field(default=0.1, ge=0, lt=1)
     bare_share: float = Field(default=0.0, ge=0, lt=1)  # records with all axes left open
@@ -242,6 +246,7 @@ class Recipe(_Section):
         named = [
             *per_task,
             *hindsight.fragments,
+            *hindsight.swaps,
             *(task for stage in self.stages for task in stage.tasks),
         ]
         if unknown := sorted(set(named) - set(tasks)):
@@ -297,7 +302,7 @@ class Recipe(_Section):
 
     def plain(self) -> Recipe:
         """The baseline: supervised training on the pairs alone, for as many tokens."""
-        h = {"plain": True, "cuts": {}, "fragments": {}, "mismatch_share": 0.0}
+        h = {"plain": True, "cuts": {}, "fragments": {}, "swaps": {}, "mismatch_share": 0.0}
         extra = self.explore.rounds * self.explore.tokens
         *first, last = self.stages
         last = last.model_copy(update={"tokens": last.tokens + extra})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
     from edge_slm.distill.recipe import DataRecipe
 
 
+_OPENING = re.compile(
+    r"(?i)(?:in|on|at|under|with|from|inside|beside|near|during|after|captured)\b"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A response to a request; kind: "pair", "cut", "fragment", "mismatch", or "own" for an
+    """A response to a request; kind: "pair", "cut", "fragment", "swap", "mismatch", or "own" for an
     episode of the model itself."""
 
     request: str
@@ -108,10 +114,17 @@ def read_samples(
             folded = clean_request(request)
         except RequestError:
             continue
+        if reading.whole and (_is_opening(folded, text) or text.count('"') % 2):
+            continue
         words = folded.split()
         dangling = len(words) > 1 and words[-1].lower().strip(",.") in UNFINISHED_REQUEST
         if not dangling and folded.strip(" .").lower() != text.strip(" .").lower():
             yield Sample(folded, text, task)
+
+
+def _is_opening(request: str, response: str) -> bool:
+    """Whether the request is the beginning of its response and names no subject: "In the rain"."""
+    return bool(_OPENING.match(request)) and response.lower().startswith(request.lower())
 
 
 def read_requests(

@@ -18,7 +18,8 @@ class Reading:
 
     holdout_percent, dev_percent: of requests. leave_out: beginnings of the "source" of rows
     that are not used. longest: words; a longer response is cut where it is whole. sentences:
-    tasks whose responses end in a full stop.
+    tasks whose responses end in a full stop. whole: without requests that are a mere opening
+    of their response, and without responses with an open quotation mark.
     """
 
     holdout_percent: int = HOLDOUT_PERCENT
@@ -26,6 +27,7 @@ class Reading:
     leave_out: tuple[str, ...] = ()
     longest: int = WORD_EDGES[-1] - 1
     sentences: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def held_percent(self) -> int:
@@ -41,6 +43,7 @@ class Reading:
             tuple(data.get("leave_out", ())),
             data.get("max_response_words", WORD_EDGES[-1] - 1),
             tuple(data.get("sentences", ())),
+            data.get("whole", False),
         )
 
 

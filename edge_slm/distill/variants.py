@@ -6,6 +6,8 @@ Each has an outcome that is true of it:
   comma: it is whole at its length → shorter lengths;
 - *fragments*: the request is one or two phrases of the response → a text that contains its
   subject;
+- *swaps*: another text takes the place of the one that the response quotes and the request
+  gives → copying, of any text;
 - *mismatches*: the response belongs to another request → low relevance.
 """
 
@@ -53,6 +55,26 @@ def fragment_request(text: str, rng: random.Random) -> str | None:
     return request[0].lower() + request[1:] if rng.random() < 0.7 else request
 
 
+def swap(sample: Sample, texts: Sequence[str], rng: random.Random) -> Sample | None:
+    """The sample with one of `texts` instead of its request, which the response quotes.
+
+    None if the response does not quote it, or names it elsewhere too. The other text is about
+    as long, as far as a few draws find one.
+    """
+    quoted = f'"{sample.request}"'
+    if sample.response.count(quoted) != sample.response.count(sample.request):
+        return None
+    if quoted not in sample.response:
+        return None
+    words = count_words(sample.request)
+    drawn = [text for text in rng.choices(texts, k=8) if text != sample.request]
+    if not drawn:
+        return None
+    other = min(drawn, key=lambda text: abs(count_words(text) - words))
+    response = sample.response.replace(quoted, f'"{other}"')
+    return replace(sample, request=other, response=response, kind="swap")
+
+
 def vary(
     pairs: Sequence[Sample],
     lone: Sequence[Sample],
@@ -76,6 +98,10 @@ def vary(
             if request := fragment_request(sample.response, rng):
                 pool.append(replace(sample, request=request, kind="fragment"))
     pool = _at_most(pool, "fragment", recipe.fragment_share, lambda sample: 1, rng)
+    for task, count in recipe.swaps.items():
+        own = [sample for sample in pairs if sample.task == task]
+        texts = [sample.request for sample in own]
+        pool += filter(None, (swap(sample, texts, rng) for sample in own * count))
     pool = [sample for sample in pool if not held_out(sample.request, holdout_percent)]
     for sample in list(pool):
         cuts = [cut for cut in whole_cuts(sample.response) if count_words(cut) >= 3]
@@ -83,17 +109,23 @@ def vary(
             if cut.lower().strip(" .") != sample.request.lower().strip(" ."):
                 pool.append(replace(sample, response=cut, kind="cut"))
     pool = _at_most(pool, "cut", recipe.cut_share, lambda sample: sample.words, rng)
+    pool += _mismatches(pool, recipe.mismatch_share, rng)
+    return list(dict.fromkeys(pool))
+
+
+def _mismatches(pool: Sequence[Sample], share: float, rng: random.Random) -> list[Sample]:
+    """So many that they are `share` of all, in each task."""
     matched = {(sample.request, sample.response) for sample in pool}
     by_task: dict[str, list[Sample]] = defaultdict(list)
     for sample in pool:
         by_task[sample.task].append(sample)
+    mismatches = []
     for task, rows in by_task.items():
-        wanted = int(len(rows) * recipe.mismatch_share / (1 - recipe.mismatch_share))
-        for _ in range(wanted):
+        for _ in range(int(len(rows) * share / (1 - share))):
             one, other = rng.choice(rows), rng.choice(rows)
             if (one.request, other.response) not in matched:
-                pool.append(Sample(one.request, other.response, task, "mismatch"))
-    return list(dict.fromkeys(pool))
+                mismatches.append(Sample(one.request, other.response, task, "mismatch"))
+    return mismatches
 
 
 def _at_most(

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_slm.distill.cuts import clause_cuts
-from edge_slm.distill.recipe import Recipe
-from edge_slm.distill.samples import Sample, divide, load_samples, read_jsonl
-from edge_slm.distill.split import held_out
+from edge_slm.distill.recipe import HindsightRecipe, Recipe
+from edge_slm.distill.samples import Sample, divide, load_samples, read_jsonl, read_samples
+from edge_slm.distill.split import Reading, held_out
 from edge_slm.distill.variants import fragment_request, vary
 from edge_slm_runtime.errors import DataError
 
@@ -72,6 +72,36 @@ def test_a_fragment_is_part_of_its_text(text: str, rng: object) -> None:
             assert set(phrase.split()) <= set(
                 "".join(c if c not in ',;:.!?"()[]' else " " for c in folded).split()
             )
+
+
+def test_a_swap_quotes_another_text_on_both_sides() -> None:
+    requests = ["Fresh Bread Daily", "Danger Zone", "Mind the Gap"]
+    pairs = [Sample(r, f'A wooden sign that reads "{r}".', "lettering") for r in requests]
+    pairs.append(Sample("fox", 'A fox beside the word "fox".', "lettering"))  # named elsewhere too
+    pairs.append(Sample("a red fox", 'A red fox by a sign, "Keep Out".', "lettering"))
+    recipe = HindsightRecipe(swaps={"lettering": 2}, mismatch_share=0)
+    swaps = [s for s in vary(pairs, [], recipe, 0, seed=1) if s.kind == "swap"]
+    assert len(swaps) >= 3
+    given = {sample.request for sample in pairs}
+    for sample in swaps:
+        assert sample.request in given
+        assert sample.response == f'A wooden sign that reads "{sample.request}".'
+        assert Sample(sample.request, sample.response, "lettering") not in pairs[3:]
+
+
+def test_only_whole_requests_and_responses_are_read(tmp_path: Path) -> None:
+    rows = [
+        ("In the rain", "In the rain, a fox sits."),
+        ("In the rain a fox", "A fox, seen in the rain."),
+        ("a sign", 'A sign that says "Open. It is red.'),
+        ("a fox", "A fox sits."),
+    ]
+    file = tmp_path / "data.jsonl"
+    lines = [json.dumps({"request": r, "response": t, "task": "image"}) for r, t in rows]
+    file.write_text("\n".join(lines))
+    read = [sample.request for sample in read_samples([file], reading=Reading(whole=True))]
+    assert read == ["In the rain a fox", "a fox"]
+    assert len(list(read_samples([file]))) == 4
 
 
 @pytest.mark.parametrize(
