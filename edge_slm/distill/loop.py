@@ -8,7 +8,7 @@ state:
     stage-1.pt …         weights after each stage of the recipe
     round-1.jsonl …      episodes of each exploration round, with their rewards
     round-1.pt …         weights after each round
-    state.pt             state of the current stage
+    state.pt, best.pt    state of the current stage; its weights of the lowest held-out loss
     metrics-*.jsonl, tensorboard/
     checkpoint/          the result, in the Hugging Face layout
 """
@@ -272,6 +272,7 @@ class _Training:
                 "history": history,
             }
             save_state(state, done)
+            (self.out / "best.pt").unlink(missing_ok=True)
         self.accelerator.free_memory()
         return True
 

@@ -146,6 +146,7 @@ class Trainer:
         self.total_steps = max(1, stage.tokens // self.tokens_per_step)
         self.at, self.epoch, self.batch_number = 0, 0, 0
         self.last: dict[str, Any] = {}
+        self.best: dict[str, float] = {}  # the step of the lowest `valid_loss`, and that
         self._board: Any = None  # opened with the first line
 
     # -- the data ---------------------------------------------------------------
@@ -246,6 +247,7 @@ class Trainer:
             self.last["tokens_per_second"] = round(speed)
             if self.at % t.evaluate_every == 0 or self.at == self.total_steps:
                 self.last |= self.evaluate()
+                self.note_best()
             self.log()
             report(name, self.at, self.total_steps, self.remark())
             if interrupted:
@@ -255,7 +257,10 @@ class Trainer:
         batches.close()  # type: ignore[attr-defined]  # a generator
         if self._board is not None:
             self._board.close()
-        return self.at >= self.total_steps
+        finished = self.at >= self.total_steps
+        if finished:
+            self.return_to_best()
+        return finished
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def evaluate(self) -> dict[str, float]:
@@ -268,6 +273,24 @@ class Trainer:
             total += self.forward(self.plain, batch)["cross_entropy"].item()
             count += batch.loss_tokens
         return {"valid_loss": round(total / count, 4)} if count else {}
+
+    def note_best(self) -> None:
+        """Keeps the weights in `out`/best.pt if no earlier ones had a lower `valid_loss`."""
+        loss = self.last.get("valid_loss")
+        if loss is None or loss >= self.best.get("valid_loss", math.inf):
+            return
+        self.best = {"step": self.at, "valid_loss": loss}
+        if self.out is not None and self.accelerator.is_main_process:
+            save_state({**self.best, "model": self.plain.state_dict()}, self.out / "best.pt")
+
+    def return_to_best(self) -> None:
+        """Takes the weights of the lowest `valid_loss`, which need not be the last ones."""
+        if self.out is None or not self.best:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.best["step"] != self.at:
+            self.plain.load_state_dict(load_state(self.out / "best.pt")["model"])
+            self.last |= {"valid_loss": self.best["valid_loss"], "best_step": self.best["step"]}
 
     def remark(self) -> str:
         """The last figures, for the progress bar."""
@@ -305,6 +328,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "at": [self.at, self.epoch, self.batch_number],
             "last": self.last,
+            "best": self.best,
         }
         save_state(state, self.out / "state.pt")
 
@@ -332,7 +356,7 @@ class Trainer:
         self.plain.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.at, self.epoch, self.batch_number = state["at"]
-        self.last = state["last"]
+        self.last, self.best = state["last"], state["best"]
         # Lines after the saved step will be written again.
         with contextlib.suppress(FileNotFoundError):
             lines = metrics.read_text("utf-8").splitlines()[: self.at]

@@ -66,6 +66,20 @@ def test_bf16_stays_near_fp32(recipe: Recipe) -> None:
     assert 0 < (one - two).abs().mean() < 0.002
 
 
+def test_a_stage_ends_with_the_weights_of_the_lowest_held_out_loss(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.0, 1.5, 1.5, 4.0])
+    often = changed(recipe, evaluate_every=1)
+    trainer = make_trainer(often, tmp_path)
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"valid_loss": next(losses)})
+    assert trainer.run(silent, None, [])
+    assert trainer.at == 6
+    assert trainer.last["best_step"] == 2
+    kept = torch.cat([p.detach().flatten() for p in trainer.plain.parameters()])
+    torch.testing.assert_close(kept, weights(make_trainer(often), steps=2), rtol=0, atol=0)
+
+
 def test_kl_is_to_the_model_before_and_grows_from_nothing(recipe: Recipe) -> None:
     trainer = make_trainer(changed(recipe), kl=0.5, entropy=0.1)
     batches = trainer.batches()
