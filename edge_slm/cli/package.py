@@ -44,7 +44,7 @@ def package(
 ) -> None:
     """Make BUNDLE the Python package OUT, which holds its files, a model card and the licence.
 
-    After 'pip install OUT' the model is loaded by its name: edge_slm.load("NAME"). OUT
+    After 'pip install ./OUT' the model is loaded by its name: edge_slm.load("NAME"). OUT
     appears whole or not at all.
     """
     from edge_slm_converters.distribution import write_distribution
