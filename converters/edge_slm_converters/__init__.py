@@ -3,6 +3,7 @@
 from edge_slm_bench.metrics.examples import Example
 from edge_slm_converters.checkpoint import read_checkpoint
 from edge_slm_converters.convert import convert
+from edge_slm_converters.distribution import write_distribution
 from edge_slm_converters.synthetic import random_checkpoint
 from edge_slm_converters.variants import DEFAULT_VARIANTS, VARIANTS
 
@@ -13,4 +14,5 @@ __all__ = [
     "convert",
     "random_checkpoint",
     "read_checkpoint",
+    "write_distribution",
 ]

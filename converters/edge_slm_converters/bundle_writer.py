@@ -38,6 +38,11 @@ def write_manifest(
         goldens=tuple(goldens),
         provenance=provenance,
     )
+    save_manifest(manifest, folder)
+    return manifest
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Writes manifest.json."""
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return manifest

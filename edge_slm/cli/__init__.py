@@ -14,6 +14,7 @@ from edge_slm.cli.distill import distill
 from edge_slm.cli.evaluate import evaluate
 from edge_slm.cli.generate import generate
 from edge_slm.cli.info import info
+from edge_slm.cli.package import package
 from edge_slm.cli.profile import profile
 from edge_slm.cli.verify import verify
 
@@ -23,7 +24,10 @@ __all__ = ["main"]
 @click.group(
     cls=console.Commands,
     epilog=console.EXIT_CODES,
-    commands=[demo, distill, convert, verify, info, generate, batch, profile, bench, evaluate],
+    commands=[
+        *(demo, distill, convert, package, verify, info),
+        *(generate, batch, profile, bench, evaluate),
+    ],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(edge_slm.__version__, prog_name="edge-slm")
@@ -32,4 +36,5 @@ def main() -> None:
 
     Results go to stdout, progress to stderr. '-' reads stdin. A failure is one
     line, 'error[code]: problem (what to do)', and an exit code of the list below.
+    BUNDLE is a folder, or the name of an installed model ('edge-slm info' lists them).
     """

@@ -21,6 +21,7 @@ from edge_slm.cli.console import (
 )
 from edge_slm.cli.options import Numbers, counts, folder
 from edge_slm_runtime.errors import BenchRegression, CheckpointError
+from edge_slm_runtime.installed import find_bundle
 
 if TYPE_CHECKING:
     from edge_slm_bench.metrics.examples import Example
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Measure bundles: speed, memory, energy, fidelity, adherence.")
-@click.argument("bundles", nargs=-1, type=folder)
+@click.argument("bundles", nargs=-1, type=find_bundle)
 @click.option("--variants", help="Comma-separated names.  [default: all]")
 @click.option(
     "--peers",

@@ -192,7 +192,7 @@ def _answers(
     from edge_slm.distill.teachers import Ask, make_teacher
 
     server = source if source.startswith(("http://", "https://")) else None
-    if server or Path(source).is_dir():
+    if server or Path(source).is_dir() or source in edge_slm.installed_models():
         recipe = TeacherRecipe(
             kind="server" if server else "bundle",
             model=name if server else source,

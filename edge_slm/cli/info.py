@@ -1,4 +1,4 @@
-"""`edge-slm info`: contents of a bundle."""
+"""`edge-slm info`: contents of a bundle, or the installed models."""
 
 from __future__ import annotations
 
@@ -6,25 +6,65 @@ from pathlib import Path
 
 import click
 
+import edge_slm
 from edge_slm.cli.console import emit_json, human_bytes, json_option, stdout_console
-from edge_slm.cli.options import folder
 from edge_slm_runtime.bundle import Manifest, read_manifest
+from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.prompt import PromptForm
 
 
-@click.command(short_help="Show what a bundle holds.")
-@click.argument("bundle", type=folder)
+@click.command(short_help="Show what a bundle holds, or list the installed models.")
+@click.argument("bundle", type=find_bundle, required=False)
 @json_option
-def info(bundle: Path, as_json: bool) -> None:
+def info(bundle: Path | None, as_json: bool) -> None:
     """Show the model, the commands and the variants of BUNDLE.
 
-    Only the manifest is read; 'verify' reads all the files.
+    Without BUNDLE, list the models that are installed: the one that comes with the
+    package, then those that can be given by their name wherever a bundle is asked for.
+    Only manifests are read; 'verify' reads all the files.
     """
+    if bundle is None:
+        _list(as_json)
+        return
     manifest = read_manifest(bundle)
     if as_json:
         emit_json(manifest.to_json())
     else:
         _print(manifest)
+
+
+def _list(as_json: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    places: dict[str | None, Path] = {None: edge_slm.shipped_bundle()}
+    places.update(edge_slm.installed_models())
+    models = [(name, path, read_manifest(path)) for name, path in places.items()]
+    if as_json:
+        emit_json(
+            [
+                {
+                    "name": name,
+                    "path": str(path),
+                    "parameters": manifest.parameters,
+                    "variants": [variant.name for variant in manifest.variants],
+                    "digest": manifest.digest,
+                }
+                for name, path, manifest in models
+            ]
+        )
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("name", "parameters", "variants", "path"):
+        table.add_column(heading, overflow="fold")
+    for name, path, manifest in models:
+        table.add_row(
+            "(shipped)" if name is None else escape(name),
+            f"{manifest.parameters / 1e6:.1f} M",
+            escape(", ".join(variant.name for variant in manifest.variants)),
+            escape(str(path)),
+        )
+    stdout_console().print(table)
 
 
 def _prompt_facts(form: PromptForm) -> list[tuple[str, str]]:

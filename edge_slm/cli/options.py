@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from edge_slm_runtime.engines import ENGINES
+from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,7 +30,12 @@ threads_option = click.option(
 )
 
 model_options = _together(
-    click.option("--bundle", type=folder, help="Bundle folder.  [default: the one shipped]"),
+    click.option(
+        "--bundle",
+        type=find_bundle,
+        metavar="BUNDLE",
+        help="Bundle folder, or name of an installed model.  [default: the bundle shipped]",
+    ),
     click.option(
         "--engine",
         type=click.Choice(["auto", *ENGINES]),

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_slm.cli.console import emit_json, json_option, progress_bar, stdout_console
-from edge_slm.cli.options import counts, folder
+from edge_slm.cli.options import counts
 from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.errors import EngineError
+from edge_slm_runtime.installed import find_bundle
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +26,7 @@ _limit = click.FloatRange(min=0, min_open=True)
 
 
 @click.command(short_help="What fits this device: variant, threads, memory, latency.")
-@click.argument("bundle", type=folder)
+@click.argument("bundle", type=find_bundle)
 @click.option("--variants", help="Comma-separated names.  [default: all]")
 @click.option("--threads", type=counts, help="[default: 1, 2, 4 … the cores it may use]")
 @click.option(

@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from edge_slm.cli.console import emit_json, json_option, note, say
-from edge_slm.cli.options import folder
 from edge_slm_runtime import verify as verify_files
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.errors import BundleError, EngineNotInstalled
+from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.loading import load_variant
 
 
 @click.command(short_help="Check a bundle's files, and its answers.")
-@click.argument("bundle", type=folder)
+@click.argument("bundle", type=find_bundle)
 @click.option("--goldens", is_flag=True, help="Also run each variant on its stored requests.")
 @json_option
 def verify(bundle: Path, goldens: bool, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.command import Command, CommandSchema
 from edge_slm_runtime.errors import EdgeSlmError
 from edge_slm_runtime.generate import SLM, Stream
+from edge_slm_runtime.installed import installed_models
 from edge_slm_runtime.integrity import verify
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.loading import load
@@ -27,6 +28,7 @@ __all__ = [
     "Request",
     "Stats",
     "Stream",
+    "installed_models",
     "load",
     "read_manifest",
     "tolerance",

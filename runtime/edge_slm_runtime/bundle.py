@@ -35,6 +35,7 @@ from edge_slm_runtime.errors import (
     SymlinkRefused,
     shown,
 )
+from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.prompt import PromptForm
 
 MANIFEST = "manifest.json"
@@ -192,10 +193,10 @@ def file_entry(path: Path) -> FileEntry:
 def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """Reads and checks manifest.json alone; looks at no other file.
 
-    Raises BundleNotFound, SymlinkRefused, what `Manifest.from_json` raises, and
-    BundleError when it cannot be read.
+    bundle: its folder, or the name of an installed model. Raises BundleNotFound, SymlinkRefused,
+    what `Manifest.from_json` raises, and BundleError when it cannot be read.
     """
-    root = Path(bundle)
+    root = find_bundle(bundle)
     path = root / MANIFEST
     with reading(path):
         if not root.is_dir():

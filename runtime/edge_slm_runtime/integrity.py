@@ -27,6 +27,7 @@ from edge_slm_runtime.errors import (
     ManifestInvalid,
     SymlinkRefused,
 )
+from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.onnx_check import check_onnx
 from edge_slm_runtime.onnx_paths import external_locations
 
@@ -36,12 +37,13 @@ _DEEPEST = 16  # folders; ours have one level
 def verify(bundle: str | os.PathLike[str], *, hashes: bool = True) -> Manifest:
     """Checks the whole folder against its manifest and returns the manifest.
 
+    bundle: its folder, or the name of an installed model.
     With `hashes=False` all but the sha256 sums is checked (names, kinds, sizes,
     where ONNX weights point), which is quick and finds accidents, not attacks.
 
     Raises what `verify_structure` and `verify_contents` raise.
     """
-    root = Path(bundle)
+    root = find_bundle(bundle)
     manifest = verify_structure(root)
     verify_contents(root, manifest, manifest.files, hashes=hashes)
     return manifest

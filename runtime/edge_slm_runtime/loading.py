@@ -26,6 +26,7 @@ from edge_slm_runtime.errors import (
     shown,
 )
 from edge_slm_runtime.generate import SLM
+from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.integrity import verify_contents, verify_structure
 from edge_slm_runtime.memory import PREFIX_CACHE_MB, memory_estimate
 from edge_slm_runtime.text import TextCodec
@@ -47,6 +48,7 @@ def load(
 ) -> SLM:
     """Verifies a bundle and loads one of its variants.
 
+    path: of the bundle folder, or the name of an installed model (`installed_models`).
     engine: "numba", "onnxruntime", "ctranslate2" or "auto" (the first of them that is installed;
     numba only where its kernels are fast).
     precision: "int8", "int4", "fp32" or "auto" (the first present). threads:
@@ -74,7 +76,7 @@ def load(
         raise BadSetting(
             f"prefill_tokens is {shown(prefill_tokens)}", f"allowed: {ALIGN} or more, whole"
         )
-    root = Path(path)
+    root = find_bundle(path)
     manifest = verify_structure(root)
     if max_memory_mb is not None:
         _check_size("max_memory_mb", max_memory_mb)

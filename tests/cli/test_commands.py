@@ -253,7 +253,7 @@ def test_demo_converts_and_measures_every_variant(tiny_checkpoint: Path) -> None
     assert {cell["precision"] for cell in cells} == {"fp32", "int8", "int4"}
     for cell in cells:
         assert len({answer["asked"]["task"] for answer in cell["answers"][0]}) > 1
-        assert len({answer["asked"]["words"] for answer in cell["answers"][0]}) > 2
+        assert len({answer["asked"]["words"] for answer in cell["answers"][0]}) > 1
 
 
 @pytest.mark.slow

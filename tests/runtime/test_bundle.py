@@ -247,7 +247,7 @@ def test_another_model_than_the_manifest_says(
 
 def test_a_file_that_cannot_be_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BundleError, match="cannot be read"):
-        read_manifest("x" * 5000)
+        read_manifest(Path("x" * 5000))
 
     def removed_meanwhile(path: Path) -> FileEntry:
         path.unlink()
