@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 Result = Mapping[str, Any]
 
-_SCORERS = {"relevance": "MiniLM", "wordllama": "WordLlama", "keywords": "request kept"}
+_SCORERS = {
+    "relevance": "MiniLM",
+    "wordllama": "WordLlama",
+    "use": "USE",
+    "keywords": "request kept",
+}
 
 
 def show(result: Result, console: Console) -> None:
