@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edge_slm_runtime.errors import DependencyMissing
 
@@ -68,29 +69,29 @@ def render_page(
     title: str, subtitle: str, tiles: Sequence[Tile], sections: Sequence[Section], foot: str = ""
 ) -> str:
     """The page as text; everything but the SVG is escaped. Raises DependencyMissing."""
+    page = environment().from_string(_TEMPLATE)
+    return str(
+        page.render(
+            title=title, subtitle=subtitle, tiles=tiles, sections=sections, foot=foot, theme=THEME
+        )
+    )
+
+
+def environment() -> Any:
+    """A `jinja2.Environment` that escapes what it inserts. Raises DependencyMissing."""
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError:
         raise DependencyMissing(
             "an HTML page needs jinja2", "pip install 'edge-slm[bench]'"
         ) from None
-    environment = Environment(
+    return Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(_TEMPLATE).render(
-        title=title, subtitle=subtitle, tiles=tiles, sections=sections, foot=foot
-    )
 
 
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<style>
+# Colours and type of every page.
+THEME = """\
 :root {
   --paper: #fbfaf7; --card: #ffffff; --ink: #1d2127; --muted: #646b76; --grid: #e4e2dc;
   --s1: #2563a8; --s2: #c2571a; --s3: #2c8a5b; --s4: #8a4fa3;
@@ -102,6 +103,18 @@ _TEMPLATE = """\
     --s1: #6ea8ec; --s2: #f0935a; --s3: #63c493; --s4: #c493dc;
   }
 }
+"""
+
+_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>
+{{ theme | safe }}
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.1rem 4rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 var(--font); }

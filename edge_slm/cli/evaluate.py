@@ -12,13 +12,17 @@ import click
 import edge_slm
 from edge_slm.cli.console import emit_json, json_option, reporter, stdout_console
 from edge_slm.cli.options import model_options
-from edge_slm_runtime.errors import DataError, TargetExists
+from edge_slm_runtime.errors import BadSetting, DataError, TargetExists
 
 if TYPE_CHECKING:
     from edge_slm.distill.samples import Sample
+    from edge_slm.distill.split import Reading
     from edge_slm.progress import StageProgress
+    from edge_slm_runtime import SLM
 
-_OTHERS = 3  # sets of answers to compare with
+_OTHERS = 8  # sets of answers to compare with
+_REFERENCES = "references"
+_SHEET = Path("reading.html")
 
 
 def _named(
@@ -38,8 +42,8 @@ def _named(
     "--data",
     type=click.Path(path_type=Path),
     multiple=True,
-    required=True,
-    help="The samples that the model was trained on; their held-out requests are used.",
+    help="The samples that the model was trained on; their held-out requests are used.  "
+    "[required, but for --grades]",
 )
 @click.option("--task", "tasks", multiple=True, help="Repeatable.  [default: all of the model]")
 @click.option("--requests", type=click.IntRange(min=2), default=200, show_default=True)
@@ -49,7 +53,7 @@ def _named(
     callback=_named,
     metavar="NAME=FILE",
     help="Another model's answers to compare with: JSONL as the samples, a bundle, or "
-    "MODEL=http://… to ask an OpenAI-compatible server. Up to 3.",
+    "MODEL=http://… to ask an OpenAI-compatible server. Up to 8.",
 )
 @click.option(
     "--baseline",
@@ -72,8 +76,24 @@ def _named(
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots."
 )
+@click.option(
+    "--read",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Measure nothing: write a page (--html, default reading.html) to grade N answers on, "
+    "evenly over the tasks, of the bundle, the references and --answers, without their names, "
+    "and beside it a key with them.",
+)
+@click.option(
+    "--grades",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Measure nothing: print the usable shares of grades downloaded from such a page.",
+)
 @json_option
+@click.pass_context
 def evaluate(
+    context: click.Context,
+    /,
     *,
     bundle: Path | None,
     engine: str,
@@ -87,6 +107,8 @@ def evaluate(
     best_of: int,
     server: str | None,
     html: Path | None,
+    read: int | None,
+    grades: Path | None,
     as_json: bool,
 ) -> None:
     """Command lengths, relevance levels and tasks on held-out requests; compare the answers
@@ -94,27 +116,43 @@ def evaluate(
 
     Needs the [train] extra, for the scorers.
     """
+    if grades:
+        _print_grades(grades, as_json=as_json)
+        return
+    if not data:
+        raise click.MissingParameter(ctx=context, param_hint="'--data'", param_type="option")
     if len(answers) > _OTHERS:
         raise click.BadParameter(f"at most {_OTHERS} times", param_hint="--answers")
-    if html and html.exists():
-        raise TargetExists(f"{html} exists", "give another --html")
-    if html and not html.parent.is_dir():
-        raise click.BadParameter(f"{html.parent} is no folder", param_hint="--html")
+    page = html or (_SHEET if read else None)
+    if page and page.exists():
+        raise TargetExists(f"{page} exists", "give another --html")
+    if page and not page.parent.is_dir():
+        raise click.BadParameter(f"{page.parent} is no folder", param_hint="--html")
+    common: dict[str, Any] = {
+        "tasks": tasks,
+        "answers": answers,
+        "engine": engine,
+        "precision": precision,
+        "threads": threads,
+    }
+    if read and page:
+        sheet = _sheet(bundle, data, count=read, page=page, **common)
+        if as_json:
+            emit_json(sheet)
+        else:
+            click.echo(page)
+        return
 
     from edge_slm.distill.evaluate import show, write_html
 
     result = measure(
         bundle,
         data,
-        tasks=tasks,
         requests=requests,
-        answers=answers,
         baselines=baselines,
         best_of=best_of,
         server=server,
-        engine=engine,
-        precision=precision,
-        threads=threads,
+        **common,
     )
     if as_json:
         emit_json(result)
@@ -122,6 +160,16 @@ def evaluate(
         show(result, stdout_console())
     if html:
         write_html(result, html)
+
+
+def _print_grades(grades: Path, *, as_json: bool) -> None:
+    from edge_slm.distill.evaluate import grades_table, print_table, read_grades
+
+    result = read_grades(grades)
+    if as_json:
+        emit_json(result)
+    else:
+        print_table(grades_table(result), stdout_console())
 
 
 def measure(
@@ -141,36 +189,26 @@ def measure(
     settings: of `edge_slm.load`. Raises DataError when the bundle does not say what was
     held out, or there are too few held-out requests.
     """
+    from edge_slm.distill.evaluate import answers_of
     from edge_slm.distill.evaluate import evaluate as run
     from edge_slm.distill.recipe import RewardRecipe
     from edge_slm.distill.rewards import make_reward
-    from edge_slm.distill.samples import divide, held_out_samples, read_samples
-    from edge_slm.distill.split import Reading
+    from edge_slm.distill.samples import divide, read_samples
 
     with ExitStack() as stack:
         slm = stack.enter_context(edge_slm.load(bundle, **settings))
         report = stack.enter_context(reporter())
-        made_by = slm.manifest.provenance.get("recipe")
-        if not made_by:
-            raise DataError("the bundle does not say what was held out", "convert a trained model")
-        recipe = made_by["recipe"]
-        reading = Reading.of(recipe["data"])
+        recipe, reading = _made_by(slm)
         reward = RewardRecipe.model_validate(recipe.get("reward", {}))
-        report("read", 0, 1, "")
-        for task in tasks:
-            slm.schema.axis("task").value_of(task)
-        samples = held_out_samples(data, tasks or slm.schema.tasks, requests, reading)
-        if len(samples) < 2:
-            raise DataError(f"{len(samples)} held-out requests are too few", "give more data")
+        samples = _held_out(slm, data, tasks, requests, reading, report)
         pairs = [s for s in read_samples(data, reading=reading) if s.request]
         train, _ = divide(pairs, reading.holdout_percent)
-        report("read", 1, 1, f"{len(samples)} held-out requests")
         return run(
             slm,
             samples,
             train_samples=train,
             answers={
-                name: _answers(name, source, samples, report)
+                name: answers_of(name, source, samples, report)
                 for name, source in (answers or {}).items()
             },
             baselines={
@@ -183,32 +221,68 @@ def measure(
         )
 
 
-def _answers(
-    name: str, source: str, samples: Sequence[Sample], report: StageProgress
-) -> dict[str, str]:
-    """Request → text, of a JSONL file, a bundle or the server at an address."""
-    from edge_slm.distill.recipe import TeacherRecipe
-    from edge_slm.distill.samples import read_jsonl
-    from edge_slm.distill.teachers import Ask, make_teacher
+def _sheet(
+    bundle: Path | None,
+    data: Sequence[Path],
+    *,
+    tasks: Sequence[str],
+    count: int,
+    answers: Mapping[str, str],
+    page: Path,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Writes a sheet of up to `count` answers: the bundle's, the references and `answers`."""
+    from edge_slm.distill.evaluate import answers_at_top, answers_of, write_sheet
 
-    server = source if source.startswith(("http://", "https://")) else None
-    if server or Path(source).is_dir() or source in edge_slm.installed_models():
-        recipe = TeacherRecipe(
-            kind="server" if server else "bundle",
-            model=name if server else source,
-            source="data",
-            temperature=0,
+    with ExitStack() as stack:
+        slm = stack.enter_context(edge_slm.load(bundle, **settings))
+        report = stack.enter_context(reporter())
+        own = slm.manifest.name
+        if taken := {own, _REFERENCES} & set(answers):
+            raise BadSetting(f"--answers {taken.pop()} is a name that the sheet has", "rename it")
+        requests = count // (len(answers) + 2)
+        if not requests:
+            raise BadSetting(f"{count} answers are too few", "give --read more, or fewer --answers")
+        _, reading = _made_by(slm)
+        held = _held_out(slm, data, tasks, requests, reading, report)
+        written = answers_at_top(slm, held, report)
+        samples = list(written)
+        return write_sheet(
+            samples,
+            {
+                own: {sample.request: text for sample, text in written.items()},
+                _REFERENCES: {sample.request: sample.response for sample in samples},
+                **{n: answers_of(n, source, samples, report) for n, source in answers.items()},
+            },
+            page,
         )
-        teacher = make_teacher(recipe, server=server, journal=None)
-        asks = [Ask(s.task, s.request, words=s.words) for s in samples]
-        answered = teacher.answer(asks, 1, lambda i, n: report(f"ask {name}", i, n, ""))
-        return {ask.request: texts[0] for ask, texts in answered if texts}
-    wanted = {(s.task, s.request) for s in samples}
-    texts_of = {
-        folded: response
-        for request, response, task in read_jsonl([source])
-        if request and (task, folded := " ".join(request.split())) in wanted
-    }
-    if not texts_of:
-        raise DataError(f"{source} answers none of the evaluated requests", "see --data")
-    return texts_of
+
+
+def _made_by(slm: SLM) -> tuple[dict[str, Any], Reading]:
+    """The recipe of a bundle, and how it read its data."""
+    from edge_slm.distill.split import Reading
+
+    made_by = slm.manifest.provenance.get("recipe")
+    if not made_by:
+        raise DataError("the bundle does not say what was held out", "convert a trained model")
+    return made_by["recipe"], Reading.of(made_by["recipe"]["data"])
+
+
+def _held_out(
+    slm: SLM,
+    data: Sequence[Path],
+    tasks: Sequence[str],
+    requests: int,
+    reading: Reading,
+    report: StageProgress,
+) -> list[Sample]:
+    from edge_slm.distill.samples import held_out_samples
+
+    report("read", 0, 1, "")
+    for task in tasks:
+        slm.schema.axis("task").value_of(task)
+    samples = held_out_samples(data, tasks or slm.schema.tasks, requests, reading)
+    if len(samples) < 2:
+        raise DataError(f"{len(samples)} held-out requests are too few", "give more data")
+    report("read", 1, 1, f"{len(samples)} held-out requests")
+    return samples

@@ -93,7 +93,7 @@ def test_evaluate_beside_other_answers_and_bundles(foxes: Path) -> None:
     [
         (["--answers", "big"], 2, "is not NAME=VALUE"),
         (["--answers", "a=x", "--answers", "a=y"], 2, "a name comes twice"),
-        ([f"--answers={name}=x" for name in "abcd"], 2, "at most 3 times"),
+        ([f"--answers={name}=x" for name in "abcdefghi"], 2, "at most 8 times"),
         (["--html", "/nowhere/page.html"], 2, "no folder"),
         (["--answers", "big=/nowhere.jsonl"], 8, "cannot read /nowhere.jsonl"),
         (["--task", "video"], 8, "too few"),

@@ -13,7 +13,7 @@ import edge_slm
 from edge_slm.cli.console import stdout_console
 from edge_slm.distill.evaluate import evaluate, show, write_html
 from edge_slm.distill.evaluate.grid import build_grid, generate
-from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
+from edge_slm.distill.evaluate.scorers import Cosine, StaticCosine, TaskClassifier, UniversalCosine
 from edge_slm.distill.rewards import Fluency, Relevance, Weighted
 from edge_slm.distill.samples import Sample, held_out_samples
 from edge_slm.distill.split import Reading, held_out
@@ -107,6 +107,7 @@ def test_scorers_say_whether_they_had_part_in_training(result: dict[str, Any]) -
     assert {s["name"]: s["training"] for s in result["scorers"]} == {
         "relevance": True,
         "wordllama": False,
+        "use": False,
         "keywords": False,
     }
 
@@ -232,11 +233,12 @@ def test_the_classifier_tells_captions_from_tags() -> None:
     assert np.mean([classifier.tasks[i] == s.task for i, s in zip(said, fresh, strict=True)]) > 0.95
 
 
-def test_static_embeddings_know_what_belongs_together() -> None:
+@pytest.mark.parametrize("encoder", [StaticCosine, UniversalCosine])
+def test_independent_encoders_know_what_belongs_together(encoder: type[Cosine]) -> None:
     import logging
 
     before = logging.getLogger().level, list(logging.getLogger().handlers)
-    scorer = StaticCosine()
+    scorer = encoder()
     assert (logging.getLogger().level, logging.getLogger().handlers) == before
     near, far, same = scorer.score(
         [
@@ -246,7 +248,11 @@ def test_static_embeddings_know_what_belongs_together() -> None:
         ]
     )
     assert far < near < same
+    assert far < 0.2  # what does not belong together scores near 0, so ratios mean something
     assert same == pytest.approx(1, abs=1e-5)
+    one, of_many = scorer.embed(["an owl"]), scorer.embed(["", "a fox", "an owl"])
+    assert np.allclose(one[0], of_many[2], atol=1e-5)
+    assert np.allclose(np.linalg.norm(of_many, axis=1), 1, atol=1e-5)
 
 
 def test_tables_and_page(

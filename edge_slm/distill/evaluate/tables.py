@@ -12,23 +12,32 @@ if TYPE_CHECKING:
 
 Result = Mapping[str, Any]
 
-_SCORERS = {"relevance": "MiniLM", "wordllama": "WordLlama", "keywords": "request kept"}
+_SCORERS = {
+    "relevance": "MiniLM",
+    "wordllama": "WordLlama",
+    "use": "USE",
+    "keywords": "request kept",
+}
 
 
 def show(result: Result, console: Console) -> None:
     """Prints every table."""
-    from rich.table import Table as RichTable
-
     console.print(about(result))
     for table in tables(result):
-        shown = RichTable(title=table.caption, title_justify="left", box=None, pad_edge=False)
-        for i, head in enumerate(table.head):
-            shown.add_column(head, justify="right" if i else "left")
-        for row in table.rows:
-            shown.add_row(*(cell.removeprefix("*") for cell in row))
         console.print()
-        console.print(shown)
+        print_table(table, console)
     console.print(f"\n{footnote(result)}")
+
+
+def print_table(table: Table, console: Console) -> None:
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=table.caption, title_justify="left", box=None, pad_edge=False)
+    for i, head in enumerate(table.head):
+        shown.add_column(head, justify="right" if i else "left")
+    for row in table.rows:
+        shown.add_row(*(cell.removeprefix("*") for cell in row))
+    console.print(shown)
 
 
 def about(result: Result) -> str:

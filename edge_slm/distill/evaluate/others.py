@@ -1,0 +1,53 @@
+"""The answers of other models to the evaluated requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edge_slm.distill.recipe import TeacherRecipe
+from edge_slm.distill.samples import Sample, read_jsonl
+from edge_slm.distill.teachers import Ask, Teacher, make_teacher
+from edge_slm.progress import StageProgress
+from edge_slm_runtime.errors import DataError
+from edge_slm_runtime.installed import installed_models
+
+
+def answers_of(
+    name: str, source: str, samples: Sequence[Sample], report: StageProgress
+) -> dict[str, str]:
+    """Request → text, each of about as many words as the reference.
+
+    source: a JSONL file of answers, a bundle's folder, the name of an installed model, or the
+    address of an OpenAI-compatible server, whose model is `name`; all but the file are asked, greedily. Raises DataError,
+    TeacherError, DependencyMissing, and what `load` raises.
+    """
+    teacher = _teacher(name, source)
+    if teacher is None:
+        return _written(source, samples)
+    asks = [Ask(s.task, s.request, words=s.words) for s in samples]
+    answered = teacher.answer(asks, 1, lambda i, n: report(f"ask {name}", i, n, ""))
+    return {ask.request: texts[0] for ask, texts in answered if texts}
+
+
+def _teacher(name: str, source: str) -> Teacher | None:
+    """Who is asked, or None for a file of answers."""
+    if source.startswith(("http://", "https://")):
+        recipe = TeacherRecipe(kind="server", model=name, source="data", temperature=0)
+        return make_teacher(recipe, server=source, journal=None)
+    if Path(source).is_dir() or source in installed_models():
+        recipe = TeacherRecipe(kind="bundle", model=source, source="data", temperature=0)
+        return make_teacher(recipe, server=None, journal=None)
+    return None
+
+
+def _written(source: str, samples: Sequence[Sample]) -> dict[str, str]:
+    wanted = {(sample.task, sample.request) for sample in samples}
+    texts = {
+        folded: response
+        for request, response, task in read_jsonl([source])
+        if request and (task, folded := " ".join(request.split())) in wanted
+    }
+    if not texts:
+        raise DataError(f"{source} answers none of the evaluated requests", "see --data")
+    return texts
