@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edge_slm_runtime.errors import DataError
+from edge_slm_runtime.files import read_text
 
 SCHEMA_VERSION = 1
 Scenario = Literal["single-stream", "variations", "offline", "server"]
@@ -303,7 +304,7 @@ class Report:
     def read(cls, path: str | Path) -> Report:
         """Raises DataError when the file is not a report of this schema."""
         try:
-            data = json.loads(Path(path).read_text("utf-8"))
+            data = json.loads(read_text(Path(path)))
             if data["schema_version"] != SCHEMA_VERSION:
                 raise DataError(
                     f"{path} is a report of schema {data['schema_version']}",
@@ -312,7 +313,7 @@ class Report:
             return cls.of(data)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is not a report of edge-slm bench: {error}") from None
 
     @classmethod

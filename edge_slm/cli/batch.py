@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,9 +20,9 @@ from edge_slm.cli.console import emit_json, json_option, json_text, note, progre
 from edge_slm.cli.options import model_options, sampling_options
 from edge_slm.cli.output import ResumableOutput
 from edge_slm_runtime.errors import DataError, EdgeSlmError, NotSupportedByEngine
+from edge_slm_runtime.files import LONGEST_LINE, copy_lines, read_lines
 
 _KEYS = ["id", *(field.name for field in fields(edge_slm.Request))]
-_LONGEST_LINE = 32 << 20  # bytes
 _NEEDED = ("id", "request", "task")
 _NEEDED_OF_OTHERS = ("id", "request")  # where the model knows no commands
 
@@ -124,7 +123,8 @@ def batch(
     A line is an object with 'id', 'request' and 'task' (null leaves it open; a model without
     commands has none), and optionally 'words', 'relevance', 'seed' and the sampling settings
     below, whose options are the defaults for lines without them. Answers come in input order;
-    a line that cannot be used becomes {"line", "id", "error"} and the rest goes on.
+    a line that cannot be used becomes {"line", "id", "error"} and the rest goes on (but an
+    input with a line of more than 256 MiB, such as a device, is refused).
 
     With -o the run is resumable: killed at any moment and started again, it
     continues, and the file ends up as if it had never stopped. --json then prints
@@ -181,19 +181,13 @@ def _to_file(run: BatchRun, stream: BinaryIO, output: Path) -> tuple[int, int]:
 
 
 def _numbered(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the lines that are not blank; of a huge one its beginning,
-    which is too long."""
-    for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), 1):
-        rest = line
-        while len(rest) > _LONGEST_LINE and not rest.endswith(b"\n"):
-            rest = stream.readline(_LONGEST_LINE + 1)
-        if line.strip():
-            yield number, line
+    """(line number from 1, line) of the lines that are not blank."""
+    return ((number, line) for number, line in enumerate(read_lines(stream), 1) if line.strip())
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    if len(line) > _LONGEST_LINE:
-        raise DataError(f"longer than {_LONGEST_LINE >> 20} MiB")
+    if len(line) > LONGEST_LINE:
+        raise DataError(f"longer than {LONGEST_LINE >> 20} MiB")
     try:
         data = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -274,7 +268,7 @@ def _opened(source: Path, copy_to: Path | None) -> Iterator[BinaryIO]:
         if copy_to is not None:
             copy_to.mkdir(parents=True, exist_ok=True)
             copy = stack.enter_context(tempfile.TemporaryFile(dir=copy_to))
-            shutil.copyfileobj(stream, copy)
+            copy_lines(stream, copy)
             copy.seek(0)
             stream = copy
         yield stream

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from edge_slm_runtime.errors import EdgeSlmError, RequestNotText
+from edge_slm_runtime.errors import EdgeSlmError, RequestNotText, RequestTooLong
+from edge_slm_runtime.files import LONGEST_LINE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -220,11 +221,14 @@ def reporter() -> Iterator[StageProgress]:
 
 
 def read_request(argument: str) -> str:
-    """The request itself, or all of stdin for `-`. Raises RequestNotText."""
+    """The request itself, or all of stdin for `-`. Raises RequestNotText, RequestTooLong."""
     if argument != "-":
         return argument
+    content = sys.stdin.buffer.read(LONGEST_LINE + 1)
+    if len(content) > LONGEST_LINE:
+        raise RequestTooLong(f"stdin holds more than {LONGEST_LINE >> 20} MiB", "shorten it")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestNotText(
             f"stdin is not valid UTF-8 at byte {error.start}", "convert it to UTF-8"

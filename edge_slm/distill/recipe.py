@@ -23,6 +23,7 @@ from edge_slm_runtime.command import (
 )
 from edge_slm_runtime.decoder import Decoder, gpt2
 from edge_slm_runtime.errors import DataError, DependencyMissing
+from edge_slm_runtime.files import read_text
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -284,7 +285,7 @@ class Recipe(_Section):
     def read(cls, path: str | Path) -> Recipe:
         """Raises DataError: not found, not TOML, or a setting that does not fit, by name."""
         try:
-            return cls.model_validate(tomllib.loads(Path(path).read_text("utf-8")))
+            return cls.model_validate(tomllib.loads(read_text(Path(path))))
         except OSError as error:
             raise DataError(f"cannot read recipe {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -14,6 +14,7 @@ from edge_slm.distill.cuts import whole_cuts, with_full_stop
 from edge_slm.distill.split import EVERYTHING, Reading, held_out
 from edge_slm_runtime.command import clean_request, count_words
 from edge_slm_runtime.errors import DataError, RequestError
+from edge_slm_runtime.files import read_lines
 from edge_slm_runtime.words import UNFINISHED_REQUEST
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def read_jsonl(
             raise DataError(f"no .jsonl file in {given}", "give JSONL files or a folder of them")
         for file in files:
             try:
-                with file.open("rb") as lines:
-                    for number, line in enumerate(lines, 1):
+                with file.open("rb") as stream:
+                    for number, line in enumerate(read_lines(stream), 1):
                         if line.strip():
                             *row, source = _parse(line, f"{file}:{number}")
                             if not (leave_out and source.startswith(tuple(leave_out))):

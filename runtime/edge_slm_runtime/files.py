@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -14,6 +15,9 @@ from typing import IO, Any, BinaryIO
 
 from edge_slm_runtime.errors import DataError, TargetExists
 
+LONGEST_LINE = 32 << 20  # bytes
+_ENDLESS = 256 << 20  # bytes without the end of a line
+_LONGEST_TEXT = 64 << 20  # bytes
 _LOCKED_BY = 2.0  # seconds after it was made
 
 
@@ -64,6 +68,47 @@ def write_folder_aside(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_abandoned(target)
+
+
+def read_text(path: Path) -> str:
+    """A small file in UTF-8. Raises OSError for a large one too: devices never end."""
+    with path.open("rb") as file:
+        content = file.read(_LONGEST_TEXT + 1)
+    if len(content) > _LONGEST_TEXT:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content.decode("utf-8")
+
+
+def read_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Its lines; one of more than LONGEST_LINE bytes is cut behind the first byte too many.
+
+    Raises DataError when the end of a line does not come: a device, or no file of lines.
+    """
+    while line := stream.readline(LONGEST_LINE + 1):
+        size, rest = len(line), line
+        while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST_LINE + 1)
+            size += len(rest)
+            if size > _ENDLESS:
+                raise _endless()
+        yield line
+
+
+def copy_lines(stream: IO[bytes], target: IO[bytes]) -> None:
+    """Copies what `read_lines` can read. Raises DataError as it does."""
+    size = 0
+    while piece := stream.read(1 << 20):
+        end = piece.rfind(b"\n")
+        size = len(piece) - 1 - end if end >= 0 else size + len(piece)
+        if size > _ENDLESS:
+            raise _endless()
+        target.write(piece)
+
+
+def _endless() -> DataError:
+    return DataError(
+        f"the input has a line of more than {_ENDLESS >> 20} MiB", "give a file of JSON lines"
+    )
 
 
 def write_text(text: str, target: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_slm_runtime.answer import Answer, Plan, Step
 from edge_slm_runtime.bundle import Manifest, Variant
+from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
 from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import BadSetting, OutOfMemory, RequestTooLong, shown
@@ -31,10 +32,11 @@ _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check bef
 class Stream(Iterator[str]):
     """Yields text as it becomes sure; `result` is the Generation afterwards.
 
-    The pieces joined are exactly `result.text`.
+    The pieces joined are exactly `result.text`. A stream has one reader at a time: `next` raises
+    EngineError while another thread is in it. `close` may be called from anywhere.
     """
 
-    def __init__(self, slm: SLM, steps: Iterator[Step]) -> None:
+    def __init__(self, slm: SLM, steps: Closable[Step]) -> None:
         self._slm = slm
         self._steps = steps
         self._result: Generation | None = None
@@ -55,9 +57,9 @@ class Stream(Iterator[str]):
         return self._result
 
     def close(self) -> None:
-        """Abandons the answer; the engine stops working on it."""
-        if hasattr(self._steps, "close"):
-            self._steps.close()
+        """Abandons the answer: the engine stops working on it, and a thread that is reading it
+        comes to its end."""
+        self._steps.close()
 
 
 class _Rows:
@@ -118,11 +120,11 @@ class SLM:
         """`generate`, piece by piece: never a broken character, never part of a
         stop sequence, never a word that the length promise may take back."""
         answer = self._answer(Request.of(request, **settings))
-        return Stream(self, self._decode([answer], 1))
+        return Stream(self, Closable(self._decode([answer], 1)))
 
     def generate_batch(
         self, requests: Iterable[Request], batch_size: int = 8
-    ) -> Iterator[Generation]:
+    ) -> Closable[Generation]:
         """Answers in input order, each equal to what it would be alone (onnxruntime's int4: but
         for the rounding of its kernels, which add in another order for several rows).
 
@@ -137,7 +139,7 @@ class SLM:
                 f"a batch_size of {shown(batch_size)} needs more than max_memory_mb",
                 f"at most {self._most_rows}",
             )
-        return self._batch(requests, batch_size)
+        return Closable(self._batch(requests, batch_size))
 
     def check(self, request: Request) -> Plan:
         """Everything that can be wrong with a request, found before it is run.
@@ -218,10 +220,10 @@ class SLM:
         started = perf_counter()
         return Answer(self.check(request), self._codec, started)
 
-    def _decode(self, answers: Iterable[Answer], rows: int) -> Iterator[Step]:
+    def _decode(self, answers: Iterable[Answer], rows: int) -> Generator[Step, None, None]:
         return ended_at_exit(self._bounded(answers, rows))
 
-    def _bounded(self, answers: Iterable[Answer], rows: int) -> Iterator[Step]:
+    def _bounded(self, answers: Iterable[Answer], rows: int) -> Generator[Step, None, None]:
         """Counts the rows of all callers that are under way, streams left open too."""
         mine = _Rows(rows if self._engine.batches else 1)
         try:
@@ -250,7 +252,9 @@ class SLM:
                     self._under_way.remove(one)
         return used
 
-    def _batch(self, requests: Iterable[Request], batch_size: int) -> Iterator[Generation]:
+    def _batch(
+        self, requests: Iterable[Request], batch_size: int
+    ) -> Generator[Generation, None, None]:
         order: deque[Answer] = deque()
 
         def drawn() -> Iterator[Answer]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from edge_slm_runtime.bundle import (
@@ -86,6 +87,31 @@ def verify_contents(
                 raise FileAltered(f"{path} is not the file that was listed", "get the bundle again")
             if path.endswith(".onnx"):
                 _check_onnx(root, path, manifest)
+
+
+@contextmanager
+def unchanged(root: Path, paths: Iterable[str]) -> Iterator[None]:
+    """Refuses files that were written to or replaced meanwhile: what is loaded in it is what was
+    checked in it.
+
+    Raises FileAltered, SymlinkRefused, and BundleError when one is not there any more.
+    """
+    before = {path: _state(root, path) for path in paths}
+    try:
+        yield
+    finally:  # also when an engine could not read what it found
+        for path, state in before.items():
+            if _state(root, path) != state:
+                raise FileAltered(f"{path} was changed while it was loaded", "load it again")
+
+
+def _state(root: Path, path: str) -> tuple[int, ...]:
+    """Identity, size and times of a file: some of them differ after any change."""
+    with reading(root / path):
+        info = os.lstat(root / path)
+    if not stat.S_ISREG(info.st_mode):
+        raise SymlinkRefused(f"{path} is no plain file any more", "get the bundle again")
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:

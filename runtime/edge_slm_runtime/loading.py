@@ -27,7 +27,7 @@ from edge_slm_runtime.errors import (
 )
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.installed import find_bundle
-from edge_slm_runtime.integrity import verify_contents, verify_structure
+from edge_slm_runtime.integrity import unchanged, verify_contents, verify_structure
 from edge_slm_runtime.memory import PREFIX_CACHE_MB, memory_estimate
 from edge_slm_runtime.text import TextCodec
 
@@ -80,33 +80,34 @@ def load(
     manifest = verify_structure(root)
     if max_memory_mb is not None:
         _check_size("max_memory_mb", max_memory_mb)
-    verify_contents(root, manifest, [TOKENIZER], hashes=verify)
-    variants = pick_variants(manifest, engine, precision)
-    for variant, other in zip_longest(variants, variants[1:]):
-        most_rows = None
-        if max_memory_mb is not None:
-            most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
-        options = EngineOptions(
-            variant.precision,
-            threads or default_threads(),
-            int(prefix_cache_mb * (1 << 20)),
-            speculate,
-            prefill_tokens,
-        )
-        try:
-            codec, loaded = _open(root, manifest, variant, options, hashes=verify)
-        except MemoryError:
-            raise OutOfMemory(
-                f"there is no memory to load {variant.name}", "choose a smaller variant"
-            ) from None
-        except EngineNotInstalled as error:
-            if other is None:
-                raise
-            from logging import getLogger
+    with unchanged(root, manifest.files):
+        verify_contents(root, manifest, [TOKENIZER], hashes=verify)
+        variants = pick_variants(manifest, engine, precision)
+        for variant, other in zip_longest(variants, variants[1:]):
+            most_rows = None
+            if max_memory_mb is not None:
+                most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
+            options = EngineOptions(
+                variant.precision,
+                threads or default_threads(),
+                int(prefix_cache_mb * (1 << 20)),
+                speculate,
+                prefill_tokens,
+            )
+            try:
+                codec, loaded = _open(root, manifest, variant, options, hashes=verify)
+            except MemoryError:
+                raise OutOfMemory(
+                    f"there is no memory to load {variant.name}", "choose a smaller variant"
+                ) from None
+            except EngineNotInstalled as error:
+                if other is None:
+                    raise
+                from logging import getLogger
 
-            getLogger("edge_slm").warning("%s; using %s instead", error.problem, other.engine)
-        else:
-            break
+                getLogger("edge_slm").warning("%s; using %s instead", error.problem, other.engine)
+            else:
+                break
     return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3, most_rows)
 
 

@@ -175,15 +175,24 @@ def _gather(checker: _Checker, node: Node, inputs: Values) -> Sequence[Value]:
         if checker.number(node.inputs[1]) != -1:
             _refuse(node, "position")
         return [Value(FLOAT, ("B", 1, width))]
-    _want(node, inputs[1], "B", "S", element=INT64)
-    return [Value(FLOAT, ("B", "S", _matrix(node, inputs[0])[1]))]
+    rows, columns = _matrix(node, inputs[0])
+    _indices(checker, node, inputs[1], rows)
+    return [Value(FLOAT, ("B", "S", columns))]
+
+
+def _indices(checker: _Checker, node: Node, ids: Value | None, rows: int) -> None:
+    """Token ids or positions, each of which has a row."""
+    _want(node, ids, "B", "S", element=INT64)
+    positions, vocab_size = checker.decoder.positions, checker.decoder.vocab_size
+    if rows < (positions if node.inputs[1] == "position_ids" else vocab_size):
+        _refuse(node, f"rows ({rows})")
 
 
 def _gather_blocks(checker: _Checker, node: Node, inputs: Values) -> Sequence[Value]:
     weight, ids, scale = inputs
-    _want(node, ids, "B", "S", element=INT64)
     rows, blocks = _matrix(node, scale)
     columns = blocks * int(node.attributes["block_size"])
+    _indices(checker, node, ids, rows)
     _want(node, weight, rows, columns, element=UINT8)
     return [Value(FLOAT, ("B", "S", columns))]
 

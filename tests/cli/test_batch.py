@@ -308,3 +308,13 @@ def test_ctrl_c_stops_with_130_and_the_run_can_go_on(tiny_bundle: Path, tmp_path
     assert process.returncode == 130
     assert stderr.split("\n")[-2].startswith("error[interrupted]: ")
     assert part.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="POSIX")
+def test_an_input_that_never_ends_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    for more in ([], ["-o", tmp_path / "out.jsonl"]):
+        result = run("batch", "/dev/zero", "--bundle", tiny_bundle, *more)
+        assert "more than 256 MiB" in error_of(result, "data", 8)
+    assert not list(tmp_path.iterdir())
+    result = run("bench", "--compare", "/dev/zero", "/dev/zero")
+    assert "File too large" in error_of(result, "data", 8)

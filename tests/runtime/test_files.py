@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import stat
 import subprocess
@@ -8,8 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from edge_slm_runtime.errors import TargetExists
-from edge_slm_runtime.files import write_aside, write_folder_aside, write_json, write_text
+from edge_slm_runtime.errors import DataError, TargetExists
+from edge_slm_runtime.files import (
+    LONGEST_LINE,
+    copy_lines,
+    read_lines,
+    read_text,
+    write_aside,
+    write_folder_aside,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> set[str]:
@@ -114,3 +124,23 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {"usual": 0o640, "private": 0o600, "folder": 0o750}
+
+
+def test_a_huge_line_is_cut_and_the_next_one_is_read() -> None:
+    lines = io.BytesIO(b"a\n" + b"b" * (LONGEST_LINE + 9) + b"\n" + b"c")
+    assert [len(line) for line in read_lines(lines)] == [2, LONGEST_LINE + 1, 1]
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="POSIX")
+def test_what_never_ends_is_refused(tmp_path: Path) -> None:
+    zeros = Path("/dev/zero")
+    with pytest.raises(OSError, match="File too large"):
+        read_text(zeros)
+    with zeros.open("rb") as stream, pytest.raises(DataError, match="more than 256 MiB"):
+        list(read_lines(stream))
+    with (
+        zeros.open("rb") as stream,
+        Path("/dev/null").open("wb") as target,
+        pytest.raises(DataError, match="more than 256 MiB"),
+    ):
+        copy_lines(stream, target)

@@ -182,3 +182,73 @@ def test_a_terminated_process_ends_by_that_signal(tiny_bundle: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
         process.stdout.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_being_read_may_be_closed_from_anywhere(tiny_bundle: Path, engine: str) -> None:
+    """By another thread, and by a signal handler in the middle of the reader: it comes to its
+    end long before the answer would, and nothing is raised."""
+    out = python(
+        LOAD
+        + """
+slm = load()
+def read(answers, came):
+    for one in answers:
+        came.append(one)
+def batch():
+    one = Request("a cosy cabin", max_new_tokens=9, no_repeat_ngram_size=0)
+    requests = (one for _ in range(10**6))
+    return slm.generate_batch(requests, 2)
+def stream():
+    return slm.stream("a cosy cabin", max_new_tokens=90, no_repeat_ngram_size=0)
+whole = len(list(stream()))
+for start in (stream, batch):
+    answers, came = start(), []
+    reader = threading.Thread(target=read, args=(answers, came))
+    reader.start()
+    while not came:
+        time.sleep(0.0005)
+    answers.close()
+    reader.join(60)
+    print(not reader.is_alive() and (start is batch or len(came) < whole))
+    answers, came = start(), []
+    signal.signal(signal.SIGALRM, lambda *_: answers.close())
+    signal.setitimer(signal.ITIMER_REAL, 0.003, 0.003)
+    read(answers, came)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(start is stream or len(came) < 10**6)
+print(slm.generate("a red fox", max_new_tokens=3).finish_reason)
+""",
+        str(tiny_bundle),
+        engine,
+    )
+    assert out.split() == ["True"] * 4 + ["max_tokens"]
+
+
+def test_a_second_reader_is_refused(tiny_bundle: Path) -> None:
+    """Also where it is a signal handler in the middle of the first, which goes on."""
+    out = python(
+        LOAD
+        + """
+slm, codes = load(), set()
+def second(*_):
+    try:
+        next(stream)
+    except EdgeSlmError as error:
+        codes.add(error.code)
+    signal.setitimer(signal.ITIMER_REAL, 0.0007)
+signal.signal(signal.SIGALRM, second)
+for _ in range(200):
+    stream = slm.stream("a cosy cabin", max_new_tokens=90, no_repeat_ngram_size=0)
+    signal.setitimer(signal.ITIMER_REAL, 0.0007)
+    for _ in stream:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if codes:
+        break
+print(*codes)
+""",
+        str(tiny_bundle),
+        "numba",
+    )
+    assert out.split() == ["engine"]

@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def test_another_graph_is_refused(name: str, tiny_bundle: Path, manifest: Manife
     CHANGES[name](model)
     with pytest.raises(ValueError, match=r"."):
         check(model, manifest, "int8")
+
+
+def test_a_table_with_fewer_rows_than_positions(tiny_bundle: Path, manifest: Manifest) -> None:
+    longer = replace(manifest, model=replace(manifest.model, positions=129))
+    with pytest.raises(ValueError, match="Gather has other rows"):
+        check(graph_of(tiny_bundle, "fp32"), longer, "fp32")
 
 
 def test_any_bytes_of_a_graph(tiny_bundle: Path, manifest: Manifest) -> None:

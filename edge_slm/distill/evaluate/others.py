@@ -19,8 +19,8 @@ def answers_of(
     """Request → text, each of about as many words as the reference.
 
     source: a JSONL file of answers, a bundle's folder, the name of an installed model, or the
-    address of an OpenAI-compatible server, whose model is `name`; all but the file are asked, greedily. Raises DataError,
-    TeacherError, DependencyMissing, and what `load` raises.
+    address of an OpenAI-compatible server, whose model is `name`; all but the file are asked,
+    greedily. Raises DataError, TeacherError, DependencyMissing, and what `load` raises.
     """
     teacher = _teacher(name, source)
     if teacher is None:

@@ -185,11 +185,10 @@ _LONGEST = 30.0  # seconds that the end of the interpreter waits for native call
 _ending = False
 
 
-def ended_at_exit(steps: Iterator[Step]) -> Iterator[Step]:
+def ended_at_exit(steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
     """`steps`, which are closed at exit if somebody holds them still: what they clean up
     needs an interpreter that is whole."""
-    if isinstance(steps, Generator):
-        _OPEN.add(steps)
+    _OPEN.add(steps)
     return steps
 
 
