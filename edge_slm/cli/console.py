@@ -37,7 +37,7 @@ Exit codes:
     6  a checkpoint that cannot be converted
     7  a variant outside its budget
     8  training or batch data that cannot be used
-    9  an output that exists already
+    9  an output that exists already; a batch of which every line failed
    10  a teacher or judge that does not answer
    11  a benchmark that became worse (bench --compare)
    12  what does not fit into the memory
@@ -69,8 +69,9 @@ class Commands(click.Group):
             fail("usage", f"{problem} (see '{where} --help')", error.exit_code)
         except click.ClickException as error:
             fail("usage", error.format_message(), error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            fail("interrupted", "stopped by Ctrl-C", 130)
+        except (click.Abort, KeyboardInterrupt) as error:
+            hint = str(error.__cause__ or error)  # click raises its Abort from it
+            fail("interrupted", f"stopped by Ctrl-C{f' ({hint})' if hint else ''}", 130)
         except BrokenPipeError:  # the reader of stdout has closed it
             _discard_stdout()
             sys.exit(1)

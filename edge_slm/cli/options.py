@@ -51,6 +51,12 @@ model_options = _together(
     threads_option,
 )
 
+command_options = _together(
+    click.option("--task", help="What the prompt is for, one of the bundle's tasks."),
+    click.option("--words", type=int, help="Length to keep, ±10% or ±2 words."),
+    click.option("--relevance", type=int, help="Level asked for, 0 (low) … 9 (high)."),
+)
+
 # Their names are those of the keyword arguments of `SLM.generate`.
 sampling_options = _together(
     click.option(

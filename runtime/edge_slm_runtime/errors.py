@@ -16,6 +16,7 @@
     ├── GateRefused                 exit 7   a variant outside its budget
     ├── DataError                   exit 8   training or batch data
     ├── TargetExists                exit 9   what would be overwritten
+    ├── BatchFailed                 exit 9   a batch whose lines failed
     ├── TeacherError                exit 10  a teacher or judge that does not answer
     ├── BenchRegression             exit 11  a benchmark that became worse
     └── OutOfMemory                 exit 12  what does not fit into the memory
@@ -30,6 +31,7 @@ from typing import ClassVar
 
 __all__ = [
     "BadSetting",
+    "BatchFailed",
     "BenchRegression",
     "BundleError",
     "BundleNotFound",
@@ -259,6 +261,13 @@ class TargetExists(EdgeSlmError):
     """The place to write to is taken; nothing is ever overwritten."""
 
     code = "target_exists"
+    exit_code = 9
+
+
+class BatchFailed(EdgeSlmError):
+    """Every line of a batch failed; with --strict, any of them. The others are written."""
+
+    code = "batch_failed"
     exit_code = 9
 
 
