@@ -80,6 +80,10 @@ class EdgeSlmError(Exception):
         self.hint = hint
         super().__init__(f"{problem} ({hint})" if hint else problem)
 
+    def at(self, place: str) -> EdgeSlmError:
+        """The same error, its line beginning with its place."""
+        return type(self)(f"{place}: {self.problem}", self.hint)
+
 
 def shown(value: object) -> str:
     """`repr` for an error's line: of bounded length, whatever the caller gave."""

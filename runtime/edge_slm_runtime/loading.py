@@ -89,10 +89,10 @@ def load(
                 most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
             options = EngineOptions(
                 variant.precision,
-                threads or default_threads(),
+                int(threads or default_threads()),
                 int(prefix_cache_mb * (1 << 20)),
                 speculate,
-                prefill_tokens,
+                int(prefill_tokens),
             )
             try:
                 codec, loaded = _open(root, manifest, variant, options, hashes=verify)
