@@ -22,7 +22,15 @@ from edge_slm.cli.batch_input import (
     open_input,
     read_input,
 )
-from edge_slm.cli.console import emit_json, json_option, json_text, note, progress_bar, warn
+from edge_slm.cli.console import (
+    emit_json,
+    examples,
+    json_option,
+    json_text,
+    note,
+    progress_bar,
+    warn,
+)
 from edge_slm.cli.options import command_options, model_options, sampling_options
 from edge_slm.cli.output import ResumableOutput, complete_output, put_in_place
 from edge_slm_runtime.errors import BatchFailed, DataError, EdgeSlmError, NotSupportedByEngine
@@ -149,7 +157,14 @@ def _encoding(context: click.Context, option: click.Parameter, given: str | None
     return given
 
 
-@click.command(short_help="Write prompts for a file of requests.")
+@click.command(
+    short_help="Write prompts for a file of requests.",
+    epilog=examples(
+        "batch requests.csv --task image --words 24 -o prompts.jsonl",
+        "batch ideas.txt --task video --temperature 0.8 > prompts.jsonl",
+        "batch requests.csv --task image --words 24 -o prompts.jsonl --retry-errors",
+    ),
+)
 @click.argument("source", metavar="INPUT", type=click.Path(path_type=Path, allow_dash=True))
 @click.option(
     "-o",

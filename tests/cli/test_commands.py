@@ -264,6 +264,7 @@ def test_demo_prints_texts_and_a_table(tiny_checkpoint: Path) -> None:
     for heading in ("words asked→got", "TTFT ms", "ms/token", "tokens/s", "peak RSS MB", "disk MB"):
         assert heading in result.stdout
     assert "ctranslate2-int8" in result.stdout
+    assert result.stdout.rstrip().endswith("edge-slm profile")
 
 
 # -- help -----------------------------------------------------------------------
