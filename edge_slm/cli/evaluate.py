@@ -61,7 +61,7 @@ def _named(
     multiple=True,
     callback=_named,
     metavar="NAME=BUNDLE",
-    help="Another bundle, asked without a command; for example of plain supervised training.",
+    help="Another bundle, asked with the task alone; for example of plain supervised training.",
 )
 @click.option(
     "--best-of",
