@@ -26,7 +26,8 @@ def figures_by_task(e: Evidence, texts: Texts) -> dict[str, Any]:
 
     reference_ratio: figure of the texts ÷ figure of the references to the same requests.
     """
-    given = np.array([text is not None for text in texts.column()])
+    column = texts.column()
+    given = np.array([text is not None for text in column])
     references = e.written["references"]
     scored = {name: (e.score(texts, name), e.score(references, name)) for name in e.scores.names}
     scored["added"] = (_added(e, texts), _added(e, references))
@@ -37,7 +38,7 @@ def figures_by_task(e: Evidence, texts: Texts) -> dict[str, Any]:
         if not at.size:
             continue
         samples = [e.samples[i] for i in at]
-        answers = [texts.column()[i] or "" for i in at]
+        answers = [column[i] or "" for i in at]
         kept = [
             coverage(sample.request, answer)
             for sample, answer in zip(samples, answers, strict=True)

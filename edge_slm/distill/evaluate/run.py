@@ -15,7 +15,12 @@ from edge_slm.distill.evaluate import figures
 from edge_slm.distill.evaluate.comparison import compare
 from edge_slm.distill.evaluate.evidence import Evidence, Other, Pair, Scores, Texts
 from edge_slm.distill.evaluate.grid import LENGTHS, Block, Grid, build_grid, generate
-from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier, UniversalCosine
+from edge_slm.distill.evaluate.scorers import (
+    Cosine,
+    StaticCosine,
+    TaskClassifier,
+    UniversalCosine,
+)
 from edge_slm.distill.evaluate.trivial import echoes, nearest
 from edge_slm.distill.levels import Edges, Levels
 from edge_slm.distill.rewards import Keywords, Relevance, Reward
@@ -71,11 +76,10 @@ def evaluate(
         raise DataError(f"{len(grid.samples)} held-out requests are too few", "give more data")
     outs = generate(slm, _flat(grid.blocks.values()), "generate", report)
     written = _written(grid, outs)
-    others = [Other("request with a fixed ending", "baseline", _column(echoes(grid.samples)))]
-    if train_samples:
-        near = nearest(grid.samples, train_samples, static)
-        others.append(Other("nearest training response", "baseline", _column(near)))
-    others += _others(grid, baselines or {}, answers or {}, report)
+    others = [
+        *_trivial(grid, train_samples, static),
+        *_others(grid, baselines or {}, answers or {}, report),
+    ]
     scored = [texts for name, texts in written.items() if name not in _UNSCORED]
     pairs = _pairs(grid, [*scored, *(other.texts for other in others)])
     scores = Scores(reward, (static, universal, Keywords()), pairs, report)
@@ -135,6 +139,14 @@ def _written(grid: Grid, outs: Mapping[Request, Generation]) -> dict[str, Texts]
     }
     written["references"] = Texts([[sample.response] for sample in grid.samples])
     return written
+
+
+def _trivial(grid: Grid, train: Sequence[Sample], encoder: Cosine) -> list[Other]:
+    """The baselines that need no model."""
+    found = {"request with a fixed ending": echoes(grid.samples)}
+    if train:
+        found["nearest training response"] = nearest(grid.samples, train, encoder)
+    return [Other(name, "baseline", _column(texts)) for name, texts in found.items()]
 
 
 def _others(
