@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edge_slm_converters.checkpoint import Checkpoint
-from edge_slm_runtime.bundle import MANIFEST, TOKENIZER, Golden, Manifest, Variant, file_entry
+from edge_slm_runtime.bundle import (
+    MANIFEST,
+    SIGNATURES,
+    TOKENIZER,
+    Golden,
+    Manifest,
+    Variant,
+    file_entry,
+)
+from edge_slm_runtime.files import write_text
 
 
 def write_manifest(
@@ -45,4 +55,13 @@ def write_manifest(
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Writes manifest.json."""
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_text(text + "\n", folder / MANIFEST)
+
+
+def set_version(folder: Path, manifest: Manifest, version: int) -> Manifest:
+    """Numbers a release, in the place of its manifest; returns the new one, which no signature
+    of the old one fits."""
+    numbered = replace(manifest, version=version)
+    (folder / SIGNATURES).unlink(missing_ok=True)
+    save_manifest(numbered, folder)
+    return numbered

@@ -86,15 +86,10 @@ def write_distribution(
     whole = verify(source)
     name = whole.name if name is None else name
     _check(name, version, license, license_files)
-    manifest = _reduced(whole, name, variants)
+    manifest = reduced(whole, name, variants)
     package = f"edge_slm_model_{name.replace('-', '_')}"
     with write_folder_aside(Path(out)) as folder:
-        home = folder / package / name
-        for path in manifest.files:
-            (home / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, home / path)
-        save_manifest(manifest, home)
-        verify(home)
+        _copy(source, manifest, folder / package / name)
         for file in license_files:
             shutil.copyfile(file, folder / file.name)
         files = {
@@ -112,6 +107,24 @@ def write_distribution(
         for path, text in files.items():
             (folder / path).write_text(text, encoding="utf-8")
     return manifest
+
+
+def write_reduced(bundle: Path, out: Path, variants: Sequence[str]) -> Path:
+    """Writes the verified bundle with these variants alone as the folder `out`, and returns that.
+    Raises as `write_distribution`."""
+    whole = verify(bundle)
+    with write_folder_aside(out) as folder:
+        _copy(bundle, reduced(whole, whole.name, variants), folder)
+    return out
+
+
+def _copy(source: Path, manifest: Manifest, home: Path) -> None:
+    """The files that the manifest lists, and itself."""
+    for path in manifest.files:
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, home / path)
+    save_manifest(manifest, home)
+    verify(home)
 
 
 def _check(name: str, version: str, spdx: str, license_files: Sequence[Path]) -> None:
@@ -135,7 +148,7 @@ def _check(name: str, version: str, spdx: str, license_files: Sequence[Path]) ->
         )
 
 
-def _reduced(manifest: Manifest, name: str, variants: Sequence[str] | None) -> Manifest:
+def reduced(manifest: Manifest, name: str, variants: Sequence[str] | None) -> Manifest:
     """The manifest under that name, with the chosen variants alone. Raises VariantNotFound."""
     there = {variant.name: variant for variant in manifest.variants}
     chosen = tuple(there) if variants is None else tuple(dict.fromkeys(variants))

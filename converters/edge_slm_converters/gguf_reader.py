@@ -47,7 +47,7 @@ def read_gguf(file: Path) -> GgufModel:
     Raises CheckpointError for what cannot be converted, DependencyMissing.
     """
     reader = _opened(file)
-    metadata = Metadata({name: field.contents() for name, field in reader.fields.items()})
+    metadata = _metadata(reader)
     architecture = GGUF_ARCHITECTURES.get(metadata.architecture)
     if architecture is None:
         raise CheckpointError(
@@ -67,6 +67,15 @@ def read_gguf(file: Path) -> GgufModel:
     checked(decoder, file.name)
     parameters = sum(int(tensor.n_elements) for tensor in stored.values())
     return GgufModel(decoder, _tensors(file, decoder, architecture, stored), parameters, metadata)
+
+
+def read_metadata(file: Path) -> Metadata:
+    """The keys and values of a GGUF file of any architecture. Raises as `read_gguf`."""
+    return _metadata(_opened(file))
+
+
+def _metadata(reader: GGUFReader) -> Metadata:
+    return Metadata({name: field.contents() for name, field in reader.fields.items()})
 
 
 def _opened(file: Path) -> GGUFReader:

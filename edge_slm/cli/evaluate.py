@@ -58,8 +58,8 @@ def _named(
     multiple=True,
     callback=_named,
     metavar="NAME=FILE",
-    help="Another model's answers to compare with: JSONL as the samples, a bundle, or "
-    "MODEL=http://… to ask an OpenAI-compatible server. Up to 8.",
+    help="Another model's answers to compare with: JSONL as the samples, a bundle, a language "
+    "model's GGUF file, or MODEL=http://… to ask an OpenAI-compatible server. Up to 8.",
 )
 @click.option(
     "--baseline",
@@ -67,7 +67,7 @@ def _named(
     multiple=True,
     callback=_named,
     metavar="NAME=BUNDLE",
-    help="Another bundle, asked without a command; for example of plain supervised training.",
+    help="Another bundle, asked with the task alone; for example of plain supervised training.",
 )
 @click.option(
     "--best-of",
@@ -214,7 +214,7 @@ def measure(
             samples,
             train_samples=train,
             answers={
-                name: answers_of(name, source, samples, report)
+                name: answers_of(name, source, samples, report, settings.get("threads"))
                 for name, source in (answers or {}).items()
             },
             baselines={
@@ -258,7 +258,10 @@ def _sheet(
             {
                 own: {sample.request: text for sample, text in written.items()},
                 _REFERENCES: {sample.request: sample.response for sample in samples},
-                **{n: answers_of(n, source, samples, report) for n, source in answers.items()},
+                **{
+                    name: answers_of(name, source, samples, report, settings.get("threads"))
+                    for name, source in answers.items()
+                },
             },
             page,
         )

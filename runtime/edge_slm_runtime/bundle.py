@@ -1,6 +1,7 @@
 """The bundle: a plain folder that is refused unless it matches its manifest exactly.
 
     manifest.json   model, prompt form, variants, goldens, provenance, digests
+    manifest.sig    who made it, where it is signed
     tokenizer.json
     numba-int8/…, onnx-int8/…, ctranslate2-int8/…   one folder per variant
 
@@ -13,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -24,7 +24,6 @@ from edge_slm_runtime.command import Command
 from edge_slm_runtime.decoder import LARGEST_LAYERS, Decoder, gpt2
 from edge_slm_runtime.engines import ENGINES, PRECISIONS, engine_class
 from edge_slm_runtime.errors import (
-    BundleError,
     BundleNotFound,
     FileMissing,
     ManifestAltered,
@@ -35,10 +34,12 @@ from edge_slm_runtime.errors import (
     SymlinkRefused,
     shown,
 )
+from edge_slm_runtime.files import reading
 from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.prompt import PromptForm
 
 MANIFEST = "manifest.json"
+SIGNATURES = "manifest.sig"  # not listed, for it is made of the manifest: see `signatures`
 TOKENIZER = "tokenizer.json"
 SCHEMA_VERSION = 1
 
@@ -91,6 +92,7 @@ class Manifest:
     parameters: int = 0
     goldens: tuple[Golden, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 0  # of the releases of a name; a store installs no lower one
 
     @property
     def digest(self) -> str:
@@ -120,6 +122,8 @@ class Manifest:
             "provenance": dict(self.provenance),
             "files": {path: asdict(entry) for path, entry in sorted(self.files.items())},
         }
+        if self.version:
+            data["version"] = self.version
         data["digest"] = manifest_digest(data)
         return data
 
@@ -156,6 +160,7 @@ class Manifest:
                     for item in data["goldens"]
                 ),
                 provenance=_typed(data["provenance"], dict),
+                version=_number(data.get("version", 0), int),
                 files={p: _record(FileEntry, e) for p, e in data["files"].items()},
             )
             for golden in manifest.goldens:
@@ -217,21 +222,12 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     return Manifest.from_json(data)
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """No permission, a disk error, removed meanwhile: a BundleError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        where, why = error.filename or path, error.strerror or error
-        raise BundleError(f"{where} cannot be read: {why}") from None
-
-
 def _check_paths(manifest: Manifest) -> None:
     for path in manifest.files:
         plain_path(path, f"{MANIFEST} lists")
-    if MANIFEST in manifest.files:
-        raise ManifestInvalid(f"{MANIFEST} lists itself")
+    for own in (MANIFEST, SIGNATURES):
+        if own in manifest.files:
+            raise ManifestInvalid(f"{MANIFEST} lists {own}")
     names = [variant.name for variant in manifest.variants]
     if len(set(names)) != len(names):
         raise ManifestInvalid(f"{MANIFEST} names a variant twice")

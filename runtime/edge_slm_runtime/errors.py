@@ -7,7 +7,8 @@
     │   └── BadSetting
     ├── BundleError                 exit 4   the model folder
     │   ├── BundleNotFound, ManifestInvalid, ManifestAltered, SchemaVersionUnsupported
-    │   └── FileMissing, FileTruncated, FileAltered, FileUnlisted, SymlinkRefused, PathEscape
+    │   ├── FileMissing, FileTruncated, FileAltered, FileUnlisted, SymlinkRefused, PathEscape
+    │   └── Untrusted, DowngradeRefused, SelfTestFailed, DownloadFailed, StoreNotWritable
     ├── EngineError                 exit 5   what runs the model
     │   ├── EngineNotInstalled, VariantNotFound, NotSupportedByEngine
     │   └── UsedAfterFork
@@ -39,6 +40,8 @@ __all__ = [
     "ControlTokenInRequest",
     "DataError",
     "DependencyMissing",
+    "DowngradeRefused",
+    "DownloadFailed",
     "EdgeSlmError",
     "EmptyRequest",
     "EngineError",
@@ -59,10 +62,13 @@ __all__ = [
     "RequestNotText",
     "RequestTooLong",
     "SchemaVersionUnsupported",
+    "SelfTestFailed",
+    "StoreNotWritable",
     "SymlinkRefused",
     "TargetExists",
     "TeacherError",
     "UnknownTask",
+    "Untrusted",
     "UsedAfterFork",
     "VariantNotFound",
     "WordsOutOfRange",
@@ -197,6 +203,34 @@ class PathEscape(BundleError):
     """A path in the manifest is absolute, holds `..`, or leaves the bundle."""
 
     code = "path_escape"
+
+
+class Untrusted(BundleError):
+    """Not signed by a trusted key, not of the expected digest, or altered after it was signed."""
+
+    code = "untrusted"
+
+
+class DowngradeRefused(BundleError):
+    """An older version than the one that is installed."""
+
+    code = "downgrade_refused"
+
+
+class SelfTestFailed(BundleError):
+    """A bundle does not run on this device as it did where it was made."""
+
+    code = "self_test_failed"
+
+
+class DownloadFailed(BundleError):
+    code = "download_failed"
+
+
+class StoreNotWritable(BundleError):
+    """The store of installed models cannot be changed: no permission, no space left."""
+
+    code = "store_not_writable"
 
 
 class EngineError(EdgeSlmError):

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from edge_slm_runtime.errors import DataError, TargetExists
+from edge_slm_runtime.errors import BundleError, DataError, TargetExists
 
 LONGEST_LINE = 32 << 20  # bytes
 _ENDLESS = 256 << 20  # bytes without the end of a line
@@ -109,6 +109,16 @@ def _endless() -> DataError:
     return DataError(
         f"the input has a line of more than {_ENDLESS >> 20} MiB", "give a file of JSON lines"
     )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """No permission, a disk error, removed meanwhile: a BundleError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or path, error.strerror or error
+        raise BundleError(f"{where} cannot be read: {why}") from None
 
 
 def write_text(text: str, target: Path) -> None:

@@ -1,16 +1,19 @@
-"""Models that are installed as packages, and found by their names.
+"""Installed models, found by their names: those of the user's store, and those of packages.
 
-Such a package has an entry point of the group `edge_slm.models`: its name is that of the model,
-its value the `pathlib.Path` of the bundle folder. docs/bundle.md describes the package.
+A package has an entry point of the group `edge_slm.models`: its name is that of the model,
+its value the `pathlib.Path` of the bundle folder. docs/bundle.md describes both.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_slm_runtime.errors import BundleNotFound, shown
+from edge_slm_runtime.store import Store
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -22,31 +25,48 @@ def find_bundle(bundle: str | os.PathLike[str]) -> Path:
     """The folder of a bundle that is given by its path or by the name of an installed model.
 
     Whatever exists is taken as a path; so is a text with a path separator, and a `Path`. Only
-    any other text is looked up among the installed models. Raises BundleNotFound.
+    any other text is looked up, in the store before the packages. Raises BundleNotFound.
     """
-    path = Path(bundle)
-    if not isinstance(bundle, str) or path.name != bundle or os.path.lexists(path):
-        return path
+    if _is_path(bundle):
+        return Path(bundle)
+    name = str(bundle)
+    if (one := (store := Store()).get(name)) is not None:
+        return store.folder(one.current)
     entries = _entries()
-    if bundle not in entries:
-        names = ", ".join(sorted(entries))
+    if name not in entries:
+        names = ", ".join(sorted({*store.installed(), *entries}))
         raise BundleNotFound(
-            f"there is no folder {shown(bundle)}, and no model of that name is installed",
+            f"there is no folder {shown(name)}, and no model of that name is installed",
             f"installed: {names}" if names else "no model is; give the folder with manifest.json",
         )
-    return _folder(entries[bundle])
+    return _folder(entries[name])
+
+
+@contextmanager
+def loading(bundle: str | os.PathLike[str]) -> Iterator[Path]:
+    """The folder that `find_bundle` finds, while it is loaded: see `Store.attempt`."""
+    if _is_path(bundle) or (store := Store()).get(str(bundle)) is None:
+        yield find_bundle(bundle)
+        return
+    with store.attempt(str(bundle)) as folder:
+        yield folder
 
 
 def installed_models() -> dict[str, Path]:
     """The bundle folder of each installed model, by name, sorted. Packages that cannot be
     imported are left out; loading such a model by its name says why."""
     found = {}
-    for name, entry in sorted(_entries().items()):
-        try:
+    for name, entry in _entries().items():
+        with suppress(BundleNotFound):
             found[name] = _folder(entry)
-        except BundleNotFound:
-            continue
-    return found
+    store = Store()
+    found |= {name: store.folder(one.current) for name, one in store.installed().items()}
+    return dict(sorted(found.items()))
+
+
+def _is_path(bundle: str | os.PathLike[str]) -> bool:
+    path = Path(bundle)
+    return not isinstance(bundle, str) or path.name != bundle or os.path.lexists(path)
 
 
 def _entries() -> dict[str, EntryPoint]:

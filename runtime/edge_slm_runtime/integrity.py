@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 
 from edge_slm_runtime.bundle import (
     MANIFEST,
+    SIGNATURES,
     Manifest,
     file_entry,
     plain_path,
     read_manifest,
-    reading,
 )
 from edge_slm_runtime.errors import (
     FileAltered,
@@ -28,6 +28,7 @@ from edge_slm_runtime.errors import (
     ManifestInvalid,
     SymlinkRefused,
 )
+from edge_slm_runtime.files import reading
 from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.onnx_check import check_onnx
 from edge_slm_runtime.onnx_paths import external_locations
@@ -61,7 +62,7 @@ def verify_structure(bundle: str | os.PathLike[str]) -> Manifest:
     with reading(root):
         sizes = dict(_regular_files(root))
     for path in sizes:
-        if path != MANIFEST and path not in manifest.files:
+        if path not in (MANIFEST, SIGNATURES) and path not in manifest.files:
             raise FileUnlisted(f"{path} is not in the manifest", "remove it")
     for path, entry in manifest.files.items():
         if path not in sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -26,7 +26,7 @@ from edge_slm_runtime.errors import (
     shown,
 )
 from edge_slm_runtime.generate import SLM
-from edge_slm_runtime.installed import find_bundle
+from edge_slm_runtime.installed import loading
 from edge_slm_runtime.integrity import unchanged, verify_contents, verify_structure
 from edge_slm_runtime.memory import PREFIX_CACHE_MB, memory_estimate
 from edge_slm_runtime.text import TextCodec
@@ -45,6 +45,8 @@ def load(
     speculate: bool = False,
     max_memory_mb: float | None = None,
     prefill_tokens: int = PREFILL,
+    expected_digest: str | None = None,
+    trusted_keys: Sequence[str] = (),
 ) -> SLM:
     """Verifies a bundle and loads one of its variants.
 
@@ -63,7 +65,9 @@ def load(
     otherwise). max_memory_mb: MiB that the process may come to, by
     `memory.memory_estimate` for prompts and answers as long as the model takes; also a
     bound on the batch_size. prefill_tokens: of a prompt, computed at once; fewer take less
-    memory and more time (not for ctranslate2).
+    memory and more time (not for ctranslate2). expected_digest: of the bundle's manifest, which
+    covers every file. trusted_keys: public keys in hex, one of which the bundle must be signed
+    by (needs [sign]); without any, no signature is asked for.
 
     Raises a BundleError (see `integrity.verify`), VariantNotFound,
     EngineNotInstalled, EngineError, BadSetting, OutOfMemory.
@@ -76,38 +80,37 @@ def load(
         raise BadSetting(
             f"prefill_tokens is {shown(prefill_tokens)}", f"allowed: {ALIGN} or more, whole"
         )
-    root = find_bundle(path)
-    manifest = verify_structure(root)
     if max_memory_mb is not None:
         _check_size("max_memory_mb", max_memory_mb)
-    with unchanged(root, manifest.files):
-        verify_contents(root, manifest, [TOKENIZER], hashes=verify)
-        variants = pick_variants(manifest, engine, precision)
-        for variant, other in zip_longest(variants, variants[1:]):
-            most_rows = None
-            if max_memory_mb is not None:
-                most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
-            options = EngineOptions(
-                variant.precision,
-                int(threads or default_threads()),
-                int(prefix_cache_mb * (1 << 20)),
-                speculate,
-                int(prefill_tokens),
-            )
-            try:
-                codec, loaded = _open(root, manifest, variant, options, hashes=verify)
-            except MemoryError:
-                raise OutOfMemory(
-                    f"there is no memory to load {variant.name}", "choose a smaller variant"
-                ) from None
-            except EngineNotInstalled as error:
-                if other is None:
-                    raise
-                from logging import getLogger
+    cache, threads = int(prefix_cache_mb * (1 << 20)), int(threads or default_threads())
+    with loading(path) as root:
+        manifest = verify_structure(root)
+        if expected_digest is not None or trusted_keys:
+            from edge_slm_runtime.signatures import check_trust
 
-                getLogger("edge_slm").warning("%s; using %s instead", error.problem, other.engine)
-            else:
-                break
+            check_trust(root, manifest, trusted_keys, expected_digest)
+        with unchanged(root, manifest.files):
+            verify_contents(root, manifest, [TOKENIZER], hashes=verify)
+            variants = pick_variants(manifest, engine, precision)
+            for variant, other in zip_longest(variants, variants[1:]):
+                most_rows = None
+                if max_memory_mb is not None:
+                    most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
+                options = EngineOptions(
+                    variant.precision, threads, cache, speculate, int(prefill_tokens)
+                )
+                try:
+                    codec, loaded = _open(root, manifest, variant, options, hashes=verify)
+                except MemoryError:
+                    raise OutOfMemory(
+                        f"there is no memory to load {variant.name}", "choose a smaller variant"
+                    ) from None
+                except EngineNotInstalled as error:
+                    if other is None:
+                        raise
+                    _warn(f"{error.problem}; using {other.engine} instead")
+                else:
+                    break
     return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3, most_rows)
 
 
@@ -136,6 +139,12 @@ def _open(
             f"{TOKENIZER} has {codec.size} tokens, the model {manifest.model.vocab_size}"
         )
     return codec, open_engine(root / variant.path, manifest, variant, options)
+
+
+def _warn(text: str) -> None:
+    from logging import getLogger  # takes long to import, and few need it
+
+    getLogger("edge_slm").warning(text)
 
 
 def _check_size(name: str, value: object) -> None:

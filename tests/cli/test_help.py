@@ -35,7 +35,6 @@ def test_every_command_has_examples() -> None:
 @pytest.mark.parametrize("example", examples())
 def test_an_example_can_be_parsed(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("edge_slm_runtime.installed._entries", lambda: {})
     words = shlex.split(example)[1:]
     words = words[: next((i for i, word in enumerate(words) if word[0] in "<>"), len(words))]
     name, *arguments = ["./" + word if word == "my-bundle" else word for word in words]

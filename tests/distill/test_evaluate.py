@@ -12,14 +12,17 @@ import pytest
 import edge_slm
 from edge_slm.cli.console import stdout_console
 from edge_slm.distill.evaluate import evaluate, show, write_html
+from edge_slm.distill.evaluate.figures import added_words
 from edge_slm.distill.evaluate.grid import build_grid, generate
 from edge_slm.distill.evaluate.scorers import Cosine, StaticCosine, TaskClassifier, UniversalCosine
+from edge_slm.distill.evaluate.trivial import nearest
 from edge_slm.distill.rewards import Fluency, Relevance, Weighted
 from edge_slm.distill.samples import Sample, held_out_samples
 from edge_slm.distill.split import Reading, held_out
 from edge_slm.progress import silent
 from edge_slm_runtime import SLM
 from edge_slm_runtime.errors import DataError, UnknownTask
+from edge_slm_runtime.length import tolerance
 
 from .conftest import made_samples
 
@@ -120,6 +123,8 @@ def test_the_model_beside_baselines_references_and_others(result: dict[str, Any]
         "shuffled command",
         "no command",
         "best of 2, any level",
+        "request with a fixed ending",
+        "nearest training response",
         "same",
         "references",
         "parrot",
@@ -131,12 +136,52 @@ def test_the_model_beside_baselines_references_and_others(result: dict[str, Any]
     means = [row["scores"]["wordllama"]["value"] for row in (own, references)]
     assert found == pytest.approx(means[0] / means[1])
     assert references["obedience"]["words_hit_rate"]["value"] == 1
-    # The same bundle without a command is the same as no command.
-    assert rows["same"]["scores"] == rows["no command"]["scores"]
     assert parrot["n"] == 3
     assert parrot["echo"]["value"] == 1
     assert parrot["model_ratio"]["relevance"]["n"] == 3
-    assert rows["nobody"] == {"name": "nobody", "kind": "answers", "n": 0}
+    assert rows["nobody"] == {"name": "nobody", "kind": "answers", "n": 0, "by_task": {}}
+
+
+def test_trivial_baselines(samples: list[Sample], result: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in result["answers"]}
+    echo, near = rows["request with a fixed ending"], rows["nearest training response"]
+    assert echo["scores"]["keywords"]["value"] == 1
+    assert echo["n"] == 6
+    train = [*made_samples(200, seed=1), Sample("cats", "cat, tom", "tags")]
+    found = nearest(samples, train, StaticCosine())
+    for sample, text in zip(samples, found, strict=True):
+        # The request itself is among those of training, and its response of that length wins.
+        low, high = tolerance(sample.words)
+        assert text in {s.response for s in train if s.task == sample.task}
+        assert text is not None
+        assert low <= len(text.split()) <= high
+    assert found[-1] == "cat, tom"
+    assert nearest(samples, train[:-1][:0], StaticCosine()) == [None] * 6
+    assert near["by_task"]["image"]["words_hit_rate"]["value"] > 0.5
+
+
+def test_every_row_task_by_task(samples: list[Sample], result: dict[str, Any]) -> None:
+    rows = {row["name"]: row["by_task"] for row in result["answers"]}
+    references, echo, parrot = (
+        rows[name] for name in ("references", "request with a fixed ending", "parrot")
+    )
+    assert set(references) == {"image", "tags"}
+    assert set(parrot) == {"image"}  # it answered none of the tags
+    image = references["image"]
+    assert image["n"] == 5
+    assert image["words_hit_rate"]["value"] == 1
+    assert {ratio["value"] for ratio in image["reference_ratio"].values()} == {1}
+    assert image["kept_short"]["value"] == 1  # these references begin with their request
+    assert parrot["image"]["reference_ratio"]["added"]["value"] == 0
+    assert echo["image"]["reference_ratio"]["wordllama"]["value"] > 0.5
+    assert parrot["image"]["faults"]["unfinished"]["value"] == 1
+    by_level = result["relevance"]["by_task"]
+    assert by_level["image"]["monotonicity"]["value"] > 0.5
+
+
+def test_added_words() -> None:
+    assert added_words("a red fox", "Red foxes in deep snow, deep deep snow") == 2  # deep, snow
+    assert added_words("a red fox", "a red fox") == 0
 
 
 def test_best_of_n_is_the_best_under_the_training_reward(
@@ -265,6 +310,8 @@ def test_tables_and_page(
         "references",
         "parrot",
         "Cross-talk",
+        "image: 5 requests",
+        "P(higher gives more)",
         "bootstrap over requests",
     ):
         assert said in printed

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_slm.distill.evaluate.by_task import figures_by_task
 from edge_slm.distill.evaluate.evidence import Evidence, Other, Texts
 from edge_slm.distill.evaluate.faults import faults
 from edge_slm.distill.evaluate.figures import diversity
@@ -55,7 +56,7 @@ def compare(e: Evidence, embedder: StaticCosine) -> list[dict[str, Any]]:
 def _row(e: Evidence, embedder: StaticCosine, texts: Texts, model: Texts) -> dict[str, Any]:
     at = np.array([i for i, text in enumerate(texts.column()) if text is not None], int)
     if not at.size:
-        return {"n": 0}
+        return {"n": 0, "by_task": {}}
     samples = [e.samples[i] for i in at]
     theirs, mine = ([column[i] or "" for i in at] for column in (texts.column(), model.column()))
     scored = {name: (e.score(model, name)[at], e.score(texts, name)[at]) for name in e.scores.names}
@@ -94,6 +95,7 @@ def _row(e: Evidence, embedder: StaticCosine, texts: Texts, model: Texts) -> dic
         "faults": faults(samples, theirs),
         "model_ratio": {name: figure.as_dict() for name, figure in ratios.items()},
         "obedience": {name: figure.as_dict() for name, figure in obedience.items()},
+        "by_task": figures_by_task(e, texts),
     }
 
 

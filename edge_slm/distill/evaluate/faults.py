@@ -7,7 +7,7 @@ and `keywords`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,13 +20,18 @@ from edge_slm_runtime.errors import DependencyMissing
 
 _ENDS = re.compile(r"[.!?…][\"'”’)\]]*$")
 _QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
+_COMMON = 1e-6  # frequency that each part of a compound has at least
 _TASKS_OF_LISTS = ("tags", "title")  # which need no sentence
 
 
 def invented(request: str, text: str) -> bool:
-    """Whether a word of the text is in no word list and not in the request."""
+    """Whether a word of the text is in no word list and not in the request.
+
+    Quoted text is not judged: names and made-up words belong there.
+    """
     asked = set(words_of(request))
-    unknown = (word for word in words_of(text) if word.isascii() and word.isalpha())
+    prose = _QUOTED.sub(" ", text)
+    unknown = (word for word in words_of(prose) if word.isascii() and word.isalpha())
     return any(word not in asked and not _is_word(word) for word in unknown)
 
 
@@ -70,25 +75,27 @@ def faults(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, Any]:
 
 
 @cache
-def _speller() -> Any:
+def _frequencies() -> Mapping[str, float]:
+    """Word → its share of all words: English as it is written, names and loan words too."""
     try:
-        from spellchecker import SpellChecker
+        from wordfreq import get_frequency_dict
     except ImportError:
         raise DependencyMissing(
-            "finding invented words needs pyspellchecker", "pip install 'edge-slm[train]'"
+            "finding invented words needs wordfreq", "pip install 'edge-slm[train]'"
         ) from None
-    return SpellChecker(language="en", distance=1)
+    words: Mapping[str, float] = get_frequency_dict("en", wordlist="large")
+    return words
 
 
 @cache
 def _is_word(word: str) -> bool:
-    """In the list, or an inflection or a compound of words that are."""
-    known = _speller().word_frequency
+    """In the list, or an inflection of a word that is, or a compound of two that are common."""
+    known = _frequencies()
     stems = [word, word.removesuffix("s"), word.removesuffix("ly"), word.removesuffix("ness")]
     return len(word) < 3 or any(stem in known for stem in stems) or _is_compound(word)
 
 
 def _is_compound(word: str) -> bool:
-    known = _speller().word_frequency
+    known = _frequencies()
     cuts = range(4, len(word) - 3)
-    return any(word[:i] in known and word[i:] in known for i in cuts)
+    return any(min(known.get(word[:i], 0), known.get(word[i:], 0)) >= _COMMON for i in cuts)

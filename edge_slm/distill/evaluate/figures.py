@@ -10,6 +10,7 @@ import numpy as np
 
 from edge_slm.distill.evaluate.evidence import Evidence
 from edge_slm.distill.evaluate.scorers import TaskClassifier
+from edge_slm.distill.rewards.keywords import content_stems
 from edge_slm.distill.samples import Sample
 from edge_slm_bench.metrics.quality import (
     Estimate,
@@ -90,12 +91,21 @@ def relevance(e: Evidence) -> dict[str, Any]:
             }
             for i in range(count + 1)
         ],
-        "all": adherence(asked, got, hits),
-        "by_task": {task: adherence(asked[at], got[at], hits[at]) for task, at in e.tasks.items()},
+        "all": {
+            **adherence(asked, got, hits),
+            "monotonicity": monotonicity(asked, rewards).as_dict(),
+        },
+        "by_task": {
+            task: {
+                **adherence(asked[at], got[at], hits[at]),
+                "monotonicity": monotonicity(asked[at], rewards[at]).as_dict(),
+            }
+            for task, at in e.tasks.items()
+        },
+        "monotonicity": {n: monotonicity(asked, s[:, :count]).as_dict() for n, s in scored.items()},
         "spearman_of_means": {
             n: bootstrap(_spearman_of_means, s[:, :count]).as_dict() for n, s in scored.items()
         },
-        "monotonicity": {n: monotonicity(asked, s[:, :count]).as_dict() for n, s in scored.items()},
         "shuffled": _shuffled(asked, rewards),
         "confusion": {
             "labels": [str(level) for level in range(count)],
@@ -190,12 +200,19 @@ def diversity(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, Any]
     pairs = [(sample.request, text) for sample, text in zip(samples, texts, strict=True)]
     kept = np.array([copied_words(*pair) for pair in pairs])
     echoed = np.array([echo(*pair) for pair in pairs])
+    added = np.array([float(added_words(*pair)) for pair in pairs])
     return {
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
+        **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
         "echo": bootstrap_mean(echoed).as_dict(),
         "request_words_kept": bootstrap_mean(kept).as_dict(),
+        "added_words": bootstrap_mean(added).as_dict(),
     }
+
+
+def added_words(request: str, text: str) -> int:
+    """How many content words the text adds: those not in the request, each counted once and in
+    any inflection."""
+    return len(set(content_stems(text)) - set(content_stems(request)))
 
 
 def _shuffled(asked: Float64, rewards: Float64) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from edge_slm.distill.evaluate.tables import (
     level_table,
     obedience_table,
     scorer_names,
+    tables_by_task,
     task_table,
 )
 from edge_slm_bench.page import Card, Figure, Section, Tile, render_page
@@ -35,7 +36,7 @@ def write_html(result: Result, path: str | Path) -> None:
     sections = [_length(result), _relevance(result)]
     if result["task"]:
         sections.append(_task(result))
-    sections += [_comparison(result), _cross_talk(result), _examples(result)]
+    sections += [_comparison(result), _by_task(result), _cross_talk(result), _examples(result)]
     title = f"Does {result['model']['name']} obey?"
     page = render_page(title, about(result), _tiles(result), sections, footnote(result))
     write_text(page, Path(path))
@@ -49,7 +50,11 @@ def _tiles(result: Result) -> list[Tile]:
     tiles = [
         _tile("words within ±10% or ±2, model alone", alone["hit_rate"], ".1%"),
         _tile("words asked and got, Spearman", alone["spearman"]),
-        _tile("level → mean reward, Spearman", result["relevance"]["spearman_of_means"][first]),
+        _tile(
+            "of two levels, the higher gives more",
+            result["relevance"]["monotonicity"][first],
+            ".1%",
+        ),
         *(
             _tile(f"{names[key]}, model ÷ references", references["model_ratio"][key])
             for key in names
@@ -200,6 +205,15 @@ def _comparison(result: Result) -> Section:
             ),
         ],
         [comparison_table(result), faults_table(result), obedience_table(result)],
+    )
+
+
+def _by_task(result: Result) -> Section:
+    return Section(
+        "Task by task",
+        "All were asked for the references' words. ÷ ref.: the row ÷ the references to the same "
+        "requests.",
+        tables=tables_by_task(result),
     )
 
 

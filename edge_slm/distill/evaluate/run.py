@@ -15,7 +15,13 @@ from edge_slm.distill.evaluate import figures
 from edge_slm.distill.evaluate.comparison import compare
 from edge_slm.distill.evaluate.evidence import Evidence, Other, Pair, Scores, Texts
 from edge_slm.distill.evaluate.grid import LENGTHS, Block, Grid, build_grid, generate
-from edge_slm.distill.evaluate.scorers import StaticCosine, TaskClassifier, UniversalCosine
+from edge_slm.distill.evaluate.scorers import (
+    Cosine,
+    StaticCosine,
+    TaskClassifier,
+    UniversalCosine,
+)
+from edge_slm.distill.evaluate.trivial import echoes, nearest
 from edge_slm.distill.levels import Edges, Levels
 from edge_slm.distill.rewards import Keywords, Relevance, Reward
 from edge_slm.distill.samples import Sample
@@ -41,9 +47,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every figure, JSON-ready, for `show` and `write_html`.
 
-    samples: held-out, with the reference answers. train_samples: to train the task
-    classifier; without them task accuracy is left out. answers: name → request → text of
-    another model. baselines: models that get no command. best_of: candidates of the
+    samples: held-out, with the reference answers. train_samples: for the task classifier and
+    the nearest training response; without them both are left out. answers: name → request → text of
+    another model. baselines: models that get the task alone. best_of: candidates of the
     best-of-n baseline; below 2 it is left out. reward: that of the training (default:
     MiniLM relevance). lengths: words to command.
 
@@ -70,7 +76,10 @@ def evaluate(
         raise DataError(f"{len(grid.samples)} held-out requests are too few", "give more data")
     outs = generate(slm, _flat(grid.blocks.values()), "generate", report)
     written = _written(grid, outs)
-    others = _others(grid, baselines or {}, answers or {}, report)
+    others = [
+        *_trivial(grid, train_samples, static),
+        *_others(grid, baselines or {}, answers or {}, report),
+    ]
     scored = [texts for name, texts in written.items() if name not in _UNSCORED]
     pairs = _pairs(grid, [*scored, *(other.texts for other in others)])
     scores = Scores(reward, (static, universal, Keywords()), pairs, report)
@@ -132,6 +141,14 @@ def _written(grid: Grid, outs: Mapping[Request, Generation]) -> dict[str, Texts]
     return written
 
 
+def _trivial(grid: Grid, train: Sequence[Sample], encoder: Cosine) -> list[Other]:
+    """The baselines that need no model."""
+    found = {"request with a fixed ending": echoes(grid.samples)}
+    if train:
+        found["nearest training response"] = nearest(grid.samples, train, encoder)
+    return [Other(name, "baseline", _column(texts)) for name, texts in found.items()]
+
+
 def _others(
     grid: Grid,
     baselines: Mapping[str, SLM],
@@ -140,13 +157,17 @@ def _others(
 ) -> list[Other]:
     others = []
     for name, slm in baselines.items():
-        asked = [Request(sample.request, keep_length=False) for sample in grid.samples]
+        asked = [Request(s.request, s.task, keep_length=False) for s in grid.samples]
         outs = generate(slm, asked, f"generate {name}", report)
-        others.append(Other(name, "baseline", Texts([[outs[r].text] for r in asked])))
+        others.append(Other(name, "baseline", _column([outs[r].text for r in asked])))
     for name, texts in answers.items():
-        rows = [[texts.get(sample.request)] for sample in grid.samples]
-        others.append(Other(name, "answers", Texts(rows)))
+        column = _column([texts.get(sample.request) for sample in grid.samples])
+        others.append(Other(name, "answers", column))
     return others
+
+
+def _column(texts: Iterable[str | None]) -> Texts:
+    return Texts([[text] for text in texts])
 
 
 def _flat(blocks: Iterable[Block]) -> list[Request | None]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from edge_slm.distill.evaluate.by_task import SHORT
 from edge_slm_bench.page import Table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_FAULTS = {
+    "invented": "an invented word",
+    "repeats": "a repeated trigram",
+    "unfinished": "no end of the last sentence",
+    "quoted": "the text to show, verbatim",
+    "keywords": "keywords of a scene",
+}
 Result = Mapping[str, Any]
+
+MORE = "P(higher gives more)"
 
 _SCORERS = {
     "relevance": "MiniLM",
@@ -30,6 +40,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def print_table(table: Table, console: Console) -> None:
+    """In the terminal, as wide as that allows."""
     from rich.table import Table as RichTable
 
     shown = RichTable(title=table.caption, title_justify="left", box=None, pad_edge=False)
@@ -68,6 +79,7 @@ def tables(result: Result) -> list[Table]:
         faults_table(result),
         obedience_table(result),
         cross_talk_table(result),
+        *tables_by_task(result),
     ]
 
 
@@ -109,9 +121,9 @@ def length_table(result: Result) -> Table:
 
     rows = [row(words, a, kept["by_length"][words]) for words, a in alone["by_length"].items()]
     rows.append(row("*all", alone["all"], kept["all"]))
-    for name in ("spearman", "monotonicity"):
+    for name, title in (("spearman", "Spearman"), ("monotonicity", MORE)):
         figures = figure(alone["all"][name]), bare(kept["all"][name])
-        rows.append([name.capitalize(), "", figures[0], "", figures[1], ""])
+        rows.append([title, "", figures[0], "", figures[1], ""])
     head = ["words asked", "n", "within ±10% or ±2, model alone", "mean abs. error"]
     return Table(
         [*head, "with the promise", "mean abs. error"], rows, "Length, at the highest level"
@@ -139,10 +151,10 @@ def level_table(result: Result) -> Table:
     ]
     references = next(r for r in result["answers"] if r["kind"] == "references")
     rows.append(row("*references", references["scores"], None, references))
-    for title, part in (("Spearman", "spearman_of_means"), ("Monotonicity", "monotonicity")):
+    for title, part in ((MORE, "monotonicity"), ("Spearman, level → mean", "spearman_of_means")):
         by_name = result["relevance"][part]
         cells = [(figure if key == first else bare)(by_name[key]) for key in names]
-        rows.append([f"{title}, level → mean" if title == "Spearman" else title, *cells])
+        rows.append([title, *cells])
         rows.append(["– shuffled", figure(result["relevance"]["shuffled"][part])])
     width = len(names) + len(ratios) + 4
     rows = [[*row, *[""] * (width - len(row))] for row in rows]
@@ -174,8 +186,8 @@ def axis_table(result: Result) -> Table:
                 figure(level["monotonicity"], ".2f"),
             ]
         )
-    words_head = ("words: hit", "error", "Spearman", "monotonicity")
-    level_head = ("level: hit", "error", "Spearman", "monotonicity")
+    words_head = ("words: hit", "error", "Spearman", MORE)
+    level_head = ("level: hit", "error", "Spearman", MORE)
     return Table(
         ["task", "requests", *words_head, *level_head], rows, "Every axis per task, model alone"
     )
@@ -208,7 +220,7 @@ def comparison_table(result: Result) -> Table:
     rows = []
     for r in result["answers"]:
         if not r["n"]:
-            rows.append([r["name"], "0", *["–"] * (2 * len(names) + 6)])
+            rows.append([r["name"], "0", *["–"] * (2 * len(names) + 7)])
             continue
         ratio = r["model_ratio"]
         rows.append(
@@ -218,29 +230,25 @@ def comparison_table(result: Result) -> Table:
                 f"{r['words']:.1f}",
                 *(bare(r["scores"][key]) for key in names),
                 *(figure(ratio[key]) for key in names),
-                f"{r['distinct_2']:.3f}",
+                " ".join(f"{r[f'distinct_{n}']:.2f}" for n in (1, 2, 3)),
                 bare(r["self_similarity"]),
                 bare(r["echo"]),
+                bare(r["added_words"], ".1f"),
                 bare(r["scores"]["keywords"], ".1%"),
             ]
         )
     head = ["answers", "n", "words", *names.values(), *(f"model ÷ {n}" for n in names.values())]
     return Table(
-        [*head, "distinct-2", "self-sim.", "echo", "request kept"],
+        [*head, "distinct-1 -2 -3", "self-sim.", "echo", "words added", "request kept"],
         rows,
         "Relevance and diversity; model ÷: the first row ÷ this one, same requests",
     )
 
 
 def faults_table(result: Result) -> Table:
-    names = {
-        "invented": "an invented word",
-        "repeats": "a repeated trigram",
-        "unfinished": "no end of the last sentence",
-        "quoted": "the text to show, verbatim",
-        "keywords": "keywords of a scene",
-    }
-    found = [name for name in names if any(name in r.get("faults", {}) for r in result["answers"])]
+    found = [
+        name for name in _FAULTS if any(name in r.get("faults", {}) for r in result["answers"])
+    ]
     rows = [
         [
             f"*{r['name']}" if r["kind"] == "references" else r["name"],
@@ -250,7 +258,7 @@ def faults_table(result: Result) -> Table:
         if r["n"]
     ]
     return Table(
-        ["answers", *(names[name] for name in found)], rows, "Share of answers that have …"
+        ["answers", *(_FAULTS[name] for name in found)], rows, "Share of answers that have …"
     )
 
 
@@ -279,7 +287,7 @@ def cross_talk_table(result: Result) -> Table:
     shares = [row["words_per_asked"]["value"] for row in words["rows"]]
     shifts = [row["shift"]["value"] for row in reward["rows"]]
     return Table(
-        ["commanded → measured", "monotonicity (0.5: no influence)", "lowest", "highest"],
+        ["commanded → measured", f"{MORE} (0.5: no influence)", "lowest", "highest"],
         [
             [
                 "level → words ÷ words asked",
@@ -296,3 +304,36 @@ def cross_talk_table(result: Result) -> Table:
         ],
         "Cross-talk between the axes",
     )
+
+
+def tables_by_task(result: Result) -> list[Table]:
+    """A table per task: a row per set of answers."""
+    return [_of_task(result, task, n) for task, n in result["tasks"].items()]
+
+
+def _of_task(result: Result, task: str, n: int) -> Table:
+    rows = [(row, row["by_task"][task]) for row in result["answers"] if task in row["by_task"]]
+    independent = [s["name"] for s in result["scorers"] if not s["training"]]
+    names = {key: name for key, name in scorer_names(result).items() if key in independent}
+    names.pop("keywords", None)
+    judged = [name for name in _FAULTS if any(name in part["faults"] for _, part in rows)]
+    cells = [
+        [
+            f"*{row['name']}" if row["kind"] == "references" else row["name"],
+            bare(part["words_hit_rate"], ".0%"),
+            *(figure(part["reference_ratio"][key], ".2f") for key in names),
+            figure(part["kept_short"], ".1%"),
+            bare(part["reference_ratio"]["added"], ".2f"),
+            *(bare(part["faults"][name], ".0%") for name in judged),
+        ]
+        for row, part in rows
+    ]
+    head = [
+        "answers",
+        "words within tolerance",
+        *(f"{name} ÷ ref." for name in names.values()),
+        f"request kept, ≤ {SHORT} words",
+        "added words ÷ ref.",
+        *(_FAULTS[name] for name in judged),
+    ]
+    return Table(head, cells, f"{task}: {n} requests")
