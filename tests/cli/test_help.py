@@ -38,7 +38,8 @@ def test_an_example_can_be_parsed(example: str, monkeypatch: pytest.MonkeyPatch)
     words = shlex.split(example)[1:]
     words = words[: next((i for i, word in enumerate(words) if word[0] in "<>"), len(words))]
     name, *arguments = ["./" + word if word == "my-bundle" else word for word in words]
-    with main.commands[name].make_context(name, arguments, parent=click.Context(main)):
+    parent = click.Context(main, **main.context_settings)
+    with main.commands[name].make_context(name, arguments, parent=parent):
         pass
 
 
@@ -50,7 +51,7 @@ def completions(*words: str) -> list[str]:
         "COMP_CWORD": str(len(words)),
     }
     done = subprocess.run(EDGE_SLM, env=environment, capture_output=True, text=True, check=False)
-    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
 
 def test_tasks_and_commands_are_completed(tiny_bundle: Path) -> None:
