@@ -366,4 +366,6 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
-    return float(np.percentile(values, q)) if len(values) else None
+    """None of fewer values than one in the tail needs: 10 for the 90th, 100 for the 99th."""
+    enough = len(values) * (100 - q) >= 100 or (len(values) > 0 and q <= 50)
+    return float(np.percentile(values, q)) if enough else None

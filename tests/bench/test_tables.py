@@ -11,7 +11,7 @@ from made_report import KINDS, make_report, measured
 from rich.console import Console
 
 from edge_slm_bench import tables
-from edge_slm_bench.results import Cell, CellResult, Figures, Report
+from edge_slm_bench.results import Cell, CellResult, Figures, Report, percentile
 from edge_slm_bench.rows import number, speed_tables
 
 EMPTY = Report("edge-slm bench x", "2026-01-31", {}, {}, {}, (), interrupted=True)
@@ -217,3 +217,9 @@ def test_a_report_of_nothing_is_shown(report: Report) -> None:
 )
 def test_numbers_have_about_three_figures(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(("q", "least"), [(50, 1), (90, 10), (99, 100)])
+def test_a_percentile_needs_a_value_in_its_tail(q: float, least: int) -> None:
+    assert percentile([1.0] * (least - 1), q) is None
+    assert percentile([1.0] * least, q) == 1
