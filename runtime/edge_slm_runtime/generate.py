@@ -201,6 +201,11 @@ class SLM:
         seconds = [perf_counter() - started for _ in self._decode([answer], 1)]
         return Trace(answer.plan.prompt, tuple(answer.ids), tuple(seconds))
 
+    def trim_memory(self) -> None:
+        """Drops the keys and values kept of earlier prompts (`prefix_cache_mb`), as for a warning of
+        the system that memory is short; answers under way are not touched."""
+        self._engine.trim_memory()
+
     def close(self) -> None:
         """Frees the model; a later call raises EngineError."""
         self._engine.close()

@@ -120,6 +120,9 @@ class Engine(ABC):
         """The prediction [V] after each of `ids`, token by token as decoding computes it. The
         array may be reused. Raises as `decode`."""
 
+    def trim_memory(self) -> None:  # noqa: B027
+        """Gives back what is kept only to save time later."""
+
     @abstractmethod
     def close(self) -> None:
         """Frees the model; the engine cannot be used afterwards."""
