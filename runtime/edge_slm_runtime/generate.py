@@ -202,8 +202,8 @@ class SLM:
         return Trace(answer.plan.prompt, tuple(answer.ids), tuple(seconds))
 
     def trim_memory(self) -> None:
-        """Drops the keys and values kept of earlier prompts (`prefix_cache_mb`), as for a warning of
-        the system that memory is short; answers under way are not touched."""
+        """Drops the keys and values kept of earlier prompts (`prefix_cache_mb`), for when the
+        system warns of short memory. Answers under way are not touched."""
         self._engine.trim_memory()
 
     def close(self) -> None:
