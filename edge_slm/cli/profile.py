@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_slm.cli.console import emit_json, json_option, progress_bar, stdout_console
-from edge_slm.cli.options import counts
+from edge_slm.cli.options import Number, counts
 from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.installed import find_bundle
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edge_slm_bench.advice import Advice, Limits, VariantRow
     from edge_slm_bench.machine import Machine
 
-_limit = click.FloatRange(min=0, min_open=True)
+_limit = Number(min=0, min_open=True)
 
 
 @click.command(short_help="What fits this device: variant, threads, memory, latency.")

@@ -19,11 +19,12 @@ from edge_slm_runtime.command import Command, CommandSchema, count_words, is_cou
 from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import BadSetting, OutOfMemory, RequestTooLong, shown
 from edge_slm_runtime.length import tolerance
-from edge_slm_runtime.memory import peak_rss_mb
+from edge_slm_runtime.memory import memory_errors, peak_rss_mb
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
 from edge_slm_runtime.sampling import Logits, not_finite
 from edge_slm_runtime.text import TextCodec
 
+_NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _STOPS_MAX, _STOP_LENGTH_MAX = 64, 256  # all are looked for after every token
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
@@ -123,7 +124,7 @@ class SLM:
         return Stream(self, Closable(self._decode([answer], 1)))
 
     def generate_batch(
-        self, requests: Iterable[Request], batch_size: int = 8
+        self, requests: Iterable[str | Request], batch_size: int = 8
     ) -> Closable[Generation]:
         """Answers in input order, each equal to what it would be alone (onnxruntime's int4: but
         for the rounding of its kernels, which add in another order for several rows).
@@ -141,11 +142,13 @@ class SLM:
             )
         return Closable(self._batch(requests, batch_size))
 
-    def check(self, request: Request) -> Plan:
+    @memory_errors(*_NO_MEMORY)
+    def check(self, request: str | Request) -> Plan:
         """Everything that can be wrong with a request, found before it is run.
 
         Raises as `generate`. The Plan says what the model would be given.
         """
+        request = Request.of(request)
         command = self.manifest.prompt.check(request.command)
         sampling = request.sampling
         self._engine.check(sampling)
@@ -221,7 +224,7 @@ class SLM:
     ) -> None:
         self.close()
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: str | Request) -> Answer:
         started = perf_counter()
         return Answer(self.check(request), self._codec, started)
 
@@ -239,11 +242,8 @@ class SLM:
                     f"{used} answers at a time need more than max_memory_mb",
                     f"at most {self._most_rows}; finish or close streams",
                 )
-            yield from self._engine.decode(answers, mine.count)
-        except MemoryError:
-            raise OutOfMemory(
-                "there is no memory for the answer", "close other streams, or ask for less"
-            ) from None
+            with memory_errors(*_NO_MEMORY):
+                yield from self._engine.decode(answers, mine.count)
         finally:
             del mine  # now, although an error may keep this frame
 
@@ -258,7 +258,7 @@ class SLM:
         return used
 
     def _batch(
-        self, requests: Iterable[Request], batch_size: int
+        self, requests: Iterable[str | Request], batch_size: int
     ) -> Generator[Generation, None, None]:
         order: deque[Answer] = deque()
 
