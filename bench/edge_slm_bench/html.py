@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edge_slm_bench.plots_speed import Line, Point, Spread, bars, lines, pareto,
 from edge_slm_bench.results import CellResult, Report, Scenario
 from edge_slm_bench.rows import number, speed_tables
 from edge_slm_bench.tables import endurance_tables, quality_tables
+from edge_slm_runtime.errors import DependencyMissing
 from edge_slm_runtime.files import write_text
 from edge_slm_runtime.length import tolerance
 
@@ -22,6 +24,15 @@ TOP1_TO_CHOOSE = 0.95
 SPREAD = "Dot: median; bar: the middle half; line: 1% to 99%; speck: the slowest."
 STEPS = "Every token after the first; a request's mean where its engine reports no more."
 FLOOR = "Decode time ÷ the time to read the weights once, just before; dashed: the floor."
+
+
+def check_needs() -> None:
+    """Raises DependencyMissing, which `write_html` would after all was measured."""
+    for package in ("jinja2", "matplotlib"):
+        if find_spec(package) is None:
+            raise DependencyMissing(
+                f"an HTML report needs {package}", "pip install 'edge-slm[bench]'"
+            )
 
 
 def write_html(report: Report, path: str | Path) -> None:

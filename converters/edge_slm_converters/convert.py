@@ -98,7 +98,7 @@ def convert(
     Raises CheckpointError, GateRefused, TargetExists, DependencyMissing,
     EngineNotInstalled; then `out` does not exist.
     """
-    chosen = _chosen(variants)
+    chosen = chosen_variants(variants)
     out = Path(out)
     with write_folder_aside(out) as folder:
         # The reference is always written, measured against, and dropped if not asked for.
@@ -132,13 +132,13 @@ def convert(
         )
 
 
-def _chosen(variants: Sequence[str] | None) -> Sequence[str]:
+def chosen_variants(variants: Sequence[str] | None) -> Sequence[str]:
     """Raises CheckpointError for a name that no variant has."""
     if variants is None:
         variants = [name for name in DEFAULT_VARIANTS if find_spec(VARIANTS[name].engine)]
     if not variants or not set(variants) <= set(VARIANTS):
         raise CheckpointError(
-            f"cannot convert to {', '.join(variants) or 'nothing'}",
+            f"cannot convert to {', '.join(set(variants) - set(VARIANTS)) or 'nothing'}",
             f"variants: {', '.join(VARIANTS)}",
         )
     return variants

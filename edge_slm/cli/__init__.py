@@ -8,6 +8,7 @@ import edge_slm
 from edge_slm.cli import console
 from edge_slm.cli.batch import batch
 from edge_slm.cli.bench import bench
+from edge_slm.cli.completion import completion
 from edge_slm.cli.convert import convert
 from edge_slm.cli.demo import demo
 from edge_slm.cli.distill import distill
@@ -24,11 +25,11 @@ __all__ = ["main"]
 
 @click.group(
     cls=console.Commands,
-    epilog=console.EXIT_CODES,
+    epilog=f"{console.EXAMPLES}\n\n{console.EXIT_CODES}",
     commands=[
         *(demo, distill, convert, package, verify, info),
         *(install, rollback, prune, pack, sign, trust),
-        *(generate, batch, profile, bench, evaluate),
+        *(generate, batch, profile, bench, evaluate, completion),
     ],
     context_settings={"help_option_names": ["-h", "--help"]},
 )

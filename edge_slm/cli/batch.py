@@ -1,47 +1,62 @@
-"""`edge-slm batch`: JSONL requests in, JSONL prompts out; resumable after a crash."""
+"""`edge-slm batch`: a file of requests in, JSONL prompts out; resumable after a crash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, json_text, note, progress_bar
-from edge_slm.cli.options import model_options, sampling_options
-from edge_slm.cli.output import ResumableOutput
-from edge_slm_runtime.errors import DataError, EdgeSlmError, NotSupportedByEngine
-from edge_slm_runtime.files import LONGEST_LINE, copy_lines, read_lines
+from edge_slm.cli.batch_input import (
+    FORMATS,
+    SETTINGS,
+    InputLine,
+    format_of,
+    open_input,
+    read_input,
+)
+from edge_slm.cli.console import (
+    emit_json,
+    examples,
+    json_option,
+    json_text,
+    note,
+    progress_bar,
+    warn,
+)
+from edge_slm.cli.options import command_options, model_options, sampling_options
+from edge_slm.cli.output import ResumableOutput, complete_output, put_in_place
+from edge_slm_runtime.errors import BatchFailed, DataError, EdgeSlmError, NotSupportedByEngine
 
-_KEYS = ["id", *(field.name for field in fields(edge_slm.Request))]
-_NEEDED = ("id", "request", "task")
-_NEEDED_OF_OTHERS = ("id", "request")  # where the model knows no commands
-
-
-@dataclass(frozen=True, slots=True)
-class InputLine:
-    """One line of the input: a request, or its error."""
-
-    line: int
-    id: str | int | None = None
-    request: edge_slm.Request | None = None
-    error: EdgeSlmError | None = None
+_OF_ANSWERS = (  # keys of output records, beside the id, the request and its settings
+    *(
+        "line",
+        "repeats",
+        "text",
+        "asked_words",
+        "finish_reason",
+        "in_tolerance",
+        "warnings",
+        "error",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRun:
-    """Answers lines. defaults: `Request` settings of lines without their own."""
+    """Answers the rows of an input. form, encoding: see `read_input`. defaults: `Request`
+    settings of rows without their own."""
 
     slm: edge_slm.SLM
+    form: str
+    encoding: str | None
     defaults: dict[str, Any]
     seed: int
     batch_size: int
@@ -50,6 +65,8 @@ class BatchRun:
         """Everything that the answers depend on."""
         return {
             "input_sha256": input_sha256,
+            "format": self.form,
+            "encoding": self.encoding,
             "bundle": self.slm.manifest.digest,
             "variant": self.slm.variant.name,
             "threads": self.slm.threads,
@@ -59,26 +76,44 @@ class BatchRun:
             "seed": self.seed,
         }
 
-    def answers(self, stream: BinaryIO, group: int, done: int = 0) -> Iterator[dict[str, Any]]:
-        """Output records after the first `done` lines, computed `group` lines at a time."""
-        lines = islice(_numbered(stream), done, None)
-        while some := list(islice(lines, group)):
-            rows = [self._row(number, line) for number, line in some]
-            good = [row.request for row in rows if row.request]
-            results = self.slm.generate_batch(good, self.batch_size)
-            for row in rows:
-                yield _failure(row, row.error) if row.error else _answer(row, next(results))
+    def rows(self, stream: BinaryIO) -> Iterator[InputLine]:
+        """As `read_input`."""
+        return read_input(stream, self.form, self.encoding)
 
-    def _row(self, number: int, line: bytes) -> InputLine:
-        row = InputLine(number)
+    def answers(
+        self,
+        stream: BinaryIO,
+        group: int,
+        done: int = 0,
+        earlier: Iterable[dict[str, Any]] = repeat({"error": None}),
+    ) -> Iterator[dict[str, Any]]:
+        """Output records after the first `done` rows, computed `group` rows at a time.
+
+        earlier: a record for each row; those that hold an answer are kept.
+        """
+        pairs = islice(zip(self.rows(stream), earlier, strict=False), done, None)
+        while some := list(islice(pairs, group)):
+            rows = [(self._checked(row) if "error" in old else row, old) for row, old in some]
+            asked = [row.request for row, _ in rows if row.request]
+            results = self.slm.generate_batch(asked, self.batch_size)
+            for row, old in rows:
+                if "error" not in old:
+                    yield old | {"line": row.line}
+                elif row.error:
+                    yield _failure(row, row.error)
+                else:
+                    yield _answer(row, next(results))
+
+    def _checked(self, row: InputLine) -> InputLine:
+        """The row with its request or its error."""
+        if row.error:
+            return row
         try:
-            data = _parse(line)
-            row = replace(row, id=_id_of(data))
-            _check_shape(data, _NEEDED if self.slm.manifest.prompt.schema else _NEEDED_OF_OTHERS)
-            del data["id"]
-            settings = {"seed": None, **self.defaults, **data}
+            _check_fields(row)
+            given = {name: row.fields[name] for name in SETTINGS if name in row.fields}
+            settings = {"seed": None, **self.defaults, **given}
             if settings["seed"] is None and settings["temperature"]:
-                settings["seed"] = _seed_of(self.seed, number)
+                settings["seed"] = _seed_of(self.seed, row.line)
             request = edge_slm.Request(**settings)
             self.slm.check(request)
         except EdgeSlmError as error:
@@ -86,7 +121,50 @@ class BatchRun:
         return replace(row, request=request)
 
 
-@click.command(short_help="Write prompts for a JSONL file.")
+@dataclass(slots=True)
+class Outcome:
+    """Counts of output records. first: the first error, with its line."""
+
+    lines: int = 0
+    errors: int = 0
+    repeated_ids: int = 0
+    first: str = ""
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self.lines += 1
+        self.repeated_ids += "repeats" in record
+        if "error" in record:
+            self.errors += 1
+            self.first = self.first or f"line {record['line']}: {record['error']['message']}"
+
+    def report(self, strict: bool) -> None:
+        """On stderr. Raises BatchFailed when every line failed, or any and `strict`."""
+        note(f"{self.lines} lines, {self.errors} of them errors")
+        if self.repeated_ids:
+            warn(f"{self.repeated_ids} lines have the id of an earlier line, which 'repeats' names")
+        if self.errors and (strict or self.errors == self.lines):
+            raise BatchFailed(
+                f"{self.errors} of {self.lines} lines failed, the first on {self.first}"
+            )
+
+
+def _encoding(context: click.Context, option: click.Parameter, given: str | None) -> str | None:
+    try:
+        if given:
+            "a".encode(given)
+    except LookupError:
+        raise click.BadParameter(f"{given!r} is no encoding of text such as cp1252") from None
+    return given
+
+
+@click.command(
+    short_help="Write prompts for a file of requests.",
+    epilog=examples(
+        "batch requests.csv --task image --words 24 -o prompts.jsonl",
+        "batch ideas.txt --task video --temperature 0.8 > prompts.jsonl",
+        "batch requests.csv --task image --words 24 -o prompts.jsonl --retry-errors",
+    ),
+)
 @click.argument("source", metavar="INPUT", type=click.Path(path_type=Path, allow_dash=True))
 @click.option(
     "-o",
@@ -94,7 +172,19 @@ class BatchRun:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File to write, resumable.  [default: stdout]",
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    help="Of INPUT.  [default: by its ending, .csv, .tsv, .txt (lines); otherwise jsonl]",
+)
+@click.option(
+    "--encoding",
+    callback=_encoding,
+    help="Of INPUT, such as cp1252.  [default: UTF-8, or UTF-16 where it is that]",
+)
 @model_options
+@command_options
 @sampling_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of lines without their own.")
 @click.option(
@@ -104,116 +194,151 @@ class BatchRun:
     show_default=True,
     help="Lines that are generated together.",
 )
+@click.option("--strict", is_flag=True, help="Exit 9 when any line failed, not only when all did.")
+@click.option(
+    "--retry-errors",
+    is_flag=True,
+    help="Compute the lines again that failed in the complete --output, and keep its answers.",
+)
 @json_option
 def batch(
     *,
     source: Path,
     output: Path | None,
+    form: str | None,
+    encoding: str | None,
     bundle: Path | None,
     engine: str,
     precision: str,
     threads: int | None,
     seed: int,
     batch_size: int,
+    strict: bool,
+    retry_errors: bool,
     as_json: bool,
     **defaults: Any,
 ) -> None:
-    """Write one prompt for each line of INPUT (JSONL; '-' is stdin).
+    """Write one prompt for each line of INPUT: JSONL, CSV, TSV or plain text ('-' is stdin).
 
-    A line is an object with 'id', 'request' and 'task' (null leaves it open; a model without
-    commands has none), and optionally 'words', 'relevance', 'seed' and the sampling settings
-    below, whose options are the defaults for lines without them. Answers come in input order;
-    a line that cannot be used becomes {"line", "id", "error"} and the rest goes on (but an
-    input with a line of more than 256 MiB, such as a device, is refused).
+    A line has a 'request', and optionally an 'id', 'task', 'words', 'relevance', 'seed' and
+    the sampling settings below; the options are the defaults for lines without their own. In
+    CSV and TSV the first line names the columns; in plain text a line is the request. Other
+    keys and columns come back with the answer. INPUT may be compressed with gzip.
+
+    Answers are JSONL in UTF-8, in input order; a line that cannot be used becomes
+    {"line", "id", "request", "error"} and the rest goes on (but an input with a line of more
+    than 256 MiB, such as a device, is refused). A line may have 256 KiB.
 
     With -o the run is resumable: killed at any moment and started again, it
     continues, and the file ends up as if it had never stopped. --json then prints
     a summary; without -o the output is JSON anyway.
     """
+    if retry_errors and output is None:
+        raise click.UsageError("--retry-errors needs the --output of an earlier run")
     with (
         edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
-        _opened(source, copy_to=output and output.parent) as stream,
+        open_input(source, copy_to=output and output.parent) as stream,
     ):
-        if defaults["temperature"] and not slm.seeds:
-            raise NotSupportedByEngine(
-                "ctranslate2 has no seeds, so a sampled batch could not be continued",
-                "use --engine onnxruntime, or temperature 0",
-            )
-        run = BatchRun(slm, defaults, seed, batch_size)
+        _check_defaults(slm, defaults)
+        run = BatchRun(slm, form or format_of(source), encoding, defaults, seed, batch_size)
         if output is None:
-            lines, bad = _to_stdout(run, stream)
+            outcome = _to_stdout(run, stream)
         else:
-            lines, bad = _to_file(run, stream, output)
+            outcome = _to_file(run, stream, output, retry_errors)
     if as_json and output is not None:
-        emit_json({"output": str(output), "lines": lines, "errors": bad})
-    note(f"{lines} lines, {bad} of them errors")
+        counts = {"lines": outcome.lines, "errors": outcome.errors}
+        emit_json({"output": str(output), **counts, "repeated_ids": outcome.repeated_ids})
+    outcome.report(strict)
 
 
-def _to_stdout(run: BatchRun, stream: BinaryIO) -> tuple[int, int]:
-    """(lines, errors). In small groups, so that a pipe gets its answers early."""
-    lines = bad = 0
+def _check_defaults(slm: edge_slm.SLM, defaults: dict[str, Any]) -> None:
+    """Raises what otherwise each line would. As `SLM.check`."""
+    if defaults["temperature"] and not slm.seeds:
+        raise NotSupportedByEngine(
+            "ctranslate2 has no seeds, so a sampled batch could not be continued",
+            "use --engine onnxruntime, or temperature 0",
+        )
+    slm.check(edge_slm.Request("any", **defaults))
+
+
+def _to_stdout(run: BatchRun, stream: BinaryIO) -> Outcome:
+    """In small groups, so that a pipe gets its answers early."""
+    outcome = Outcome()
     with progress_bar(visible=not sys.stdout.isatty()) as progress:
         task = progress.add_task("writing", total=None)
         for answer in run.answers(stream, group=run.batch_size):
-            click.echo(json_text(answer))
+            click.echo(json_text(answer).encode())  # bytes: UTF-8 whatever the locale is
             progress.advance(task)
-            lines, bad = lines + 1, bad + ("error" in answer)
-    return lines, bad
+            outcome.add(answer)
+    return outcome
 
 
-def _to_file(run: BatchRun, stream: BinaryIO, output: Path) -> tuple[int, int]:
-    """(lines, errors) of the whole file, of earlier runs too."""
-    digest, total = _digest_and_count(stream)
+def _to_file(run: BatchRun, stream: BinaryIO, output: Path, retry: bool) -> Outcome:
+    """Of the whole file, of earlier runs too."""
+    digest, total = _digest_and_count(run, stream)
+    record, target, earlier = run.record(digest), output, {}
+    if retry:
+        record["kept_sha256"] = complete_output(output)
+        _check_kept(run, stream, output, total)
+        target = output.with_name(f"{output.name}.retry")
+        earlier["earlier"] = _records(output)
     group = 4 * run.batch_size  # a crash repeats at most these; larger ones fill batches better
-    with ResumableOutput(output, run.record(digest), group) as part, progress_bar() as progress:
-        if part.complete:
-            note(f"{output} is complete already")
-        else:
-            if part.count:
-                note(f"continuing after line {part.count} of {total}")
-            task = progress.add_task("writing", total=total, completed=part.count)
-            for answer in run.answers(stream, group, done=part.count):
-                part.append(answer)
-                progress.advance(task)
-            part.finish()
-    with output.open("rb") as file:
-        return total, sum("error" in json.loads(line) for line in file)
-
-
-def _numbered(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the lines that are not blank."""
-    return ((number, line) for number, line in enumerate(read_lines(stream), 1) if line.strip())
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    if len(line) > LONGEST_LINE:
-        raise DataError(f"longer than {LONGEST_LINE >> 20} MiB")
     try:
-        data = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not a line of JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise DataError("not a JSON object")
-    return data
+        with ResumableOutput(target, record, group) as part, progress_bar() as progress:
+            if part.complete:
+                note(f"{output} is complete already")
+            else:
+                if part.count:
+                    note(f"continuing after line {part.count} of {total}")
+                task = progress.add_task("writing", total=total, completed=part.count)
+                for answer in run.answers(stream, group, done=part.count, **earlier):
+                    part.append(answer)
+                    progress.advance(task)
+                part.finish()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command continues {output}") from None
+    if retry:
+        put_in_place(target, output)
+    outcome = Outcome()
+    for answer in _records(output):
+        outcome.add(answer)
+    return outcome
 
 
-def _id_of(data: dict[str, Any]) -> str | int:
-    name = data.get("id")
-    if not isinstance(name, str | int):
-        raise DataError("'id' must be there, a string or a whole number")
-    if isinstance(name, str) and any("\ud800" <= char <= "\udfff" for char in name):
-        raise DataError("'id' holds half a character", "write it as valid UTF-8")
-    return name
+def _records(output: Path) -> Iterator[dict[str, Any]]:
+    with output.open("rb") as file:
+        yield from map(json.loads, file)
 
 
-def _check_shape(data: dict[str, Any], needed: Sequence[str]) -> None:
-    if unknown := [key for key in data if key not in _KEYS]:
-        raise DataError(f"unknown key {unknown[0]!r}", f"known: {', '.join(_KEYS)}")
-    if missing := [key for key in needed if key not in data]:
-        raise DataError(f"{missing[0]!r} is missing", f"needed: {', '.join(needed)}")
-    if not isinstance(data.get("stop", ""), str | list):
+def _check_kept(run: BatchRun, stream: BinaryIO, output: Path, total: int) -> None:
+    """Raises DataError when an answer in `output` is to another request than its row."""
+    if total != (count := sum(1 for _ in _records(output))):
+        raise DataError(
+            f"{output} has {count} answers and errors, the input {total} lines",
+            "errors can be computed again where lines were changed, none added or left out",
+        )
+    for row, old in zip(run.rows(stream), _records(output), strict=True):
+        if "error" not in old and (old["id"], old["request"]) != (
+            row.id,
+            row.fields.get("request"),
+        ):
+            raise DataError(
+                f"line {row.line} of the input is another than the one that was answered",
+                "change only lines that failed, or give another output",
+            )
+    stream.seek(0)
+
+
+def _check_fields(row: InputLine) -> None:
+    if "id" in row.fields and row.fields["id"] is not None and row.id is None:
+        raise DataError("'id' must be a text of whole characters or a whole number")
+    if "request" not in row.fields:
+        raise DataError("'request' is missing")
+    if taken := [key for key in row.others if key in _OF_ANSWERS]:
+        raise DataError(f"the answer has a key {taken[0]!r} of its own", "rename yours")
+    if not isinstance(row.fields.get("stop", ""), str | list):
         raise DataError("'stop' must be a text or a list of texts")
-    if not isinstance(data.get("keep_length", True), bool):
+    if not isinstance(row.fields.get("keep_length", True), bool):
         raise DataError("'keep_length' must be true or false")
 
 
@@ -222,14 +347,21 @@ def _seed_of(seed: int, line: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{line}".encode()).digest()[:4], "big")
 
 
+def _begun(row: InputLine) -> dict[str, Any]:
+    """What a record of a row begins with."""
+    repeats = {} if row.repeats is None else {"repeats": row.repeats}
+    return {"line": row.line, "id": row.id, **repeats, "request": row.fields.get("request")}
+
+
 def _failure(row: InputLine, error: EdgeSlmError) -> dict[str, Any]:
-    return {"line": row.line, "id": row.id, "error": {"code": error.code, "message": str(error)}}
+    others = {key: value for key, value in row.others.items() if key not in _OF_ANSWERS}
+    return {**_begun(row), **others, "error": {"code": error.code, "message": str(error)}}
 
 
 def _answer(row: InputLine, result: edge_slm.Generation) -> dict[str, Any]:
     """No timings, so that two runs over the same input are equal."""
     return {
-        "id": row.id,
+        **_begun(row),
         "text": result.text,
         "words": result.words,
         "task": result.asked.task,
@@ -239,36 +371,16 @@ def _answer(row: InputLine, result: edge_slm.Generation) -> dict[str, Any]:
         "in_tolerance": result.in_tolerance,
         "seed": result.seed,
         "warnings": list(result.warnings),
+        **row.others,
     }
 
 
-def _digest_and_count(stream: BinaryIO) -> tuple[str, int]:
-    """sha256 of the input and its number of lines that are not blank; rewinds it."""
+def _digest_and_count(run: BatchRun, stream: BinaryIO) -> tuple[str, int]:
+    """sha256 of the input and its number of rows; rewinds it."""
     digest = hashlib.sha256()
     while piece := stream.read(1 << 20):
         digest.update(piece)
     stream.seek(0)
-    total = sum(1 for _ in _numbered(stream))
+    total = sum(1 for _ in run.rows(stream))
     stream.seek(0)
     return digest.hexdigest(), total
-
-
-@contextmanager
-def _opened(source: Path, copy_to: Path | None) -> Iterator[BinaryIO]:
-    """The input. For a resumable output a copy of it, which has no name, in the folder
-    `copy_to`: what is computed must be what was hashed, whoever changes the file meanwhile."""
-    with ExitStack() as stack:
-        if str(source) == "-":
-            stream: BinaryIO = sys.stdin.buffer
-        else:
-            try:
-                stream = stack.enter_context(source.open("rb"))
-            except OSError as error:
-                raise DataError(f"cannot read {source}: {error.strerror}") from None
-        if copy_to is not None:
-            copy_to.mkdir(parents=True, exist_ok=True)
-            copy = stack.enter_context(tempfile.TemporaryFile(dir=copy_to))
-            copy_lines(stream, copy)
-            copy.seek(0)
-            stream = copy
-        yield stream

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import edge_slm
 from edge_slm.cli.console import (
     emit_json,
+    examples,
     json_option,
     note,
     progress_bar,
     reporter,
     stdout_console,
 )
-from edge_slm.cli.options import Number, Numbers, counts, folder
-from edge_slm_runtime.errors import BenchRegression, CheckpointError
+from edge_slm.cli.options import Number, Numbers, counts, folder, names
+from edge_slm_runtime.errors import BenchRegression, CheckpointError, VariantNotFound
 from edge_slm_runtime.installed import find_bundle
 
 if TYPE_CHECKING:
@@ -29,9 +31,16 @@ if TYPE_CHECKING:
     from edge_slm_bench.sweep import Model, Settings
 
 
-@click.command(short_help="Measure bundles: speed, memory, energy, fidelity, adherence.")
+@click.command(
+    short_help="Measure bundles: speed, memory, energy, fidelity, adherence.",
+    epilog=examples(
+        "bench my-bundle --threads 1,2 --out report",
+        "bench my-bundle --peers models/reference --scenario offline --batch 8,32",
+        "bench --compare before/report.json after/report.json",
+    ),
+)
 @click.argument("bundles", nargs=-1, type=find_bundle)
-@click.option("--variants", help="Comma-separated names.  [default: all]")
+@click.option("--variants", type=names, help="Comma-separated.  [default: all]")
 @click.option(
     "--peers",
     type=folder,
@@ -40,7 +49,9 @@ if TYPE_CHECKING:
     help="Measure other engines too, on the weights that a bundle was made from; repeatable.",
 )
 @click.option("--speculate", is_flag=True, help="Measure numba variants with guessed tokens too.")
-@click.option("--peer-variants", help="Comma-separated names of peers.  [default: all installed]")
+@click.option(
+    "--peer-variants", type=names, help="Of the peers, comma-separated.  [default: all installed]"
+)
 @click.option("--threads", type=counts, help="[default: the cores this process may use]")
 @click.option("--prompt-tokens", type=counts, default="16,64,256", show_default=True)
 @click.option("--new-tokens", type=counts, default="48", show_default=True)
@@ -133,6 +144,7 @@ def bench(
 ) -> None:
     """Measure every cell of a sweep over BUNDLES in fresh processes that take turns:
     variants × threads × scenario × prompt length × answer length × batch or concurrency.
+    Without BUNDLES the one shipped is measured.
 
     Every sample is kept; what disturbed the machine is flagged. Ctrl-C reports what
     was measured until then. With --compare, two reports side by side instead.
@@ -140,9 +152,7 @@ def bench(
     if compare:
         _compare(*compare, tolerance, as_json)
         return
-    if not bundles:
-        raise click.UsageError("give one bundle or more, or --compare")
-    report = _measure(bundles, options, out)
+    report = _measure(bundles or (edge_slm.shipped_bundle(),), options, out)
     if out:
         _write(report, out)
     if as_json:
@@ -159,10 +169,12 @@ def bench(
 
 def _measure(bundles: Sequence[Path], options: dict[str, Any], out: Path | None) -> Report:
     from edge_slm_bench.bench import run_bench
+    from edge_slm_bench.html import check_needs
     from edge_slm_runtime.files import refuse_existing
 
     if out:
         refuse_existing(out)
+        check_needs()
     with tempfile.TemporaryDirectory(prefix="edge-slm-peers-") as scratch:
         models = _models(bundles, options, Path(scratch))
         examples = {model.name: _examples(model, options) for model in models}
@@ -200,28 +212,35 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _models(bundles: Sequence[Path], options: dict[str, Any], scratch: Path) -> list[Model]:
-    """The models of the sweep. Raises BundleError, and CheckpointError when a checkpoint belongs
-    to none of the bundles."""
+    """The models of the sweep. Raises BundleError, VariantNotFound for a name that no bundle
+    has, and CheckpointError when a checkpoint belongs to none of the bundles."""
     from dataclasses import replace
 
     from edge_slm_bench.sweep import model_of
 
-    variants = options["variants"].split(",") if options["variants"] else None
-    names = [path.name for path in bundles]
+    variants = options["variants"]
+    labels = [path.name for path in bundles]
     models = [
         model_of(
             path,
             variants,
-            name=path.name if names.count(path.name) == 1 else str(path),
+            name=path.name if labels.count(path.name) == 1 else str(path),
             speculate=options["speculate"],
         )
         for path in bundles
     ]
-    wanted = options["peer_variants"].split(",") if options["peer_variants"] else None
+    if unknown := [n for n in variants or () if all(n in model.missing for model in models)]:
+        there = dict.fromkeys(v.name for model in models for v in model.manifest.variants)
+        raise VariantNotFound(
+            f"no bundle has a variant {unknown[0]!r}", f"known: {', '.join(there)}"
+        )
     for number, checkpoint in enumerate(options["peers"]):
         place = _made_from(checkpoint, models)
         specs, missing = _prepared(
-            checkpoint, scratch / str(number), wanted, models[place].manifest.model.positions
+            checkpoint,
+            scratch / str(number),
+            options["peer_variants"],
+            models[place].manifest.model.positions,
         )
         models[place] = replace(
             models[place],

@@ -1,7 +1,7 @@
 """Shared by all subcommands: the group that reports errors, and the two streams.
 
-Results go to stdout. Progress, statistics and errors go to stderr; progress bars
-only when stderr is a terminal. An error is one line, `error[code]: problem (hint)`.
+Results go to stdout. Progress, statistics and errors go to stderr: a progress bar on a
+terminal, otherwise a line every 10 seconds. An error is one line, `error[code]: problem (hint)`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,27 @@ Exit codes:
     6  a checkpoint that cannot be converted
     7  a variant outside its budget
     8  training or batch data that cannot be used
-    9  an output that exists already
+    9  an output that exists already; a batch of which every line failed
    10  a teacher or judge that does not answer
    11  a benchmark that became worse (bench --compare)
    12  what does not fit into the memory
   130  interrupted with Ctrl-C
 """
 
+EXAMPLES = """\b
+Examples:
+  edge-slm demo
+  edge-slm generate "a red fox in the snow" --task image --words 24
+  edge-slm batch requests.csv --task image -o prompts.jsonl
+"""
+_EVERY = 10.0  # seconds between two lines of progress
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+def examples(*commands: str) -> str:
+    """The epilog of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  edge-slm {command}" for command in commands)
 
 
 class Commands(click.Group):
@@ -69,8 +82,9 @@ class Commands(click.Group):
             fail("usage", f"{problem} (see '{where} --help')", error.exit_code)
         except click.ClickException as error:
             fail("usage", error.format_message(), error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            fail("interrupted", "stopped by Ctrl-C", 130)
+        except (click.Abort, KeyboardInterrupt) as error:
+            hint = str(error.__cause__ or error)  # click raises its Abort from it
+            fail("interrupted", f"stopped by Ctrl-C{f' ({hint})' if hint else ''}", 130)
         except BrokenPipeError:  # the reader of stdout has closed it
             _discard_stdout()
             sys.exit(1)
@@ -175,7 +189,7 @@ def _console(**settings: Any) -> Console:
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Progress]:
-    """A progress bar on stderr, if that is a terminal."""
+    """A progress bar on stderr; if that is no terminal, a line when 10 seconds have passed."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -184,22 +198,42 @@ def progress_bar(visible: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
+    class ProgressLines(Progress):
+        """Lines instead of a bar."""
+
+        said = time.monotonic()
+
+        def update(self, task_id: TaskID, **changes: Any) -> None:
+            super().update(task_id, **changes)
+            self._say(task_id)
+
+        def advance(self, task_id: TaskID, advance: float = 1) -> None:
+            super().advance(task_id, advance)
+            self._say(task_id)
+
+        def _say(self, task_id: TaskID) -> None:
+            if not visible or time.monotonic() - self.said < _EVERY:
+                return
+            self.said = time.monotonic()
+            task = next(task for task in self.tasks if task.id == task_id)
+            of = f"/{task.total:.0f}" if task.total else ""
+            note(f"{task.description} {task.completed:.0f}{of}")
+
     console = _console(stderr=True)
+    kind = Progress if console.is_terminal else ProgressLines
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, disable=not (visible and console.is_terminal)
-    ) as progress:
+    with kind(*columns, console=console, disable=not (visible and console.is_terminal)) as progress:
         yield progress
 
 
 @contextmanager
 def reporter() -> Iterator[StageProgress]:
-    """A bar per stage on a terminal, otherwise a line per stage and minute."""
+    """A bar per stage on a terminal, otherwise a line per stage and 10 seconds."""
     with progress_bar() as bar:
         stages: dict[str, TaskID] = {}
         lines: dict[str, float] = {}
@@ -207,7 +241,7 @@ def reporter() -> Iterator[StageProgress]:
         def report(stage: str, done: int, total: int, remark: str = "") -> None:
             if bar.disable:
                 now = time.monotonic()
-                if done >= total or now - lines.get(stage, -60.0) >= 60:
+                if done >= total or now - lines.get(stage, -_EVERY) >= _EVERY:
                     lines[stage] = now
                     click.echo(f"{stage} {done}/{total} {remark}".rstrip(), err=True)
                 return

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_slm.cli.console import emit_json, human_bytes, json_option, progress_bar, say, warn
-from edge_slm.cli.options import folder
+from edge_slm.cli.console import (
+    emit_json,
+    examples,
+    human_bytes,
+    json_option,
+    progress_bar,
+    say,
+    warn,
+)
+from edge_slm.cli.options import folder, names
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import DataError, DependencyMissing
 from edge_slm_runtime.prompt import PromptForm
@@ -22,12 +30,18 @@ if TYPE_CHECKING:
     from edge_slm_runtime.bundle import Manifest, Variant
 
 
-@click.command(short_help="Convert a checkpoint to a bundle.")
+@click.command(
+    short_help="Convert a checkpoint to a bundle.",
+    epilog=examples(
+        "convert models/reference my-bundle",
+        "convert SmolLM2-135M-Instruct.Q4_1.gguf my-chat --variants onnx-int8 --accept",
+    ),
+)
 @click.argument("checkpoint", type=folder)
 @click.argument("out", type=folder)
 @click.option(
     "--variants",
-    metavar="NAMES",
+    type=names,
     help="Comma-separated, of onnx-fp32, onnx-int8, onnx-int4, numba-int8, numba-int4, "
     "ctranslate2-int8, ctranslate2-float32.  [default: all but the last, of the engines installed]",
 )
@@ -57,7 +71,7 @@ def convert(
     *,
     checkpoint: Path,
     out: Path,
-    variants: str | None,
+    variants: tuple[str, ...] | None,
     name: str | None,
     data: tuple[Path, ...],
     prompt: str | None,
@@ -74,13 +88,14 @@ def convert(
     (exit 7) unless --accept. OUT appears whole or not at all.
     """
     from edge_slm_converters import read_checkpoint
+    from edge_slm_converters.convert import chosen_variants
 
-    names = variants.split(",") if variants else None
+    chosen_variants(variants)  # before the data is read, which may take long
     source = read_checkpoint(checkpoint, prompt, context)
     evaluation = held_out_examples(source, data) if data else None
     judge = judge_of(source, data) if data else None
     manifest = convert_with_bar(
-        source, out, names, name=name, evaluation=evaluation, judge=judge, accept=accept
+        source, out, variants, name=name, evaluation=evaluation, judge=judge, accept=accept
     )
     for figures in manifest.provenance["gate"]["left_out"]:
         warn(f"left out, outside its budget: {figures}")

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, note, progress_bar, stdout_console
+from edge_slm.cli.console import (
+    emit_json,
+    examples,
+    json_option,
+    note,
+    progress_bar,
+    stdout_console,
+)
 from edge_slm.cli.convert import convert_with_bar
 from edge_slm.cli.options import folder, threads_option
 from edge_slm_runtime.bundle import Manifest, read_manifest
@@ -37,9 +44,18 @@ REQUESTS = (
     ("tags", "lighthouse", 6),
 )
 ASKED = 4  # of a model
+NEXT = (
+    'edge-slm generate "a red fox in the snow" --task image --words 24',
+    "edge-slm batch requests.csv --task image -o prompts.jsonl",
+    "edge-slm info",
+    "edge-slm profile",
+)
 
 
-@click.command(short_help="Ask the installed models, convert the reference model, compare.")
+@click.command(
+    short_help="Ask the installed models, convert the reference model, compare.",
+    epilog=examples("demo", "demo --checkpoint models/reference --threads 1 --json"),
+)
 @click.option("--checkpoint", type=folder, help="Convert this one.  [default: models/reference]")
 @threads_option
 @json_option
@@ -129,6 +145,9 @@ def _print(shown: Sequence[Sequence[Cell]], cells: Sequence[Cell]) -> None:
     for variants in shown:
         _print_answers(console, variants)
     console.print(_table(cells))
+    console.print("\nnext:")
+    for command in NEXT:
+        console.print(f"  {command}", markup=False)
 
 
 def _print_answers(console: Console, cells: Sequence[Cell]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from edge_slm.cli.console import emit_json, json_option, note, reporter, stdout_console
+from edge_slm.cli.console import emit_json, examples, json_option, note, reporter, stdout_console
 from edge_slm.cli.convert import convert_with_bar, held_out_examples
 from edge_slm.cli.evaluate import measure
 from edge_slm.cli.options import folder
@@ -18,7 +18,13 @@ from edge_slm.cli.options import folder
 paths = click.Path(path_type=Path)
 
 
-@click.command(short_help="Train a model from a teacher or samples, and evaluate it.")
+@click.command(
+    short_help="Train a model from a teacher or samples, and evaluate it.",
+    epilog=examples(
+        "distill recipes/grammar.toml --out runs/mine",
+        "distill recipes/reference.toml --data samples.jsonl --out runs/reference",
+    ),
+)
 @click.argument("recipe", type=paths)
 @click.option(
     "--data",

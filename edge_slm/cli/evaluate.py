@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, reporter, stdout_console
+from edge_slm.cli.console import emit_json, examples, json_option, reporter, stdout_console
 from edge_slm.cli.options import model_options
 from edge_slm_runtime.errors import BadSetting, DataError, TargetExists
 
@@ -36,7 +36,13 @@ def _named(
     return {name: value for name, _, value in pairs}
 
 
-@click.command(short_help="Measure obedience and quality on held-out requests.")
+@click.command(
+    short_help="Measure obedience and quality on held-out requests.",
+    epilog=examples(
+        "evaluate --bundle runs/mine/bundle --data samples.jsonl --html evaluation.html",
+        "evaluate --data samples.jsonl --task image --requests 50 --best-of 0 --json",
+    ),
+)
 @model_options
 @click.option(
     "--data",

@@ -9,16 +9,29 @@ from typing import Any
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, json_option, note, printable, read_request, warn
-from edge_slm.cli.options import model_options, sampling_options
+from edge_slm.cli.console import (
+    emit_json,
+    examples,
+    json_option,
+    note,
+    printable,
+    read_request,
+    warn,
+)
+from edge_slm.cli.options import command_options, model_options, sampling_options
 
 
-@click.command(short_help="Write one prompt.")
+@click.command(
+    short_help="Write one prompt.",
+    epilog=examples(
+        'generate "a fox crossing a frozen river" --task video --words 40',
+        'generate "a jazz concert" --task design --temperature 0.8 --seed 7 --json',
+        "generate - --task image < request.txt",
+    ),
+)
 @click.argument("request")
 @model_options
-@click.option("--task", help="What the prompt is for, one of the bundle's tasks.")
-@click.option("--words", type=int, help="Length to keep, ±10% or ±2 words.")
-@click.option("--relevance", type=int, help="Level asked for, 0 (low) … 9 (high).")
+@command_options
 @sampling_options
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @json_option

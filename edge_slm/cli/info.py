@@ -7,13 +7,16 @@ from pathlib import Path
 import click
 
 import edge_slm
-from edge_slm.cli.console import emit_json, human_bytes, json_option, stdout_console
+from edge_slm.cli.console import emit_json, examples, human_bytes, json_option, stdout_console
 from edge_slm_runtime.bundle import Manifest, read_manifest
+from edge_slm_runtime.description import model_facts
 from edge_slm_runtime.installed import find_bundle
-from edge_slm_runtime.prompt import PromptForm
 
 
-@click.command(short_help="Show what a bundle holds, or list the installed models.")
+@click.command(
+    short_help="Show what a bundle holds, or list the installed models.",
+    epilog=examples("info", "info my-bundle --json"),
+)
 @click.argument("bundle", type=find_bundle, required=False)
 @json_option
 def info(bundle: Path | None, as_json: bool) -> None:
@@ -67,37 +70,13 @@ def _list(as_json: bool) -> None:
     stdout_console().print(table)
 
 
-def _prompt_facts(form: PromptForm) -> list[tuple[str, str]]:
-    if not form.schema:
-        return [
-            ("prompt", form.kind),
-            *(
-                (name, repr(text))
-                for name, text in (("before", form.before), ("after", form.after))
-            ),
-            ("ends with", " or ".join(form.ends)),
-        ]
-    words, levels = form.schema.axis("words"), form.schema.axis("relevance").values
-    return [
-        ("tasks", ", ".join(form.schema.tasks)),
-        ("words", f"{words.edges[0]} … {words.edges[-1] - 1}"),
-        ("relevance", f"{levels[0]} … {levels[-1]}"),
-    ]
-
-
 def _print(manifest: Manifest) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    model = manifest.model
     facts = Table.grid(padding=(0, 2))
     for name, value in (
-        ("name", manifest.name),
-        ("model", f"{model.architecture}, {model.layers} layers × {model.width}"),
-        ("parameters", f"{manifest.parameters / 1e6:.1f} M"),
-        ("vocabulary", f"{model.vocab_size} tokens"),
-        ("context", f"{model.positions} tokens"),
-        *_prompt_facts(manifest.prompt),
+        *model_facts(manifest),
         ("goldens", str(len(manifest.goldens))),
         ("digest", manifest.digest),
     ):

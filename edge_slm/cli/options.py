@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 
 import click
 
+import edge_slm
+from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.engines import ENGINES
+from edge_slm_runtime.errors import EdgeSlmError
 from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
 
@@ -23,6 +26,18 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Several click options as one decorator, listed in the order given."""
     return lambda function: reduce(lambda f, option: option(f), reversed(options), function)
 
+
+def _tasks(context: click.Context, option: click.Parameter, begun: str) -> list[str]:
+    """For the shell's completion: the tasks of the bundle that the command line names."""
+    try:
+        manifest = read_manifest(context.params.get("bundle") or edge_slm.shipped_bundle())
+    except EdgeSlmError:
+        return []
+    tasks = manifest.prompt.schema.tasks if manifest.prompt.schema else ()
+    return [task for task in tasks if task.startswith(begun)]
+
+
+bundle_argument = click.argument("bundle", type=find_bundle, default=edge_slm.shipped_bundle)
 
 threads_option = click.option(
     "--threads",
@@ -50,6 +65,14 @@ model_options = _together(
         show_default=True,
     ),
     threads_option,
+)
+
+command_options = _together(
+    click.option(
+        "--task", shell_complete=_tasks, help="What the prompt is for, one of the bundle's tasks."
+    ),
+    click.option("--words", type=int, help="Length to keep, ±10% or ±2 words."),
+    click.option("--relevance", type=int, help="Level asked for, 0 (low) … 9 (high)."),
 )
 
 # Their names are those of the keyword arguments of `SLM.generate`.
@@ -116,4 +139,19 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click
         return tuple(dict.fromkeys(numbers))
 
 
+class Names(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """Comma-separated names."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        if not all(found):
+            self.fail(f"{value!r} is not a list of names such as a,b", param, ctx)
+        return found
+
+
 counts = Numbers(int, 1)
+names = Names()

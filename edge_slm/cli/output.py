@@ -139,6 +139,27 @@ class ResumableOutput:
         self.close()
 
 
+def complete_output(output: Path) -> str:
+    """The sha256 of an output that a run has completed. Raises DataError when it is not
+    complete, or was changed since."""
+    record_file, facts = _beside(output, ".run.json"), _facts(output)
+    moving = _beside(output.with_name(f"{output.name}.retry"), ".run.json")
+    if moving.exists() and facts is not None and _read_record(moving).get("output") == facts:
+        moving.replace(record_file)  # `put_in_place` was stopped between its two steps
+    record = _read_record(record_file) if record_file.exists() else {}
+    if facts is None or "output" not in record:
+        raise DataError(f"{output} is no complete output of a batch", "complete it first")
+    if record["output"] != facts:
+        raise DataError(f"{output} was changed after it was written", "give another output")
+    return str(facts[1])
+
+
+def put_in_place(retried: Path, output: Path) -> None:
+    """The complete output `retried` takes the place of `output`, with its record."""
+    retried.replace(output)
+    _beside(retried, ".run.json").replace(_beside(output, ".run.json"))
+
+
 def _beside(output: Path, end: str) -> Path:
     return output.with_name(output.name + end)
 

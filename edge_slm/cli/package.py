@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 
-from edge_slm.cli.console import emit_json, json_option, say
-from edge_slm.cli.options import folder
+from edge_slm.cli.console import emit_json, examples, json_option, say
+from edge_slm.cli.options import folder, names
 from edge_slm_runtime.errors import DataError
 from edge_slm_runtime.installed import find_bundle
 
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command(short_help="Make a bundle a package that pip installs.")
+@click.command(
+    short_help="Make a bundle a package that pip installs.",
+    epilog=examples("package my-bundle models/my-model --license MIT"),
+)
 @click.argument("bundle", type=find_bundle)
 @click.argument("out", type=folder)
 @click.option("--license", required=True, metavar="SPDX", help="Such as Apache-2.0.")
@@ -23,7 +26,7 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--name", help="To load the model by.  [default: the bundle's]")
 @click.option("--version", default="0.1.0", show_default=True)
-@click.option("--variants", metavar="NAMES", help="Comma-separated, to keep.  [default: all]")
+@click.option("--variants", type=names, help="Comma-separated, to keep.  [default: all]")
 @click.option(
     "--card",
     type=_file,
@@ -38,7 +41,7 @@ def package(
     license_files: tuple[Path, ...],
     name: str | None,
     version: str,
-    variants: str | None,
+    variants: tuple[str, ...] | None,
     card: Path | None,
     as_json: bool,
 ) -> None:
@@ -56,7 +59,7 @@ def package(
         license_files=license_files,
         name=name,
         version=version,
-        variants=variants.split(",") if variants else None,
+        variants=variants,
         card=_text(card) if card else "",
     )
     if as_json:

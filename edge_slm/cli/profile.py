@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_slm.cli.console import emit_json, json_option, progress_bar, stdout_console
-from edge_slm.cli.options import Number, counts
+from edge_slm.cli.console import emit_json, examples, json_option, progress_bar, stdout_console
+from edge_slm.cli.options import Number, bundle_argument, counts, names
 from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.errors import EngineError
-from edge_slm_runtime.installed import find_bundle
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,9 +24,12 @@ if TYPE_CHECKING:
 _limit = Number(min=0, min_open=True)
 
 
-@click.command(short_help="What fits this device: variant, threads, memory, latency.")
-@click.argument("bundle", type=find_bundle)
-@click.option("--variants", help="Comma-separated names.  [default: all]")
+@click.command(
+    short_help="What fits this device: variant, threads, memory, latency.",
+    epilog=examples("profile my-bundle", "profile --max-memory-mb 150 --max-latency-ms 400"),
+)
+@bundle_argument
+@click.option("--variants", type=names, help="Comma-separated.  [default: all]")
 @click.option("--threads", type=counts, help="[default: 1, 2, 4 … the cores it may use]")
 @click.option(
     "--max-memory-mb", type=_limit, help="Peak resident memory that the device has for it."
@@ -45,7 +47,7 @@ _limit = Number(min=0, min_open=True)
 def profile(
     *,
     bundle: Path,
-    variants: str | None,
+    variants: tuple[str, ...] | None,
     threads: tuple[int, ...] | None,
     max_memory_mb: float | None,
     max_latency_ms: float | None,
@@ -53,7 +55,8 @@ def profile(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Measure the variants of BUNDLE on this device, and say which to choose.
+    """Measure the variants of BUNDLE (by default the one shipped) on this device, and say which
+    to choose.
 
     Every variant answers requests of 16, 32 and 64 words with 1, 2, 4 … threads, in
     fresh processes that take turns; shown are medians. The advice keeps the limits and
@@ -64,7 +67,7 @@ def profile(
     from edge_slm_bench.quick import chosen_variants, measure, thread_counts
 
     manifest, device = read_manifest(bundle), machine()
-    chosen = chosen_variants(manifest, variants.split(",") if variants else None)
+    chosen = chosen_variants(manifest, variants)
     interrupted = False
     with progress_bar() as progress:
         task = progress.add_task("measuring", total=None)

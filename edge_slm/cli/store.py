@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from edge_slm.cli.console import emit_json, json_option, reporter, say
-from edge_slm.cli.options import folder
+from edge_slm.cli.console import emit_json, examples, json_option, reporter, say
+from edge_slm.cli.options import folder, names
 from edge_slm_runtime.errors import BadSetting
 from edge_slm_runtime.files import write_aside
 from edge_slm_runtime.installed import find_bundle
@@ -24,7 +24,12 @@ _key = click.option(
 )
 
 
-@click.command(short_help="Install a model, after a test on this device.")
+@click.command(
+    short_help="Install a model, after a test on this device.",
+    epilog=examples(
+        "install ./my-bundle", "install https://example.org/prompts-115m.tar.zst --digest 3f9a…"
+    ),
+)
 @click.argument("source")
 @click.option("--name", help="To load the model by.  [default: the bundle's]")
 @click.option("--digest", metavar="HEX", help="Install only the bundle of this digest.")
@@ -51,10 +56,6 @@ def install(
     bundle's golden requests in a process of its own. Then it becomes current, at once and
     whole; whatever fails before leaves the present model in place. A model that fails to load
     three times is given up for the one before it.
-
-    \b
-    edge-slm install ./my-bundle
-    edge-slm install https://example.org/prompts-115m.tar.zst --digest 3f9a…
     """
     from edge_slm.sources import fetched
 
@@ -83,7 +84,10 @@ def install(
         )
 
 
-@click.command(short_help="Return to the release before the current one.")
+@click.command(
+    short_help="Return to the release before the current one.",
+    epilog=examples("rollback prompts-115m"),
+)
 @click.argument("name")
 @json_option
 def rollback(name: str, as_json: bool) -> None:
@@ -95,7 +99,10 @@ def rollback(name: str, as_json: bool) -> None:
         say(f"{name} is version {installed.current.version}, digest {installed.current.digest}")
 
 
-@click.command(short_help="Remove releases that nothing refers to.")
+@click.command(
+    short_help="Remove releases that nothing refers to.",
+    epilog=examples("prune", "prune --remove prompts-115m"),
+)
 @click.option("--remove", metavar="NAME", help="First forget this installed model.")
 @json_option
 def prune(remove: str | None, as_json: bool) -> None:
@@ -110,12 +117,15 @@ def prune(remove: str | None, as_json: bool) -> None:
         say(f"{len(removed)} removed" + "".join(f"\n{digest}" for digest in removed))
 
 
-@click.command(short_help="Make a bundle one file.")
+@click.command(
+    short_help="Make a bundle one file.",
+    epilog=examples("pack my-bundle my-bundle.tar.zst --variants onnx-int8"),
+)
 @click.argument("bundle", type=find_bundle)
 @click.argument("out", type=folder)
-@click.option("--variants", metavar="NAMES", help="Comma-separated, to keep.  [default: all]")
+@click.option("--variants", type=names, help="Comma-separated, to keep.  [default: all]")
 @json_option
-def pack(bundle: Path, out: Path, variants: str | None, as_json: bool) -> None:
+def pack(bundle: Path, out: Path, variants: tuple[str, ...] | None, as_json: bool) -> None:
     """Write BUNDLE as the file OUT, which ends in .zip or .tar.zst.
 
     With --variants it has another manifest: another digest, and no signature until it is signed.
@@ -126,7 +136,7 @@ def pack(bundle: Path, out: Path, variants: str | None, as_json: bool) -> None:
         if variants:
             from edge_slm_converters.distribution import write_reduced
 
-            bundle = write_reduced(bundle, Path(scratch) / "bundle", variants.split(","))
+            bundle = write_reduced(bundle, Path(scratch) / "bundle", variants)
         manifest = write(bundle, out)
     if as_json:
         emit_json({"written": str(out), "digest": manifest.digest, "bytes": out.stat().st_size})
@@ -134,7 +144,12 @@ def pack(bundle: Path, out: Path, variants: str | None, as_json: bool) -> None:
         say(f"{out}: {out.stat().st_size} bytes, digest {manifest.digest}")
 
 
-@click.command(short_help="Sign a bundle, or make a key to sign with.")
+@click.command(
+    short_help="Sign a bundle, or make a key to sign with.",
+    epilog=examples(
+        "sign --new-key --key release.key", "sign my-bundle --key release.key --version 3"
+    ),
+)
 @click.argument("bundle", type=find_bundle, required=False)
 @click.option("--key", type=folder, required=True, help="File of the private key, in hex.")
 @click.option("--new-key", is_flag=True, help="Make the file --key, and print the public key.")
@@ -143,9 +158,7 @@ def pack(bundle: Path, out: Path, variants: str | None, as_json: bool) -> None:
 def sign(bundle: Path | None, key: Path, new_key: bool, version: int | None, as_json: bool) -> None:
     """Sign BUNDLE with the Ed25519 key in a file; several keys may sign it.
 
-    \b
-    edge-slm sign --new-key --key release.key      prints the public key, for 'trust'
-    edge-slm sign my-bundle --key release.key --version 3
+    --new-key prints the public key, for 'trust'.
     """
     from edge_slm_runtime import signatures
 
@@ -171,7 +184,10 @@ def sign(bundle: Path | None, key: Path, new_key: bool, version: int | None, as_
         say(public)
 
 
-@click.command(short_help="Install only models that are signed by these keys.")
+@click.command(
+    short_help="Install only models that are signed by these keys.",
+    epilog=examples("trust 5f0c…", "trust"),
+)
 @click.argument("keys", nargs=-1, metavar="[HEX]...")
 @json_option
 def trust(keys: tuple[str, ...], as_json: bool) -> None:

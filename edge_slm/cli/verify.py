@@ -6,20 +6,24 @@ from pathlib import Path
 
 import click
 
-from edge_slm.cli.console import emit_json, json_option, note, say
+from edge_slm.cli.console import emit_json, examples, json_option, note, say
+from edge_slm.cli.options import bundle_argument
 from edge_slm_runtime import verify as verify_files
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.errors import BundleError, EngineNotInstalled
-from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.loading import load_variant
 
 
-@click.command(short_help="Check a bundle's files, and its answers.")
-@click.argument("bundle", type=find_bundle)
+@click.command(
+    short_help="Check a bundle's files, and its answers.",
+    epilog=examples("verify my-bundle", "verify my-bundle --goldens --json"),
+)
+@bundle_argument
 @click.option("--goldens", is_flag=True, help="Also run each variant on its stored requests.")
 @json_option
 def verify(bundle: Path, goldens: bool, as_json: bool) -> None:
-    """Check that every file of BUNDLE is the one that its manifest lists.
+    """Check that every file of BUNDLE (by default the one shipped) is the one that its
+    manifest lists.
 
     With --goldens also that every variant whose engine is installed gives the
     stored token ids; another CPU or engine version may rightly differ in a few.

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from edge_slm.distill.cuts import whole_cuts, with_full_stop
 from edge_slm.distill.split import EVERYTHING, Reading, held_out
-from edge_slm_runtime.command import clean_request, count_words
+from edge_slm_runtime.command import count_words
 from edge_slm_runtime.errors import DataError, RequestError
 from edge_slm_runtime.files import read_lines
+from edge_slm_runtime.request_text import clean_request
 from edge_slm_runtime.words import UNFINISHED_REQUEST
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from edge_slm_runtime.length import LengthKeeper
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
-FinishReason = Literal["stop", "length", "stop_sequence", "max_tokens", "context"]
+FinishReason = Literal["stop", "length", "stop_sequence", "max_tokens", "context", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,8 @@ class Answer:
             self.ids.append(token)
             piece = self._detokenizer.push(token)
             self._grow(piece if self.text else piece.lstrip())
+        self.ended = now
         if self.finish:
-            self.ended = now
             self.text = self.text.rstrip()
         end = len(self.text) if self.finish else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)

@@ -23,19 +23,20 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from edge_slm_runtime.errors import (
     BadSetting,
-    ControlTokenInRequest,
-    EmptyRequest,
     ManifestInvalid,
     RelevanceOutOfRange,
-    RequestNotText,
     UnknownTask,
     WordsOutOfRange,
     shown,
 )
+from edge_slm_runtime.request_text import clean_request
 
 REQUEST, RESPONSE, END = "<|request|>", "<|response|>", "<|end|>"
 ANY = "any"
@@ -52,7 +53,6 @@ RELEVANCE_LEVELS = 10  # unless the schema says otherwise
 Position = Literal["bottom", "top", "both"]  # of the command, seen from the request
 Case = Literal["lower", "title"]  # of a request
 
-_CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
 _VALUE = re.compile(r"[A-Za-z0-9_-]+")  # allowed after the colon
 _KINDS = [("task", "category"), ("words", "bucket"), ("relevance", "level")]
 
@@ -63,8 +63,13 @@ def count_words(text: str) -> int:
 
 
 def is_count(value: object) -> bool:
-    """True for 0, 1, 2 …; Python counts True as a number, we do not."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """True for 0, 1, 2 …, numpy's too; Python counts True as a number, we do not."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def python_value(value: Any) -> Any:
+    """A number of numpy as one of Python; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,10 @@ class Command:
     task: str | None = None
     words: int | None = None
     relevance: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.as_dict().items():
+            object.__setattr__(self, name, python_value(value))
 
     def as_dict(self) -> dict[str, str | int | None]:
         """Axis → value, None where it is left open."""
@@ -290,7 +299,7 @@ class CommandSchema:
             value, number = values[axis.name], asked[axis.name]
             if counts is None or value == ANY or axis.kind == "category":
                 continue
-            supported = [v for v in axis.values if counts.get(v, 0) >= self.min_support]
+            supported = self.supported(axis, command.task)
             if not supported or value in supported or not isinstance(number, int):
                 continue
             low, high = min(
@@ -304,6 +313,11 @@ class CommandSchema:
                 f"{command.task!r} ({first} … {last}); commanding {nearest}"
             )
         return Checked(command, Command(**told), tuple(warnings))  # type: ignore[arg-type]
+
+    def supported(self, axis: Axis, task: str | None) -> list[str]:
+        """The values of an axis that training saw often enough for a task."""
+        counts = self.support.get(task or "", {}).get(axis.name, {})
+        return [value for value in axis.values if counts.get(value, 0) >= self.min_support]
 
     # -- data -----------------------------------------------------------------
 
@@ -373,33 +387,3 @@ def _holds_counts(data: object, depth: int) -> bool:
     if not depth:
         return is_count(data)
     return isinstance(data, Mapping) and all(_holds_counts(v, depth - 1) for v in data.values())
-
-
-def valid_request(request: str) -> str:
-    """The request without white space at its ends. Raises RequestNotText, EmptyRequest."""
-    if not isinstance(request, str):
-        raise RequestNotText(f"the request must be str, got {type(request).__name__}")
-    try:
-        request.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestNotText(
-            f"the request is not valid UTF-8 at character {error.start}",
-            "decode the bytes as UTF-8 before the call",
-        ) from None
-    if not (stripped := request.strip()):
-        raise EmptyRequest("the request is empty", "say what the prompt should be about")
-    return stripped
-
-
-def clean_request(request: str) -> str:
-    """The request as a commanded model sees it: stripped, white space folded.
-
-    Raises RequestNotText, EmptyRequest, ControlTokenInRequest.
-    """
-    text = valid_request(request)
-    if smuggled := _CONTROL.search(text):
-        raise ControlTokenInRequest(
-            f"the request holds the control token {smuggled[0]!r}",
-            "ask for an outcome with task, words and relevance instead",
-        )
-    return " ".join(text.split())

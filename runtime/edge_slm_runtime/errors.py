@@ -17,6 +17,7 @@
     ├── GateRefused                 exit 7   a variant outside its budget
     ├── DataError                   exit 8   training or batch data
     ├── TargetExists                exit 9   what would be overwritten
+    ├── BatchFailed                 exit 9   a batch whose lines failed
     ├── TeacherError                exit 10  a teacher or judge that does not answer
     ├── BenchRegression             exit 11  a benchmark that became worse
     └── OutOfMemory                 exit 12  what does not fit into the memory
@@ -31,6 +32,7 @@ from typing import ClassVar
 
 __all__ = [
     "BadSetting",
+    "BatchFailed",
     "BenchRegression",
     "BundleError",
     "BundleNotFound",
@@ -86,6 +88,10 @@ class EdgeSlmError(Exception):
         self.problem = _line(problem)
         self.hint = hint
         super().__init__(f"{self.problem} ({hint})" if hint else self.problem)
+
+    def at(self, place: str) -> EdgeSlmError:
+        """The same error, its line beginning with its place."""
+        return type(self)(f"{place}: {self.problem}", self.hint)
 
 
 def _line(problem: str) -> str:
@@ -302,6 +308,13 @@ class TargetExists(EdgeSlmError):
     """The place to write to is taken; nothing is ever overwritten."""
 
     code = "target_exists"
+    exit_code = 9
+
+
+class BatchFailed(EdgeSlmError):
+    """Every line of a batch failed; with --strict, any of them. The others are written."""
+
+    code = "batch_failed"
     exit_code = 9
 
 

@@ -16,12 +16,19 @@ from edge_slm_runtime.answer import Answer, Plan, Step
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
+from edge_slm_runtime.description import model_facts
 from edge_slm_runtime.engines.base import Engine, ended_at_exit
-from edge_slm_runtime.errors import BadSetting, OutOfMemory, RequestTooLong, shown
+from edge_slm_runtime.errors import (
+    BadSetting,
+    EdgeSlmError,
+    OutOfMemory,
+    RequestTooLong,
+    shown,
+)
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
-from edge_slm_runtime.sampling import Logits, not_finite
+from edge_slm_runtime.sampling import Logits, Sampling, not_finite
 from edge_slm_runtime.text import TextCodec
 
 _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
@@ -31,35 +38,43 @@ _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check bef
 
 
 class Stream(Iterator[str]):
-    """Yields text as it becomes sure; `result` is the Generation afterwards.
+    """Yields text as it becomes sure; `result` is the Generation afterwards, of a stream that
+    was closed before its end with the text until then.
 
     The pieces joined are exactly `result.text`. A stream has one reader at a time: `next` raises
     EngineError while another thread is in it. `close` may be called from anywhere.
     """
 
-    def __init__(self, slm: SLM, steps: Closable[Step]) -> None:
+    def __init__(self, slm: SLM, answer: Answer, steps: Closable[Step]) -> None:
         self._slm = slm
+        self._answer = answer
         self._steps = steps
+        self._given = 0  # characters
+        self._closed = False
         self._result: Generation | None = None
 
     def __next__(self) -> str:
         for step in self._steps:
+            self._given += len(step.text)
             if step.done:
                 self._result = self._slm._result_of(step.answer)
             if step.text:
                 return step.text
+        self._closed = True
         raise StopIteration
 
     @property
     def result(self) -> Generation:
-        """The answer and its metadata. Raises RuntimeError before the end of the stream."""
-        if self._result is None:
-            raise RuntimeError("the stream has a result once it was read to its end")
-        return self._result
+        """The answer and its metadata; of a stream that was closed before its end the text that
+        it gave, with the finish reason `cancelled`. Raises RuntimeError while it is open."""
+        if self._result is None and not self._closed:
+            raise RuntimeError("the stream has a result once it was read to its end, or closed")
+        return self._result or self._slm._result_of(self._answer, self._given)
 
     def close(self) -> None:
         """Abandons the answer: the engine stops working on it, and a thread that is reading it
         comes to its end."""
+        self._closed = True
         self._steps.close()
 
 
@@ -115,24 +130,26 @@ class SLM:
         RelevanceOutOfRange, NoCommandGrammar, BadSetting) before anything is computed,
         NotSupportedByEngine, UsedAfterFork; TypeError for a setting that does not exist.
         """
-        return next(self.generate_batch([Request.of(request, **settings)], batch_size=1))
+        return next(self._batch([self._answer(Request.of(request, **settings))], 1))
 
     def stream(self, request: str | Request, **settings: Any) -> Stream:
         """`generate`, piece by piece: never a broken character, never part of a
         stop sequence, never a word that the length promise may take back."""
         answer = self._answer(Request.of(request, **settings))
-        return Stream(self, Closable(self._decode([answer], 1)))
+        return Stream(self, answer, Closable(self._decode([answer], 1)))
 
     def generate_batch(
-        self, requests: Iterable[str | Request], batch_size: int = 8
+        self, requests: Iterable[str | Request], batch_size: int = 8, **settings: Any
     ) -> Closable[Generation]:
         """Answers in input order, each equal to what it would be alone (onnxruntime's int4: but
         for the rounding of its kernels, which add in another order for several rows).
 
-        Requests are drawn as places get free, so `requests` may be endless.
-        A bad request raises when it is drawn and ends the batch: where that
-        must not happen, `check` each one first.
+        settings: as of `generate`, for all of them. Requests are drawn as places get free, so
+        `requests` may be endless. A bad request raises when it is drawn, with its index from 0,
+        and ends the batch: where that must not happen, `check` each one first.
         """
+        if isinstance(requests, str | Request):
+            raise BadSetting("requests is a single request", "give a list of them")
         if not is_count(batch_size) or batch_size < 1:
             raise BadSetting(f"batch_size is {shown(batch_size)}", "allowed: 1 or more, whole")
         if self._most_rows and batch_size > self._most_rows:
@@ -140,7 +157,7 @@ class SLM:
                 f"a batch_size of {shown(batch_size)} needs more than max_memory_mb",
                 f"at most {self._most_rows}",
             )
-        return Closable(self._batch(requests, batch_size))
+        return Closable(self._batch(self._drawn(requests, settings), int(batch_size)))
 
     @memory_errors(*_NO_MEMORY)
     def check(self, request: str | Request) -> Plan:
@@ -174,7 +191,7 @@ class SLM:
             request=request.request,
             asked=command.asked,
             commanded=command.commanded,
-            warnings=command.warnings,
+            warnings=(*command.warnings, *_needless(sampling)),
             prompt=tuple(prompt),
             budget=budget,
             limit=limit,
@@ -212,6 +229,19 @@ class SLM:
     def close(self) -> None:
         """Frees the model; a later call raises EngineError."""
         self._engine.close()
+
+    def describe(self) -> str:
+        """Lines for people: the model, what can be asked of it, and the variant that is loaded."""
+        v = self.variant
+        facts = [
+            *model_facts(self.manifest),
+            ("loaded", f"{v.name} ({v.engine}, {v.precision}) on {self.threads} threads"),
+        ]
+        width = max(len(name) for name, _ in facts)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in facts)
+
+    def __repr__(self) -> str:
+        return f"<SLM {self.manifest.name!r}: {self.variant.name} on {self.threads} threads>"
 
     def __enter__(self) -> SLM:
         return self
@@ -257,15 +287,25 @@ class SLM:
                     self._under_way.remove(one)
         return used
 
+    def _drawn(
+        self, requests: Iterable[str | Request], settings: dict[str, Any]
+    ) -> Iterator[Answer]:
+        for index, request in enumerate(requests):
+            try:
+                answer = self._answer(Request.of(request, **settings))
+            except EdgeSlmError as error:
+                raise error.at(f"request {index} of the batch") from None
+            yield answer
+
     def _batch(
-        self, requests: Iterable[str | Request], batch_size: int
+        self, answers: Iterable[Answer], batch_size: int
     ) -> Generator[Generation, None, None]:
         order: deque[Answer] = deque()
 
         def drawn() -> Iterator[Answer]:
-            for request in requests:
-                order.append(self._answer(request))
-                yield order[-1]
+            for answer in answers:
+                order.append(answer)
+                yield answer
 
         for step in self._decode(drawn(), batch_size):
             while step.done and order and order[0].finish:
@@ -292,10 +332,12 @@ class SLM:
             )
         return (room, "context") if asked is None else (asked, "max_tokens")
 
-    def _result_of(self, answer: Answer) -> Generation:
+    def _result_of(self, answer: Answer, cancelled: int | None = None) -> Generation:
+        """cancelled: characters that its reader got of an answer that he left; None: all."""
         total = answer.ended - answer.started
         plan, count = answer.plan, len(answer.ids)
-        words = count_words(answer.text)
+        text = answer.text[:cancelled]
+        words = count_words(text)
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
         seed = answer.seed if self._engine.seeds else None
         stats = Stats(
@@ -308,21 +350,27 @@ class SLM:
             guessed_tokens=answer.guessed,
             ttft_ms=(answer.first - answer.started) * 1e3,
             tpot_ms=(answer.last - answer.first) * 1e3 / (count - 1) if count > 1 else None,
-            tokens_per_second=count / total,
+            tokens_per_second=count / total if count else 0.0,
             total_ms=total * 1e3,
             peak_rss_mb=peak_rss_mb(),
             load_ms=self._load_ms,
         )
         return Generation(
-            text=answer.text,
+            text=text,
             words=words,
             request=plan.request,
             asked=plan.asked,
             commanded=plan.commanded,
-            finish_reason=answer.finish or plan.limit,
+            finish_reason=answer.finish or plan.limit if cancelled is None else "cancelled",
             in_tolerance=low <= words <= high if plan.asked.words else None,
             seed=seed,
             token_ids=tuple(answer.ids),
             warnings=plan.warnings,
             stats=stats,
         )
+
+
+def _needless(sampling: Sampling) -> Iterator[str]:
+    """Warnings of settings that have no effect together."""
+    if sampling.greedy and sampling.seed is not None:
+        yield "the seed has no effect: at temperature 0 the likeliest token is taken"

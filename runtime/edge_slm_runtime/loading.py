@@ -90,7 +90,7 @@ def load(
         )
     if max_memory_mb is not None:
         _check_size("max_memory_mb", max_memory_mb)
-    cache, threads = int(prefix_cache_mb * (1 << 20)), threads or default_threads()
+    cache, threads = int(prefix_cache_mb * (1 << 20)), int(threads or default_threads())
     with loading(path) as root:
         manifest = verify_structure(root)
         if expected_digest is not None or trusted_keys:
@@ -105,7 +105,7 @@ def load(
                 if max_memory_mb is not None:
                     most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
                 options = EngineOptions(
-                    variant.precision, threads, cache, speculate, prefill_tokens
+                    variant.precision, threads, cache, speculate, int(prefill_tokens)
                 )
                 try:
                     codec, loaded = _open(root, manifest, variant, options, hashes=verify)

@@ -22,9 +22,7 @@ from edge_slm_runtime.command import (
     Checked,
     Command,
     CommandSchema,
-    clean_request,
     is_count,
-    valid_request,
 )
 from edge_slm_runtime.errors import (
     BadSetting,
@@ -32,6 +30,7 @@ from edge_slm_runtime.errors import (
     NoCommandGrammar,
     shown,
 )
+from edge_slm_runtime.request_text import clean_request, valid_request
 
 Kind = Literal["command", "chat", "plain"]
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edge_slm_runtime.answer import FinishReason
-from edge_slm_runtime.command import Command
+from edge_slm_runtime.command import Command, python_value
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
 
 
@@ -37,6 +37,10 @@ class Request:
     max_new_tokens: int | None = None
     keep_length: bool = True
     cache_key: str = ""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            object.__setattr__(self, name, python_value(getattr(self, name)))
 
     @classmethod
     def of(cls, request: str | Request, **settings: Any) -> Request:
@@ -111,7 +115,8 @@ class Generation:
 
     asked is what the caller wanted, commanded what the model was given.
     finish_reason: `stop` the model ended; `length` cut at the maximum of the
-    length promise; `stop_sequence`; `max_tokens`; `context` the context is full.
+    length promise; `stop_sequence`; `max_tokens`; `context` the context is full;
+    `cancelled` the reader closed the stream.
     in_tolerance: words against the *asked* words, None when none were asked.
     seed: reproduces a sampled answer; None when it was greedy, or when the
     engine has no seed. token_ids: all that the model generated, without

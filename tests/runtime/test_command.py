@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +11,6 @@ from edge_slm_runtime.command import (
     WORD_EDGES,
     Command,
     CommandSchema,
-    clean_request,
     count_words,
     default_axes,
 )
@@ -22,6 +24,8 @@ from edge_slm_runtime.errors import (
     UnknownTask,
     WordsOutOfRange,
 )
+from edge_slm_runtime.records import Request
+from edge_slm_runtime.request_text import clean_request, is_visible
 
 SCHEMA = CommandSchema(default_axes(("image", "video")))
 COMMANDS = st.builds(
@@ -31,7 +35,7 @@ COMMANDS = st.builds(
     st.none() | st.integers(0, 9),
 )
 REQUESTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(
-    lambda text: text.strip() and "<|" not in text
+    lambda text: any(map(is_visible, text.strip())) and "<|" not in text
 )
 
 
@@ -88,9 +92,26 @@ def test_requests_that_are_no_text() -> None:
         clean_request(b"bytes")  # type: ignore[arg-type]
     with pytest.raises(RequestNotText, match="at character 1"):
         clean_request("a\ud800")
-    for empty in ("", " \n\t", "\u3000"):
+    unseen = ("\u200b\u2060", "\ufeff", " \u00ad\x07 ", "\u3164\u2800", "\ufe0f", "\u202e\u2069")
+    for empty in ("", " \n\t", "\u3000", *unseen):
         with pytest.raises(EmptyRequest):
             clean_request(empty)
+
+
+def test_one_visible_character_is_a_request() -> None:
+    for text in ("\u200bx", "🦊\ufe0f", ".", "\u0301", "\ue000"):
+        assert clean_request(text) == text
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    command = Command("image", np.int64(5), np.uint8(9))  # type: ignore[arg-type]
+    assert SCHEMA.check(command) == SCHEMA.check(Command("image", 5, 9))
+    assert type(command.words) is int
+    request = Request("a", words=np.int32(5), temperature=np.float32(0.5), seed=np.int64(7))  # type: ignore[arg-type]
+    assert request == Request("a", words=5, temperature=0.5, seed=7)
+    assert json.dumps(request.sampling.seed) == "7"
+    with pytest.raises(BadSetting):
+        SCHEMA.check(Command("image", np.bool_(True)))  # type: ignore[arg-type]
 
 
 def test_nearest_support_is_commanded_with_a_warning() -> None:

@@ -62,14 +62,29 @@ def test_stream_is_generate(slm: SLM) -> None:
         assert stream.result.finish_reason == whole.finish_reason
 
 
-def test_stream_has_a_result_only_at_its_end(slm: SLM) -> None:
+def test_a_stream_has_a_result_once_it_was_read_or_closed(slm: SLM) -> None:
     stream = slm.stream(REQUEST, max_new_tokens=30)
-    next(stream)
+    pieces = [next(stream)]
     with pytest.raises(RuntimeError, match="read to its end"):
         _ = stream.result
+    pieces.append(next(stream, ""))
     stream.close()
     assert list(stream) == []
+    result = stream.result
+    assert result.text == "".join(pieces)
+    assert result.words == len(result.text.split())
+    assert result.finish_reason == "cancelled"
+    assert 0 < result.stats.new_tokens <= 30
+    assert result.stats.ttft_ms <= result.stats.total_ms
     assert slm.generate(REQUEST, max_new_tokens=5).stats.new_tokens <= 5
+
+
+def test_a_stream_closed_before_its_first_token(slm: SLM) -> None:
+    stream = slm.stream(REQUEST, words=3)
+    stream.close()
+    assert (stream.result.text, stream.result.stats.new_tokens) == ("", 0)
+    assert stream.result.in_tolerance is False
+    assert json.dumps(stream.result.as_dict())
 
 
 def test_two_streams_at_once_do_not_disturb_each_other(slm: SLM) -> None:

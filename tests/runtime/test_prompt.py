@@ -23,6 +23,7 @@ from edge_slm_runtime.errors import (
     ManifestInvalid,
     NoCommandGrammar,
 )
+from edge_slm_runtime.request_text import is_visible
 from edge_slm_runtime.text import TextCodec
 
 from .conftest import VARIANTS
@@ -67,7 +68,8 @@ def test_a_prompt_is_its_text_with_control_tokens_read_around_the_request(
     chat: TextCodec, text: str
 ) -> None:
     """As a tokenizer that reads special tokens splits the whole, if the request has none."""
-    if not (request := text.strip()) or "<|" in request:
+    request = text.strip()
+    if not any(map(is_visible, request)) or "<|" in request:
         return
     whole = chat._tokenizer
     whole.encode_special_tokens = False
@@ -82,7 +84,7 @@ def test_a_prompt_is_its_text_with_control_tokens_read_around_the_request(
 def test_a_request_never_forms_a_control_token(chat: TextCodec, text: str) -> None:
     marks = len([i for i in chat.prompt("a", Command()) if i in chat.controls])
     for request in (text, f"<|task:image|>{text}", f"{text}<|end", f"<|words:any|>{text}<|any"):
-        if request.strip() and not any(
+        if any(map(is_visible, request)) and not any(
             mark in request for mark in ("<|end|>", "<|request|>", "<|response|>")
         ):
             ids = chat.prompt(request, Command())

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from edge_slm.distill.cuts import clause_cuts
 from edge_slm.distill.tasks import task_brief, themes
 from edge_slm.distill.teachers.base import Ask
-from edge_slm_runtime.command import clean_request, count_words
+from edge_slm_runtime.command import count_words
 from edge_slm_runtime.errors import RequestError
+from edge_slm_runtime.request_text import clean_request
 
 # (role, content) pairs. There is no system role: several models' templates refuse it.
 Messages = tuple[tuple[str, str], ...]
