@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 MODELS = $(patsubst %/pyproject.toml,./%,$(wildcard models/*/pyproject.toml))
 
 # Options: VENV, PYTHON; FUZZ_MINUTES and FUZZ_SEED for `make fuzz`, FUZZ=tests/runtime/test_text.py
-# for a part of it; DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
+# for a part of it, FUZZ_EXAMPLES=10000 for damaged files of each test (`@fuzz`); DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
 # and the like change it.
 .PHONY: demo check test lint fuzz bench peers speed plain-install docs format clean
 
@@ -29,7 +29,8 @@ lint: $(VENV)/.installed-dev
 
 # The property tests with random examples; `make test` always tries the same ones.
 fuzz: $(VENV)/.installed-dev
-	FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) $(VENV)/bin/python tests/fuzz.py $(FUZZ)
+	FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) \
+		$(VENV)/bin/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest bench/benchmarks --benchmark-quiet $(BENCH)

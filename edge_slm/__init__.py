@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import edge_slm_runtime
 from edge_slm_runtime import (
@@ -22,6 +22,9 @@ from edge_slm_runtime import (
     Stream,
     installed_models,
 )
+
+if TYPE_CHECKING:
+    from edge_slm_runtime.isolated import IsolatedSLM
 
 __all__ = [
     "SLM",
@@ -51,7 +54,27 @@ def shipped_bundle() -> Path:
     return Path(__file__).parent / "data" / "reference-bundle"
 
 
-def load(path: str | os.PathLike[str] | None = None, **options: Any) -> SLM:
+@overload
+def load(
+    path: str | os.PathLike[str] | None = None, *, isolate: Literal[True], **options: Any
+) -> IsolatedSLM: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str] | None = None, *, isolate: Literal[False] = False, **options: Any
+) -> SLM: ...
+
+
+def load(
+    path: str | os.PathLike[str] | None = None, *, isolate: bool = False, **options: Any
+) -> SLM | IsolatedSLM:
     """`edge_slm_runtime.load` with its options. path: of a bundle folder, or the name of an
-    installed model; None is the shipped bundle."""
-    return edge_slm_runtime.load(shipped_bundle() if path is None else path, **options)
+    installed model; None is the shipped bundle. isolate: in a process of its own, whose crash
+    is an EngineError and a restart."""
+    bundle = shipped_bundle() if path is None else path
+    if not isolate:
+        return edge_slm_runtime.load(bundle, **options)
+    from edge_slm_runtime.isolated import IsolatedSLM
+
+    return IsolatedSLM(bundle, **options)

@@ -1,4 +1,5 @@
-"""Random search of the property tests: `make fuzz`, FUZZ_MINUTES=10, FUZZ_SEED= to repeat.
+"""Random search of the property tests: `make fuzz`, FUZZ_MINUTES=10, FUZZ_SEED= to repeat,
+FUZZ_EXAMPLES= damaged files for each test that reads them.
 
 Runs all property tests with new examples, round after round, until the time is over. A
 failure prints the falsifying example and the seed that finds it again.
@@ -16,6 +17,7 @@ import time
 def run_round(seed: int, seconds: float, arguments: list[str]) -> int | None:
     """The exit status of pytest; None when the time was over before it ended."""
     command = [sys.executable, "-m", "pytest", "-m", "hypothesis", f"--hypothesis-seed={seed}"]
+    command += ["--timeout=0", "--hypothesis-show-statistics"]
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "fuzz"}
     try:
         done = subprocess.run([*command, *arguments], env=environment, timeout=seconds, check=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from edge_slm_runtime.engines.base import first_line
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -46,16 +46,15 @@ def read_gguf(file: Path) -> GgufModel:
 
     Raises CheckpointError for what cannot be converted, DependencyMissing.
     """
-    reader = _opened(file)
-    metadata = _metadata(reader)
+    values, stored = _opened(file)
+    metadata = Metadata(values)
     architecture = GGUF_ARCHITECTURES.get(metadata.architecture)
     if architecture is None:
         raise CheckpointError(
             f"{file.name}: architecture {metadata.architecture!r} cannot be converted",
             f"these can: {', '.join(GGUF_ARCHITECTURES)}",
         )
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in stored:
+    if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise CheckpointError(f"{file.name}: missing token_embd.weight")
     decoder = replace(
         architecture.gguf_decoder(metadata),
@@ -63,7 +62,7 @@ def read_gguf(file: Path) -> GgufModel:
         tied="output.weight" not in stored,
     )
     if factors := stored.pop(ROPE_FACTORS, None):
-        decoder = replace(decoder, rope_factors=tuple(map(float, _as_float32(file, factors))))
+        decoder = replace(decoder, rope_factors=tuple(_as_float32(file, factors).ravel().tolist()))
     checked(decoder, file.name)
     parameters = sum(int(tensor.n_elements) for tensor in stored.values())
     return GgufModel(decoder, _tensors(file, decoder, architecture, stored), parameters, metadata)
@@ -71,14 +70,11 @@ def read_gguf(file: Path) -> GgufModel:
 
 def read_metadata(file: Path) -> Metadata:
     """The keys and values of a GGUF file of any architecture. Raises as `read_gguf`."""
-    return _metadata(_opened(file))
+    return Metadata(_opened(file)[0])
 
 
-def _metadata(reader: GGUFReader) -> Metadata:
-    return Metadata({name: field.contents() for name, field in reader.fields.items()})
-
-
-def _opened(file: Path) -> GGUFReader:
+def _opened(file: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
+    """Values of the metadata, and tensors, by name. Raises as `read_gguf`."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -86,7 +82,9 @@ def _opened(file: Path) -> GGUFReader:
             "reading a GGUF file needs gguf", "pip install 'edge-slm[convert]'"
         ) from None
     try:
-        return GGUFReader(file)
+        reader = GGUFReader(file)
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        return values, {tensor.name: tensor for tensor in reader.tensors}
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except Exception as error:  # reading beyond the end of a torn file may raise anything
@@ -107,7 +105,11 @@ def _tensors(
             faults += missing
             continue
         parts = {tensor.name: _as_float32(file, tensor) for tensor in present}
-        tensors[name] = joined(decoder, parts, architecture.GGUF_INTERLEAVED)
+        try:
+            tensors[name] = joined(decoder, parts, architecture.GGUF_INTERLEAVED)
+        except ValueError as error:
+            faults.append(f"{present[0].name} makes no {name}: {error}")
+            continue
         if tensors[name].shape != shapes[name]:
             faults.append(
                 f"{present[0].name} makes a {name} of {list(tensors[name].shape)}, "
@@ -129,5 +131,8 @@ def _as_float32(file: Path, tensor: ReaderTensor) -> Float32:
         raise CheckpointError(
             f"{file.name}: {tensor.name} is stored as {kind}", f"known: {', '.join(TYPES)}"
         )
-    values: Float32 = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    try:
+        values: Float32 = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except ValueError as error:
+        raise CheckpointError(f"{file.name}: {tensor.name} cannot be read: {error}") from None
     return values

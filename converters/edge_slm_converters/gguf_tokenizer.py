@@ -75,7 +75,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> Json:
             "only 'gpt2' can, a byte-level BPE; 'llama' is SentencePiece",
         )
     name = metadata.get(f"{KEYS}.pre", "default")
-    if (known := SAME.get(name, name)) not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or (known := SAME.get(name, name)) not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"GGUF: tokenizer.ggml.pre {name!r} cannot be converted",
             f"known: {', '.join([*PRE_TOKENIZERS, *SAME])}",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.errors import CheckpointError, shown
 from edge_slm_runtime.prompt import PromptForm
 
 # Tokens that end a turn or a text wherever they are control tokens.
@@ -83,7 +83,7 @@ NAMES = (*CHATS, PLAIN)
 
 
 def prompt_form(
-    template: str | None,
+    template: object,
     ends: Sequence[str],
     controls: Collection[str],
     start: str = "",
@@ -96,6 +96,8 @@ def prompt_form(
 
     Raises CheckpointError for a template that is not known, or when nothing ends a text.
     """
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"the chat template is {shown(template)}, not a text")
     text = (template or "").replace("\\n", "\n")
     if name is None:
         name = _recognised(text) if template else PLAIN

@@ -100,7 +100,8 @@ def _form_of_folder(path: Path, content: bytes, prompt: str | None) -> tuple[Pro
         template = (path / TEMPLATE).read_text("utf-8")
         there.append(TEMPLATE)
     if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+        template = named.get("default")
     form = prompt_form(template, ends, set(controls.values()), _start(tokenizer), prompt)
     return form, there
 

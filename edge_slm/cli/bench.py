@@ -21,7 +21,7 @@ from edge_slm.cli.console import (
     reporter,
     stdout_console,
 )
-from edge_slm.cli.options import Numbers, counts, folder, names
+from edge_slm.cli.options import Number, Numbers, counts, folder, names
 from edge_slm_runtime.errors import BenchRegression, CheckpointError, VariantNotFound
 from edge_slm_runtime.installed import find_bundle
 
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--target-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=500.0,
     show_default=True,
     help="Latency that counts as good (server).",
@@ -116,7 +116,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Requests to one process, to see its memory grow; 1000 show it.",
 )
-@click.option("--max-memory-mb", type=click.FloatRange(min=1), help="Kill a process above it.")
+@click.option("--max-memory-mb", type=Number(min=1), help="Kill a process above it.")
 @click.option("--out", type=folder, help="Folder for report.json, .md, .csv, .html and samples.")
 @click.option(
     "--compare",
@@ -127,7 +127,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.1,
     show_default=True,
     help="Change that --compare lets pass, as a share.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,6 +109,16 @@ sampling_options = _together(
 )
 
 
+class Number(click.FloatRange):
+    """A finite number of a range; click takes NaN to be in any."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
     """Comma-separated numbers, each at least `least`."""
 
@@ -123,7 +134,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since click
             numbers = [self.kind(part) for part in value.split(",")]
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as 1,2", param, ctx)
-        if min(numbers) < self.least:
+        if not all(self.least <= number < inf for number in numbers):  # NaN neither
             self.fail(f"{value!r}: at least {self.least:g}", param, ctx)
         return tuple(dict.fromkeys(numbers))
 

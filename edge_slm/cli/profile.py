@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_slm.cli.console import emit_json, examples, json_option, progress_bar, stdout_console
-from edge_slm.cli.options import bundle_argument, counts, names
+from edge_slm.cli.options import Number, bundle_argument, counts, names
 from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.errors import EngineError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edge_slm_bench.advice import Advice, Limits, VariantRow
     from edge_slm_bench.machine import Machine
 
-_limit = click.FloatRange(min=0, min_open=True)
+_limit = Number(min=0, min_open=True)
 
 
 @click.command(

@@ -75,6 +75,9 @@ __all__ = [
 ]
 
 
+_LONGEST = 1000  # characters of a problem
+
+
 class EdgeSlmError(Exception):
     """Base of all errors. `problem`: the fault and its place; `hint`: the remedy."""
 
@@ -82,13 +85,19 @@ class EdgeSlmError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, problem: str, hint: str = "") -> None:
-        self.problem = problem
+        self.problem = _line(problem)
         self.hint = hint
-        super().__init__(f"{problem} ({hint})" if hint else problem)
+        super().__init__(f"{self.problem} ({hint})" if hint else self.problem)
 
     def at(self, place: str) -> EdgeSlmError:
         """The same error, its line beginning with its place."""
         return type(self)(f"{place}: {self.problem}", self.hint)
+
+
+def _line(problem: str) -> str:
+    """One line of bounded length, whatever a file or a library says in it."""
+    line = " ".join(problem.splitlines())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 def shown(value: object) -> str:

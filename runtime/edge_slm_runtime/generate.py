@@ -26,11 +26,12 @@ from edge_slm_runtime.errors import (
     shown,
 )
 from edge_slm_runtime.length import tolerance
-from edge_slm_runtime.memory import peak_rss_mb
+from edge_slm_runtime.memory import memory_errors, peak_rss_mb
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
 from edge_slm_runtime.sampling import Logits, Sampling, not_finite
 from edge_slm_runtime.text import TextCodec
 
+_NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _STOPS_MAX, _STOP_LENGTH_MAX = 64, 256  # all are looked for after every token
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
@@ -158,11 +159,13 @@ class SLM:
             )
         return Closable(self._batch(self._drawn(requests, settings), int(batch_size)))
 
-    def check(self, request: Request) -> Plan:
+    @memory_errors(*_NO_MEMORY)
+    def check(self, request: str | Request) -> Plan:
         """Everything that can be wrong with a request, found before it is run.
 
         Raises as `generate`. The Plan says what the model would be given.
         """
+        request = Request.of(request)
         command = self.manifest.prompt.check(request.command)
         sampling = request.sampling
         self._engine.check(sampling)
@@ -218,6 +221,11 @@ class SLM:
         seconds = [perf_counter() - started for _ in self._decode([answer], 1)]
         return Trace(answer.plan.prompt, tuple(answer.ids), tuple(seconds))
 
+    def trim_memory(self) -> None:
+        """Drops the keys and values kept of earlier prompts (`prefix_cache_mb`), for when the
+        system warns of short memory. Answers under way are not touched."""
+        self._engine.trim_memory()
+
     def close(self) -> None:
         """Frees the model; a later call raises EngineError."""
         self._engine.close()
@@ -246,7 +254,7 @@ class SLM:
     ) -> None:
         self.close()
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: str | Request) -> Answer:
         started = perf_counter()
         return Answer(self.check(request), self._codec, started)
 
@@ -264,11 +272,8 @@ class SLM:
                     f"{used} answers at a time need more than max_memory_mb",
                     f"at most {self._most_rows}; finish or close streams",
                 )
-            yield from self._engine.decode(answers, mine.count)
-        except MemoryError:
-            raise OutOfMemory(
-                "there is no memory for the answer", "close other streams, or ask for less"
-            ) from None
+            with memory_errors(*_NO_MEMORY):
+                yield from self._engine.decode(answers, mine.count)
         finally:
             del mine  # now, although an error may keep this frame
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from _thread import start_new_thread
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from threading import Thread
+from threading import Lock
 from time import perf_counter
 
 from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
@@ -28,13 +30,19 @@ from edge_slm_runtime.errors import (
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.installed import loading
 from edge_slm_runtime.integrity import unchanged, verify_contents, verify_structure
-from edge_slm_runtime.memory import PREFIX_CACHE_MB, memory_estimate
+from edge_slm_runtime.memory import (
+    PREFIX_CACHE_MB,
+    memory_errors,
+    memory_estimate,
+    refuse_little_room,
+)
 from edge_slm_runtime.text import TextCodec
 
 _THREADS_MAX = 1024
 _ROWS_MAX = 1 << 16
 
 
+@memory_errors("there is no memory to load the bundle", "choose a smaller variant")
 def load(
     path: str | os.PathLike[str],
     engine: str = "auto",
@@ -101,10 +109,6 @@ def load(
                 )
                 try:
                     codec, loaded = _open(root, manifest, variant, options, hashes=verify)
-                except MemoryError:
-                    raise OutOfMemory(
-                        f"there is no memory to load {variant.name}", "choose a smaller variant"
-                    ) from None
                 except EngineNotInstalled as error:
                     if other is None:
                         raise
@@ -125,6 +129,7 @@ def _open(
     root: Path, manifest: Manifest, variant: Variant, options: EngineOptions, *, hashes: bool
 ) -> tuple[TextCodec, Engine]:
     """Raises as `load`."""
+    refuse_little_room(variant, options.threads)
     weights = [path for path in manifest.files_of(variant) if path != TOKENIZER]
     verified = _run_in_background(partial(verify_contents, root, manifest, weights, hashes=hashes))
     engine = engine_class(variant.engine)
@@ -183,25 +188,30 @@ def _most_rows(
 
 def _run_in_background(work: Callable[[], None]) -> Callable[[], None]:
     """Starts `work` in a thread; returns a function that waits for its end and raises its
-    error. (`concurrent.futures` takes longer to import than the thread saves.)"""
+    error. (`concurrent.futures` takes longer to import than the thread saves.)
+
+    A thread may end for want of memory before it begins, and `Thread.start` would wait for it
+    for ever: what was not begun is done by the caller.
+    """
     errors: list[BaseException] = []
+    begun, ended = Lock(), Lock()
+    ended.acquire()
 
     def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = Thread(target=run, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # no thread to be had
-        run()
+        if begun.acquire(blocking=False):
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                ended.release()
 
     def wait() -> None:
-        if thread.ident is not None:
-            thread.join()
+        run()
+        ended.acquire()
         for error in errors:
             raise error
 
+    with suppress(RuntimeError):  # no thread to be had
+        start_new_thread(run, ())
     return wait

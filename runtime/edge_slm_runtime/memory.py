@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,21 @@ import numpy as np
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.engines import engine_class
 from edge_slm_runtime.engines.base import PREFILL
+from edge_slm_runtime.errors import OutOfMemory
 
 PREFIX_CACHE_MB = 16.0  # of keys and values kept for prompts that begin alike, by default
+_LOADING_MB = 16  # of address space
 _MB = 1 << 20
 _FLOAT = 4  # bytes
+
+
+@contextmanager
+def memory_errors(problem: str, hint: str) -> Iterator[None]:
+    """Python's MemoryError as OutOfMemory."""
+    try:
+        yield
+    except MemoryError:
+        raise OutOfMemory(problem, hint) from None
 
 
 def peak_rss_mb() -> float:
@@ -31,6 +45,27 @@ def peak_rss_mb() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def refuse_little_room(variant: Variant, threads: int) -> None:
+    """Where the address space is limited (`ulimit -v`): without room to load `variant`, engines
+    and the C library hang or end the process. Raises OutOfMemory."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * mmap.PAGESIZE
+    except (ImportError, OSError):
+        return
+    room = (limit - used) / _MB
+    needed = (threads + 1) * engine_class(variant.engine).thread_room_mb
+    needed += _LOADING_MB + 2 * variant.bytes // _MB
+    if limit != resource.RLIM_INFINITY and room < needed:
+        raise OutOfMemory(
+            f"the limit leaves {max(0, room):.0f} MiB of address space, "
+            f"{variant.name} needs {needed}",
+            "raise it (ulimit -v), or choose fewer threads",
+        )
 
 
 def memory_estimate(

@@ -37,3 +37,10 @@ def test_text_is_problem_then_hint() -> None:
         "it is empty (write something)"
     )
     assert str(errors.EmptyRequest("it is empty")) == "it is empty"
+
+
+def test_text_is_one_line_of_bounded_length() -> None:
+    error = errors.ManifestInvalid("first\nsecond\u2028third " + "x" * 10**6, "get it again")
+    assert str(error).startswith("first second third xxx")
+    assert str(error).endswith("... (get it again)")
+    assert len(str(error)) < 1100

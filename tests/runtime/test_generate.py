@@ -20,6 +20,7 @@ from edge_slm_runtime.errors import (
     EngineError,
     EngineNotInstalled,
     NotSupportedByEngine,
+    RequestNotText,
     RequestTooLong,
     UnknownTask,
     VariantNotFound,
@@ -369,6 +370,14 @@ def test_threads_share_a_model(slm: SLM) -> None:
     alone = [answer(request) for request in REQUESTS]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(answer, REQUESTS)) == alone
+
+
+def test_a_text_is_a_request_everywhere(stepped_slm: SLM) -> None:
+    expected = stepped_slm.generate("a cat").text
+    assert [one.text for one in stepped_slm.generate_batch(["a cat"], 1)] == [expected]
+    assert stepped_slm.check("a cat") == stepped_slm.check(Request("a cat"))
+    with pytest.raises(RequestNotText):
+        stepped_slm.check(None)  # type: ignore[arg-type]
 
 
 def test_closed_model_refuses(slm: SLM, tiny_bundle: Path) -> None:

@@ -170,6 +170,21 @@ def test_a_bad_request_in_a_batch_leaves_a_sound_prefix(pair: tuple[SLM, SLM]) -
     )
 
 
+def test_trimmed_memory_is_computed_anew(pair: tuple[SLM, SLM]) -> None:
+    slm, fresh = pair
+    asked = Request("a small boat crossing a lake at dawn", max_new_tokens=8)
+    slm.generate(asked)
+    assert slm.generate(asked).stats.cached_tokens
+    stream = slm.stream(asked)
+    next(stream)
+    slm.trim_memory()
+    list(stream)
+    slm.trim_memory()
+    again = slm.generate(asked)
+    assert again.stats.cached_tokens == 0
+    assert again.token_ids == stream.result.token_ids == fresh.generate(asked).token_ids
+
+
 def test_callers_of_another_key_share_nothing(pair: tuple[SLM, SLM]) -> None:
     kept, fresh = pair
     text = PREAMBLE + " of mine"

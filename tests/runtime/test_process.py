@@ -100,3 +100,36 @@ print(time.process_time() - start)
 """
     )
     assert float(out) < 0.5, "about 0.13 s when the machine is idle"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_address_space_that_is_too_small(tiny_bundle: Path, engine: str) -> None:
+    """Refused, or enough: no other error, no signal, no hang, and nothing on stdout."""
+    out = python(
+        """
+import resource, sys
+import edge_slm_runtime, numpy.random
+from edge_slm_runtime import EdgeSlmError, load
+with load(sys.argv[1], "onnxruntime", "int8", threads=1):  # imports what a process needs
+    pass
+__import__(sys.argv[2])
+if sys.argv[2] == "numba":
+    load(sys.argv[1], "numba", "int8", threads=1).close()
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+for room in (0, 1, 3, 8, 20, 64, 1000):
+    resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), -1))
+    try:
+        with load(sys.argv[1], sys.argv[2], "int8", threads=2) as slm:
+            slm.generate("a cosy cabin", max_new_tokens=5)
+        code = "answered"
+    except EdgeSlmError as error:
+        code = error.code
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(code)
+""",
+        str(tiny_bundle),
+        engine,
+    )
+    assert out.split() == ["answered"]

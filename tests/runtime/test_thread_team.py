@@ -267,20 +267,20 @@ def test_a_thread_that_cannot_be_started(tiny_bundle: Path) -> None:
     out = python(
         OPENED
         + """
-real, left = thread_team.Thread.start, 1
-def start(thread):
+real, left = thread_team.start_new_thread, 1
+def start(*arguments):
     global left
     if left == 0:
         raise RuntimeError("can't start new thread")
     left -= 1
-    real(thread)
-thread_team.Thread.start = start
+    real(*arguments)
+thread_team.start_new_thread = start
 for _ in range(2):
     try:
         run()
     except EdgeSlmError as error:
         print(error.code)
-thread_team.Thread.start = real
+thread_team.start_new_thread = real
 alone = NumbaEngine(bundle / "numba-int8", engine.decoder, EngineOptions(threads=1))
 other = alone.new_pass(alone.new_cache(1).array, 2, 1)
 print((run() == other.run([[70, 71]], [0])).all())

@@ -55,7 +55,8 @@ class Engine(ABC):
     the engine and no model in it; resident: by precision, bytes of memory per byte of weights
     once the engine has packed them (both fitted on Linux x86-64 with CPython 3.11,
     onnxruntime 1.31 and ctranslate2 4.8 to models of 11M and 98M parameters).
-    loads_table_twice: the embedding is in memory twice during loading.
+    loads_table_twice: the embedding is in memory twice during loading. thread_room_mb: MiB of
+    address space that a thread takes.
     """
 
     name: ClassVar[str]
@@ -70,6 +71,7 @@ class Engine(ABC):
     process_mb: ClassVar[float]
     resident: ClassVar[Mapping[str, float]]
     loads_table_twice: ClassVar[bool] = True
+    thread_room_mb: ClassVar[int] = 8
 
     threads: int
 
@@ -119,6 +121,9 @@ class Engine(ABC):
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
         """The prediction [V] after each of `ids`, token by token as decoding computes it. The
         array may be reused. Raises as `decode`."""
+
+    def trim_memory(self) -> None:  # noqa: B027
+        """Gives back what is kept only to save time later."""
 
     @abstractmethod
     def close(self) -> None:

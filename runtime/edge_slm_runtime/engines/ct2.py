@@ -52,6 +52,7 @@ class CTranslate2Engine(Engine):
     main_file = "model.bin"
     seeds = batches = prefix_cache = False
     process_mb = 70.0
+    thread_room_mb = 80  # a heap of its own
     resident: ClassVar = {"fp32": 1.0, "int8": 1.0}
 
     def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:

@@ -42,7 +42,12 @@ class OnnxEngine(SteppingEngine):
         settings.log_severity_level = 3
         file = folder / self.main_file
         try:
-            session = ort.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                str(file),
+                settings,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # which prints on stdout, and fails once more
+            )
             inputs = {item.name: item for item in session.get_inputs()}
             layers = sum(name.endswith(".key") for name in inputs)
             _, heads, _, head_width = inputs["past_key_values.0.key"].shape

@@ -143,6 +143,10 @@ class SteppingEngine(Engine):
         for position, token in enumerate(ids):
             yield step.run([[token]], [position])[0, 0]
 
+    def trim_memory(self) -> None:
+        if not self.native.forked:
+            self._prefixes.clear()
+
     def close(self) -> None:
         self.native.close()
         self._prefixes.clear()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from _thread import start_new_thread
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Lock, RLock, Thread, get_ident
+from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import finalize
 
@@ -94,8 +95,8 @@ class ThreadTeam:
         for number in range(1, len(self._wake)):
             if number not in self._at_work:
                 arguments = (self._entry, self._held, number, self._wake, self._at_work)
-                try:
-                    Thread(target=_work, args=arguments, daemon=True).start()
+                try:  # Thread.start would wait for ever for one that has no memory to begin
+                    start_new_thread(_work, arguments)
                 except RuntimeError as error:
                     raise EngineError(f"no thread to be had: {error}") from None
 
