@@ -19,6 +19,7 @@ from edge_slm_runtime.errors import (
     EmptyRequest,
     EngineError,
     EngineNotInstalled,
+    ManifestInvalid,
     NotSupportedByEngine,
     RequestNotText,
     RequestTooLong,
