@@ -148,7 +148,7 @@ for arguments in json.loads(sys.argv[1]):
     assert [exit_code for _, exit_code, _, _ in done] == [0, 0, 0, 0, 0, 5, 5], done
     assert "(shipped)" in done[0][2]
     assert "tiny-one" in done[0][2]
-    assert "tiny-one" in done[-1][2]
+    assert "known: onnx-int8, onnx-fp32" in done[-1][3]
     assert unknown[1] == 4
     assert unknown[3].startswith("error[bundle_not_found]: there is no folder 'tiny'")
     assert "(installed: " in unknown[3]
