@@ -97,7 +97,10 @@ class EdgeSlmError(Exception):
 def _line(problem: str) -> str:
     """One line of bounded length, whatever a file or a library says in it."""
     line = " ".join(problem.splitlines())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+    if len(line) <= _LONGEST:
+        return line
+    half = _LONGEST // 2  # of a path too long, what is wrong with it stands behind it
+    return f"{line[: half - 3]}...{line[-half:]}"
 
 
 def shown(value: object) -> str:

@@ -42,5 +42,6 @@ def test_text_is_problem_then_hint() -> None:
 def test_text_is_one_line_of_bounded_length() -> None:
     error = errors.ManifestInvalid("first\nsecond\u2028third " + "x" * 10**6, "get it again")
     assert str(error).startswith("first second third xxx")
-    assert str(error).endswith("... (get it again)")
+    assert "xxx...xxx" in str(error)
+    assert str(error).endswith("xxx (get it again)")
     assert len(str(error)) < 1100

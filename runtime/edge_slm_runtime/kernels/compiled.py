@@ -180,10 +180,20 @@ def _object_file(traits: Traits) -> bytes:
             item.name = _NAME
         elif not item.is_declaration:
             item.linkage = "internal"
+    _keep_loops()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)
     return bytes(target.emit_object(module))
+
+
+@cache  # LLVM ends the process when an option is given twice
+def _keep_loops() -> None:
+    """Loops that clear memory stay loops: for processors without AVX-512 LLVM would make some of
+    them calls of `memset`, which is outside of the code, so that there were no image of it."""
+    import llvmlite.binding as llvm
+
+    llvm.set_option("edge_slm", "-disable-loop-idiom-memset")
 
 
 def _target() -> Any:
