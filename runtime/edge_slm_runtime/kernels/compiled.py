@@ -166,6 +166,7 @@ def _object_file(traits: Traits) -> bytes:
     from edge_slm_runtime.kernels.forward import make_forward
     from edge_slm_runtime.kernels.schedule import make_entry
 
+    _keep_loops()  # before numba's own passes
     entry = make_entry(make_forward(has_vnni(), traits))
 
     def call(table: int, thread: int) -> int:
@@ -180,7 +181,6 @@ def _object_file(traits: Traits) -> bytes:
             item.name = _NAME
         elif not item.is_declaration:
             item.linkage = "internal"
-    _keep_loops()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)
