@@ -99,7 +99,7 @@ def _line(problem: str) -> str:
     line = " ".join(problem.splitlines())
     if len(line) <= _LONGEST:
         return line
-    half = _LONGEST // 2  # of a path too long, what is wrong with it stands behind it
+    half = _LONGEST // 2  # the reason follows a long path: keep both ends
     return f"{line[: half - 3]}...{line[-half:]}"
 
 

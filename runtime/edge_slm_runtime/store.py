@@ -207,7 +207,7 @@ class Store:
             return [digest for digest in unused if not digest.startswith(".")]
 
     def trust(self, keys: Sequence[str]) -> None:
-        """From now on every bundle must be signed by one of these public keys; none: by nobody."""
+        """Requires a signature by one of these public keys from now on; without keys, none."""
         with self._changing():
             write_json({"trusted_keys": list(keys)}, self.root / "policy.json")
 

@@ -81,7 +81,7 @@ def test_a_crash_is_an_error_and_a_restart(slm: IsolatedSLM) -> None:
     with pytest.raises(EngineError, match=r"ended by signal 9 \(the next call starts another"):
         slm.generate(ASKED)
     assert slm.generate(ASKED).token_ids == wanted.token_ids
-    os.kill(child(slm), signal.SIGSEGV)  # while nobody asks it
+    os.kill(child(slm), signal.SIGSEGV)  # between two calls
     time.sleep(0.2)
     assert slm.generate(ASKED).token_ids == wanted.token_ids
 

@@ -202,7 +202,7 @@ def test_a_signature_of_another_bundle_is_none(bundle: Path, tmp_path: Path) -> 
     (two / "manifest.sig").write_text('{"signatures": [{"key": 1}]}')
     with pytest.raises(Untrusted, match=r"manifest\.sig is damaged"):
         load(two, trusted_keys=[public])
-    load(two).close()  # nobody asked who made it
+    load(two).close()  # no trusted keys, no check
 
 
 def test_the_expected_digest_is_the_only_one(bundle: Path) -> None:
