@@ -12,6 +12,7 @@ from edge_slm_runtime import verify as verify_files
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.errors import BundleError, EngineNotInstalled
 from edge_slm_runtime.loading import load_variant
+from edge_slm_runtime.selftest import golden_answers
 
 
 @click.command(
@@ -53,18 +54,18 @@ _STATUS = {None: "not tested: engine not installed", 0: "not tested: it has no g
 def _run_goldens(bundle: Path, manifest: Manifest, variant: Variant) -> int | None:
     """The number of goldens, which all match; None when the engine is not installed."""
     name = variant.name
-    goldens = [golden for golden in manifest.goldens if name in golden.ids]
+    count = 0
     try:
         slm = load_variant(bundle, manifest, variant)
     except EngineNotInstalled as error:
         note(f"{name} skipped: {error}")
         return None
     with slm:
-        for golden in goldens:
-            got = slm.greedy_ids(golden.request, golden.command, golden.max_new_tokens)
+        for golden, got in golden_answers(slm):
+            count += 1
             if got != golden.ids[name]:
                 raise BundleError(
                     f"{name} no longer gives its golden tokens for {golden.request!r}",
                     "the files are unaltered: look at the engine's version and the CPU",
                 )
-    return len(goldens)
+    return count

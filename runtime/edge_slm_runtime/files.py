@@ -80,7 +80,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Its lines; one of more than LONGEST_LINE bytes is cut behind the first byte too many.
+    """Its lines; one of more than LONGEST_LINE bytes is cut after one byte more.
 
     Raises DataError when the end of a line does not come: a device, or no file of lines.
     """

@@ -12,13 +12,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
-from edge_slm_runtime.bundle import Manifest, Variant
+from edge_slm_runtime.bundle import Golden, Manifest, Variant
 from edge_slm_runtime.errors import EngineNotInstalled, SelfTestFailed
+from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.integrity import verify_structure
 from edge_slm_runtime.memory import peak_rss_mb
 
@@ -70,17 +71,23 @@ def run_goldens(folder: Path, manifest: Manifest, variant: Variant) -> VariantTe
     """The goldens of one variant, in this process. Raises what `load` raises."""
     from edge_slm_runtime.loading import load_variant
 
-    goldens = [golden for golden in manifest.goldens if variant.name in golden.ids]
-    tokens, seconds, matched = 0, 0.0, 0
+    count, tokens, matched = 0, 0, 0
     with load_variant(folder, manifest, variant) as slm:
-        for golden in goldens:
-            started = perf_counter()
-            got = slm.greedy_ids(golden.request, golden.command, golden.max_new_tokens)
-            seconds += perf_counter() - started
+        started = perf_counter()
+        for golden, got in golden_answers(slm):
+            count += 1
             tokens += len(got)
             matched += got == golden.ids[variant.name]
+        seconds = perf_counter() - started
     ms = 1e3 * seconds / max(1, tokens)
-    return VariantTest(variant.name, len(goldens), matched, ms, peak_rss_mb())
+    return VariantTest(variant.name, count, matched, ms, peak_rss_mb())
+
+
+def golden_answers(slm: SLM) -> Iterator[tuple[Golden, tuple[int, ...]]]:
+    """Each golden of the loaded variant, and the token ids that it gives now."""
+    for golden in slm.manifest.goldens:
+        if slm.variant.name in golden.ids:
+            yield golden, slm.greedy_ids(golden.request, golden.command, golden.max_new_tokens)
 
 
 def _judge(test: VariantTest, max_ms: float | None, max_mb: float | None) -> None:
