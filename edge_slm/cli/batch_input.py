@@ -290,7 +290,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("words", "relevance", "top_k", "no_repeat_ngram_size", "seed"), _whole),
     "max_new_tokens": _whole,
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
-    "task": str,  # without the spaces around it
+    **dict.fromkeys(("task", "syntax"), str),  # without the spaces around it
     "keep_length": lambda cell: {"true": True, "false": False}[cell.lower()],
 }
 _READERS: dict[str, Callable[[IO[bytes]], Iterator[InputLine]]] = {

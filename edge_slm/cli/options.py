@@ -106,6 +106,14 @@ sampling_options = _together(
         show_default=True,
         help="Keep the promise of --words, or let the model decide.",
     ),
+    click.option(
+        "--syntax",
+        type=click.Choice(["keep", "none"]),
+        default="keep",
+        show_default=True,
+        help="Put <lora:x:0.8>, (word:1.2), {a|b} and the like of the request back into the "
+        "answer, or read them as text.",
+    ),
 )
 
 

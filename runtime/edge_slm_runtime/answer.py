@@ -11,6 +11,7 @@ import numpy as np
 
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.length import LengthKeeper
+from edge_slm_runtime.prompt_syntax import Placer, Shielded
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
@@ -22,7 +23,8 @@ class Plan:
     """A checked request: the prompt of the model, and the limits of the answer.
 
     budget: tokens that may be generated; `limit` is the finish reason when they
-    are used up. `words` is None unless the length promise holds.
+    are used up. `words` is None unless the length promise holds. `syntax` is put back into
+    the text of the model.
     """
 
     request: str
@@ -36,6 +38,7 @@ class Plan:
     stop: tuple[str, ...]
     sampling: Sampling
     cache_key: str = ""
+    syntax: Shielded | None = None
 
 
 class Step(NamedTuple):
@@ -70,6 +73,7 @@ class Answer:
         self._stops = StopMatcher(plan.stop)
         self._keeper = LengthKeeper(plan.words) if plan.words else None
         self._sampler = Sampler(plan.sampling, plan.prompt)
+        self._placer = Placer(plan.syntax) if plan.syntax else None
         self._shown = 0
         self._logits: Logits | None = None
         self._never: tuple[Logits, ...] = ()
@@ -121,11 +125,16 @@ class Answer:
             piece = self._detokenizer.push(token)
             self._grow(piece if self.text else piece.lstrip())
         self.ended = now
-        if self.finish:
+        return self._show()
+
+    def _show(self) -> Step:
+        done = self.finish is not None
+        if done:
             self.text = self.text.rstrip()
-        end = len(self.text) if self.finish else self._sure()
+        end = len(self.text) if done else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)
-        return Step(self, self.text[shown : self._shown], self.finish is not None)
+        piece = self.text[shown : self._shown]
+        return Step(self, self._placer.push(piece, done) if self._placer else piece, done)
 
     def _grow(self, piece: str) -> None:
         self.text += piece

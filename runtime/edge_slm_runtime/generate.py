@@ -27,7 +27,9 @@ from edge_slm_runtime.errors import (
 )
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
+from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
+from edge_slm_runtime.request_text import clean_request
 from edge_slm_runtime.sampling import Logits, Sampling, not_finite
 from edge_slm_runtime.text import TextCodec
 
@@ -184,7 +186,12 @@ class SLM:
             raise BadSetting(
                 f"keep_length is {shown(request.keep_length)}", "allowed: True or False"
             )
-        prompt = self._codec.prompt(request.request, command.commanded)
+        if request.syntax not in ("keep", "none"):
+            raise BadSetting(f"syntax is {shown(request.syntax)}", "allowed: keep, none")
+        told = Shielded(request.request)
+        if request.syntax == "keep" and self.manifest.prompt.schema:
+            told = shield(clean_request(request.request))
+        prompt = self._codec.prompt(told.text, command.commanded)
         words = command.words if request.keep_length else None
         budget, limit = self._budget(len(prompt), request.max_new_tokens, command.words)
         return Plan(
@@ -199,11 +206,13 @@ class SLM:
             stop=tuple(stop),
             sampling=sampling,
             cache_key=request.cache_key,
+            syntax=told if told.slots or told.tail else None,
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
         """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
         settings = {**command.as_dict(), "no_repeat_ngram_size": 0, "keep_length": False}
+        settings["syntax"] = "none"
         return self.generate(request, max_new_tokens=max_new_tokens, **settings).token_ids
 
     def logits(self, ids: Sequence[int]) -> Logits:
@@ -336,8 +345,9 @@ class SLM:
         """cancelled: characters that its reader got of an answer that he left; None: all."""
         total = answer.ended - answer.started
         plan, count = answer.plan, len(answer.ids)
-        text = answer.text[:cancelled]
-        words = count_words(text)
+        text = plan.syntax.restored(answer.text) if plan.syntax else answer.text
+        text = text[:cancelled]
+        words = count_words(answer.text if cancelled is None else text)
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
         seed = answer.seed if self._engine.seeds else None
         stats = Stats(

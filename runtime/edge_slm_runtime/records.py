@@ -20,7 +20,8 @@ class Request:
     holds. keep_length: keep the length promise (see `length`). cache_key: keys and values of
     a prompt are used again only under the same one, so that one user of an app cannot learn
     from timings and `cached_tokens` what another asked for; requests of one `generate_batch`
-    share theirs whatever their keys.
+    share theirs whatever their keys. syntax: `keep` that of image tools (see `prompt_syntax`),
+    or `none`: it is text like any other.
     """
 
     request: str
@@ -37,6 +38,7 @@ class Request:
     max_new_tokens: int | None = None
     keep_length: bool = True
     cache_key: str = ""
+    syntax: str = "keep"
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -113,6 +115,7 @@ class Trace:
 class Generation:
     """Generated text and its metadata.
 
+    words: of the model's text, in which a construct of prompt syntax is its words.
     asked is what the caller wanted, commanded what the model was given.
     finish_reason: `stop` the model ended; `length` cut at the maximum of the
     length promise; `stop_sequence`; `max_tokens`; `context` the context is full;
