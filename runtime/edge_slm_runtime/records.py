@@ -22,7 +22,7 @@ class Request:
     from timings and `cached_tokens` what another asked for; requests of one `generate_batch`
     share theirs whatever their keys. syntax: `keep` that of image tools (see `prompt_syntax`),
     or `none`: it is text like any other. ban: words and phrases that the answer does not have
-    (see `bans`). logprobs: see `Generation`.
+    (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as they are.
     """
 
     request: str
@@ -42,6 +42,7 @@ class Request:
     syntax: str = "keep"
     ban: tuple[str, ...] | list[str] | str = ()
     logprobs: bool = False
+    keep: tuple[str, ...] | list[str] | str = ()
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
