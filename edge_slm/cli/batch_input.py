@@ -291,6 +291,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "max_new_tokens": _whole,
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
     **dict.fromkeys(("task", "syntax"), str),  # without the spaces around it
+    "ban": lambda cell: [part.strip() for part in cell.split("|")],
     "keep_length": lambda cell: {"true": True, "false": False}[cell.lower()],
 }
 _READERS: dict[str, Callable[[IO[bytes]], Iterator[InputLine]]] = {

@@ -99,6 +99,12 @@ sampling_options = _together(
         help="No run of this many tokens comes twice; 0 allows it.",
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; repeatable."),
+    click.option(
+        "--ban",
+        multiple=True,
+        metavar="TEXT",
+        help="A word or phrase that the answer must not have, whatever its case; repeatable.",
+    ),
     click.option("--max-new-tokens", type=int, help="Upper bound, in tokens."),
     click.option(
         "--keep-length/--no-keep-length",

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from edge_slm_runtime.bans import Bans
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.length import LengthKeeper
 from edge_slm_runtime.prompt_syntax import Placer, Shielded
@@ -24,7 +25,7 @@ class Plan:
 
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
-    the text of the model.
+    the text of the model; `ban`: phrases that this text does not have.
     """
 
     request: str
@@ -39,6 +40,16 @@ class Plan:
     sampling: Sampling
     cache_key: str = ""
     syntax: Shielded | None = None
+    ban: tuple[str, ...] = ()
+
+
+class _Doubt(NamedTuple):
+    """A token after which the text ends in a banned phrase, unless its last word goes on: the
+    state before it, and the logits without it."""
+
+    text: str
+    bytes: tuple[bytes, int]
+    logits: Logits
 
 
 class Step(NamedTuple):
@@ -54,6 +65,9 @@ class Answer:
 
     An engine that steps itself asks `choose`; one that runs its own loop asks
     `may_end` and feeds `accept`.
+
+    `choose` may take back the last tokens, and return one in the place of the first of them:
+    those whose text proves to end in a banned phrase once the next token is known.
     """
 
     def __init__(self, plan: Plan, codec: TextCodec, started: float) -> None:
@@ -74,6 +88,8 @@ class Answer:
         self._keeper = LengthKeeper(plan.words) if plan.words else None
         self._sampler = Sampler(plan.sampling, plan.prompt)
         self._placer = Placer(plan.syntax) if plan.syntax else None
+        self._bans = Bans(plan.ban) if plan.ban else None
+        self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._shown = 0
         self._logits: Logits | None = None
         self._never: tuple[Logits, ...] = ()
@@ -110,7 +126,44 @@ class Answer:
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 logits[[*self.ends]] = -np.inf
-        return self._sampler.pick(logits)
+        return self._allowed(logits) if self._bans else self._sampler.pick(logits)
+
+    def _allowed(self, logits: Logits) -> int:
+        """A token that brings no banned phrase, and proves none."""
+        assert self._bans
+        token = self._sampler.pick(logits, self._brings_phrase)
+        while self._doubts and self._closes(token) is not None:
+            before = self._doubts.pop()
+            for _ in range(2):  # the token, and the one that began the doubt
+                self._sampler.take_back()
+            self.ids.pop()
+            self.text, self._detokenizer.state, logits = before
+            token = self._sampler.draw(logits, self._brings_phrase)
+        if token not in self.ends and self._bans.open(self._text_with(token)):
+            others = logits.copy()
+            others[token] = -np.inf
+            self._doubts.append(_Doubt(self.text, self._detokenizer.state, others))
+        else:
+            self._doubts.clear()
+        return token
+
+    def _brings_phrase(self, token: int) -> bool:
+        """Whether a token completes a phrase that the text has not had in doubt."""
+        end = self._closes(token)
+        return end is not None and not (self._doubts and end <= len(self.text))
+
+    def _closes(self, token: int) -> int | None:
+        """Where a banned phrase ends that is certain with this token."""
+        assert self._bans
+        if token in self.ends:  # as if a space came
+            return self._bans.closed(f"{self.text} ", len(self.text))
+        return self._bans.closed(self._text_with(token), len(self.text))
+
+    def _text_with(self, token: int) -> str:
+        return self.text + self._trimmed(self._detokenizer.peek(token))
+
+    def _trimmed(self, piece: str) -> str:
+        return piece if self.text else piece.lstrip()
 
     def accept(self, token: int) -> Step:
         """Takes one token; after a `done` step no more may come."""
@@ -123,7 +176,7 @@ class Answer:
             self.last = now
             self.ids.append(token)
             piece = self._detokenizer.push(token)
-            self._grow(piece if self.text else piece.lstrip())
+            self._grow(self._trimmed(piece))
         self.ended = now
         return self._show()
 
@@ -131,6 +184,8 @@ class Answer:
         done = self.finish is not None
         if done:
             self.text = self.text.rstrip()
+            if self._bans:  # it may have been cut within a word
+                self.text = self._bans.without_open(self.text, self._shown)
         end = len(self.text) if done else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)
         piece = self.text[shown : self._shown]
@@ -154,6 +209,10 @@ class Answer:
         """Characters that will not be taken back: not the white space at the end,
         not what may become a stop sequence, not what a cut may remove."""
         sure = len(self.text) - self._stops.held(self.text)
+        if self._bans:
+            sure = len(self._bans.without_open(self.text[:sure], self._shown))
+        if self._doubts:
+            sure = min(sure, len(self._doubts[0].text))
         if self._keeper:
             sure = min(sure, self._keeper.sure(self.text))
         return len(self.text[:sure].rstrip())

@@ -13,6 +13,7 @@ from weakref import ref
 import numpy as np
 
 from edge_slm_runtime.answer import Answer, Plan, Step
+from edge_slm_runtime.bans import units
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
@@ -21,6 +22,7 @@ from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import (
     BadSetting,
     EdgeSlmError,
+    NotSupportedByEngine,
     OutOfMemory,
     RequestTooLong,
     shown,
@@ -35,7 +37,8 @@ from edge_slm_runtime.text import TextCodec
 
 _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
-_STOPS_MAX, _STOP_LENGTH_MAX = 64, 256  # all are looked for after every token
+_STOPS_MAX, _BANS_MAX = 64, 10_000  # all stops are looked for after every token
+_LONGEST_TEXT = 256  # characters of a stop or ban
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
 
@@ -171,14 +174,13 @@ class SLM:
         command = self.manifest.prompt.check(request.command)
         sampling = request.sampling
         self._engine.check(sampling)
-        stop = (request.stop,) if isinstance(request.stop, str) else request.stop
-        if not isinstance(stop, tuple | list) or not (
-            len(stop) <= _STOPS_MAX
-            and all(isinstance(s, str) and 1 <= len(s) <= _STOP_LENGTH_MAX for s in stop)
-        ):
-            raise BadSetting(
-                f"stop is {shown(request.stop)}",
-                f"allowed: up to {_STOPS_MAX} texts of 1 … {_STOP_LENGTH_MAX} characters",
+        stop = _texts("stop", request.stop, _STOPS_MAX)
+        ban = _texts("ban", request.ban, _BANS_MAX)
+        if blank := [text for text in ban if not units(text)]:
+            raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
+        if ban and not self._engine.constrains:
+            raise NotSupportedByEngine(
+                f"{self._engine.name} cannot ban words", "load engine onnxruntime or numba"
             )
         if not isinstance(request.cache_key, str):
             raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
@@ -203,10 +205,11 @@ class SLM:
             budget=budget,
             limit=limit,
             words=words,
-            stop=tuple(stop),
+            stop=stop,
             sampling=sampling,
             cache_key=request.cache_key,
             syntax=told if told.slots or told.tail else None,
+            ban=ban,
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
@@ -378,6 +381,21 @@ class SLM:
             warnings=plan.warnings,
             stats=stats,
         )
+
+
+def _texts(name: str, value: tuple[str, ...] | list[str] | str, most: int) -> tuple[str, ...]:
+    """A setting that is a text or several. Raises BadSetting."""
+    texts = (value,) if isinstance(value, str) else value
+    if (
+        isinstance(texts, tuple | list)
+        and len(texts) <= most
+        and all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_TEXT for text in texts)
+    ):
+        return tuple(texts)
+    raise BadSetting(
+        f"{name} is {shown(value)}",
+        f"allowed: up to {most} texts of 1 … {_LONGEST_TEXT} characters",
+    )
 
 
 def _needless(sampling: Sampling) -> Iterator[str]:

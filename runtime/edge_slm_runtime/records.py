@@ -21,7 +21,8 @@ class Request:
     a prompt are used again only under the same one, so that one user of an app cannot learn
     from timings and `cached_tokens` what another asked for; requests of one `generate_batch`
     share theirs whatever their keys. syntax: `keep` that of image tools (see `prompt_syntax`),
-    or `none`: it is text like any other.
+    or `none`: it is text like any other. ban: words and phrases that the answer does not have
+    (see `bans`).
     """
 
     request: str
@@ -39,6 +40,7 @@ class Request:
     keep_length: bool = True
     cache_key: str = ""
     syntax: str = "keep"
+    ban: tuple[str, ...] | list[str] | str = ()
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
