@@ -16,6 +16,7 @@ from edge_slm_runtime.engines import ENGINES
 from edge_slm_runtime.errors import EdgeSlmError
 from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
+from edge_slm_runtime.variations import MOST
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +74,14 @@ command_options = _together(
     ),
     click.option("--words", type=int, help="Length to keep, ±10% or ±2 words."),
     click.option("--relevance", type=int, help="Level asked for, 0 (low) … 9 (high)."),
+)
+
+n_option = click.option(
+    "--n",
+    type=click.IntRange(1, MOST),
+    default=1,
+    show_default=True,
+    help="Answers with distinct texts, the best first; drawn at --temperature, or at 0.8.",
 )
 
 # Their names are those of the keyword arguments of `SLM.generate`.

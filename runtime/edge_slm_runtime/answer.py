@@ -25,7 +25,8 @@ class Plan:
 
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
-    the text of the model; `ban`: phrases that this text does not have.
+    the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
+    they are recorded.
     """
 
     request: str
@@ -41,15 +42,17 @@ class Plan:
     cache_key: str = ""
     syntax: Shielded | None = None
     ban: tuple[str, ...] = ()
+    logprobs: bool = False
 
 
 class _Doubt(NamedTuple):
     """A token after which the text ends in a banned phrase, unless its last word goes on: the
-    state before it, and the logits without it."""
+    state before it, the logits without it, and the model's own where they are needed."""
 
     text: str
     bytes: tuple[bytes, int]
     logits: Logits
+    own: Logits | None
 
 
 class Step(NamedTuple):
@@ -74,6 +77,7 @@ class Answer:
         """`started`: perf_counter() at submission, before tokenising."""
         self.plan = plan
         self.ids: list[int] = []
+        self.logprobs: list[float] = []  # of `ids`, and of the end
         self.text = ""
         self.finish: FinishReason | None = None
         # Tokens of the prompt that the engine did not have to compute; tokens it guessed right.
@@ -92,6 +96,7 @@ class Answer:
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._shown = 0
         self._logits: Logits | None = None
+        self._own: Logits | None = None  # before anything is held back
         self._never: tuple[Logits, ...] = ()
 
     @property
@@ -119,6 +124,8 @@ class Answer:
         if logits is not self._logits:  # one array for all steps, as a rule
             self._logits = logits
             self._never = tuple(logits[ids] for ids in self._codec.never(logits.size))
+        if self.plan.logprobs:
+            self._own = logits.copy()
         for part in self._never:
             part.fill(-np.inf)
         if self._keeper:
@@ -126,7 +133,10 @@ class Answer:
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 logits[[*self.ends]] = -np.inf
-        return self._allowed(logits) if self._bans else self._sampler.pick(logits)
+        token = self._allowed(logits) if self._bans else self._sampler.pick(logits)
+        if self._own is not None:
+            self.logprobs[len(self.ids) :] = [log_probability(self._own, (token,))]
+        return token
 
     def _allowed(self, logits: Logits) -> int:
         """A token that brings no banned phrase, and proves none."""
@@ -137,12 +147,12 @@ class Answer:
             for _ in range(2):  # the token, and the one that began the doubt
                 self._sampler.take_back()
             self.ids.pop()
-            self.text, self._detokenizer.state, logits = before
+            self.text, self._detokenizer.state, logits, self._own = before
             token = self._sampler.draw(logits, self._brings_phrase)
         if token not in self.ends and self._bans.open(self._text_with(token)):
             others = logits.copy()
             others[token] = -np.inf
-            self._doubts.append(_Doubt(self.text, self._detokenizer.state, others))
+            self._doubts.append(_Doubt(self.text, self._detokenizer.state, others, self._own))
         else:
             self._doubts.clear()
         return token

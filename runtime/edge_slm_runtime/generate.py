@@ -34,6 +34,7 @@ from edge_slm_runtime.records import Generation, Request, Stats, Trace
 from edge_slm_runtime.request_text import clean_request
 from edge_slm_runtime.sampling import Logits, Sampling, not_finite
 from edge_slm_runtime.text import TextCodec
+from edge_slm_runtime.variations import score, variations
 
 _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
@@ -164,6 +165,16 @@ class SLM:
             )
         return Closable(self._batch(self._drawn(requests, settings), int(batch_size)))
 
+    def variations(self, request: str | Request, n: int = 4, **settings: Any) -> list[Generation]:
+        """`n` answers with distinct texts, the best first by their `score` (see `variations`).
+
+        They share the computing of the prompt, and have the seeds from the request's on; fewer,
+        with a warning, where drawing three times does not give as many. At temperature 0 they
+        are drawn at 0.8, with a warning. Raises as `generate`, BadSetting, NotSupportedByEngine.
+        """
+        rows = min(8, self._most_rows or 8)
+        return variations(self, Request.of(request, **settings), n, rows)
+
     @memory_errors(*_NO_MEMORY)
     def check(self, request: str | Request) -> Plan:
         """Everything that can be wrong with a request, found before it is run.
@@ -178,9 +189,12 @@ class SLM:
         ban = _texts("ban", request.ban, _BANS_MAX)
         if blank := [text for text in ban if not units(text)]:
             raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
-        if ban and not self._engine.constrains:
+        if not isinstance(request.logprobs, bool):
+            raise BadSetting(f"logprobs is {shown(request.logprobs)}", "allowed: True or False")
+        if (ban or request.logprobs) and not self._engine.constrains:
             raise NotSupportedByEngine(
-                f"{self._engine.name} cannot ban words", "load engine onnxruntime or numba"
+                f"{self._engine.name} cannot {'ban words' if ban else 'report logprobs'}",
+                "load engine onnxruntime or numba",
             )
         if not isinstance(request.cache_key, str):
             raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
@@ -210,6 +224,7 @@ class SLM:
             cache_key=request.cache_key,
             syntax=told if told.slots or told.tail else None,
             ban=ban,
+            logprobs=request.logprobs,
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
@@ -353,6 +368,8 @@ class SLM:
         words = count_words(answer.text if cancelled is None else text)
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
         seed = answer.seed if self._engine.seeds else None
+        logprobs = tuple(answer.logprobs[:count]) if plan.logprobs else None
+        about = plan.syntax.text if plan.syntax else plan.request
         stats = Stats(
             engine=self.variant.engine,
             precision=self.variant.precision,
@@ -380,6 +397,8 @@ class SLM:
             token_ids=tuple(answer.ids),
             warnings=plan.warnings,
             stats=stats,
+            logprobs=logprobs,
+            score=None if logprobs is None else score(logprobs, about, answer.text),
         )
 
 

@@ -22,7 +22,7 @@ class Request:
     from timings and `cached_tokens` what another asked for; requests of one `generate_batch`
     share theirs whatever their keys. syntax: `keep` that of image tools (see `prompt_syntax`),
     or `none`: it is text like any other. ban: words and phrases that the answer does not have
-    (see `bans`).
+    (see `bans`). logprobs: see `Generation`.
     """
 
     request: str
@@ -41,6 +41,7 @@ class Request:
     cache_key: str = ""
     syntax: str = "keep"
     ban: tuple[str, ...] | list[str] | str = ()
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -125,7 +126,9 @@ class Generation:
     in_tolerance: words against the *asked* words, None when none were asked.
     seed: reproduces a sampled answer; None when it was greedy, or when the
     engine has no seed. token_ids: all that the model generated, without
-    end-of-text; a cut text has fewer.
+    end-of-text; a cut text has fewer. logprobs: the natural logarithm of the probability that
+    the model itself gave each of them (at temperature 1, nothing held back), and score what
+    `variations` ranks by; None unless asked for.
     """
 
     text: str
@@ -139,6 +142,8 @@ class Generation:
     token_ids: tuple[int, ...]
     warnings: tuple[str, ...]
     stats: Stats
+    logprobs: tuple[float, ...] | None = None
+    score: float | None = None
 
     @property
     def achieved(self) -> Command:
@@ -151,4 +156,5 @@ class Generation:
         data = asdict(self) | {"achieved": asdict(self.achieved)}
         data["token_ids"] = list(self.token_ids)
         data["warnings"] = list(self.warnings)
+        data["logprobs"] = self.logprobs and list(self.logprobs)
         return data

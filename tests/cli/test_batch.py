@@ -140,6 +140,31 @@ def test_lines_ban_words_of_their_own(tiny_bundle: Path) -> None:
     assert "'ban' must be a text" in json.loads(bad)["error"]["message"]
 
 
+def test_lines_of_several_answers(tiny_bundle: Path, tmp_path: Path) -> None:
+    lines = (
+        '{"request": "a cabin", "n": 3}\n'
+        '{"request": "a cabin"}\n'
+        '{"request": "a cabin", "n": 0}\n'
+        '{"request": "a cabin", "logprobs": true, "other": 1}\n'
+    )
+    options = ("--bundle", tiny_bundle, "--engine", "onnxruntime", "--max-new-tokens", 8)
+    source = tmp_path / "in.jsonl"
+    source.write_text(lines, "utf-8")
+    assert run("batch", source, *options, "-o", tmp_path / "out").exit_code == 0
+    several, plain, bad, scored = read(tmp_path / "out")
+    assert run("batch", "-", *options, stdin=lines).stdout == (tmp_path / "out").read_text("utf-8")
+    texts = [one["text"] for one in (several, *several["others"])]
+    scores = [one["score"] for one in (several, *several["others"])]
+    assert len(set(texts)) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert not {"score", "others", "logprobs"} & set(plain)
+    assert "n is 0" in bad["error"]["message"]
+    assert (len(scored["logprobs"]), scored["other"]) == (8, 1)
+    given = ("generate", "a cabin", *options, "--n", 3, "--seed", 4)
+    told = json.loads(run(*given, "--json").stdout)
+    assert run(*given).stdout == "".join(f"{' '.join(x['text'].split())}\n" for x in told)
+
+
 # -- resuming -------------------------------------------------------------------
 
 
