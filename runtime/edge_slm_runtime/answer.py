@@ -3,6 +3,7 @@ how much of the text may be shown."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -14,7 +15,9 @@ from edge_slm_runtime.length import LengthKeeper
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
-FinishReason = Literal["stop", "length", "stop_sequence", "max_tokens", "context", "cancelled"]
+FinishReason = Literal[
+    "stop", "length", "stop_sequence", "max_tokens", "context", "cancelled", "deadline"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class Plan:
     """A checked request: the prompt of the model, and the limits of the answer.
 
     budget: tokens that may be generated; `limit` is the finish reason when they
-    are used up. `words` is None unless the length promise holds.
+    are used up. `words` is None unless the length promise holds. deadline_ms: None is none.
     """
 
     request: str
@@ -36,6 +39,7 @@ class Plan:
     stop: tuple[str, ...]
     sampling: Sampling
     cache_key: str = ""
+    deadline_ms: float | None = None
 
 
 class Step(NamedTuple):
@@ -65,6 +69,10 @@ class Answer:
         # the seconds in which the reader kept the engine waiting.
         self.started = self.first = self.last = self.ended = started
         self.away = 0.0
+        self.cancelled = False  # any thread may set it
+        self.deadline = math.inf  # perf_counter()
+        if plan.deadline_ms is not None:
+            self.deadline = started + plan.deadline_ms / 1e3
         self._codec = codec
         self._detokenizer = Detokenizer(codec)
         self._stops = StopMatcher(plan.stop)
@@ -86,6 +94,13 @@ class Answer:
     @property
     def words(self) -> int:
         return count_words(self.text)
+
+    @property
+    def called_off(self) -> FinishReason | None:
+        """Why it is to end now, whatever the model has written; None: it is not."""
+        if self.cancelled:
+            return "cancelled"
+        return "deadline" if perf_counter() > self.deadline else None
 
     def may_end(self) -> bool:
         return self._keeper is None or self._keeper.may_end(self.text)
@@ -121,6 +136,20 @@ class Answer:
             piece = self._detokenizer.push(token)
             self._grow(piece if self.text else piece.lstrip())
         self.ended = now
+        if not self.finish and self.called_off:
+            return self.end()
+        return self._show()
+
+    def end(self) -> Step:
+        """Ends it where it is, `called_off`: the text is what it would be with its tokens used
+        up. An engine calls it between the passes of a prompt, `accept` after them."""
+        self.finish = self.called_off
+        if self._keeper:
+            self.text = self._keeper.cut(self.text, finished=False)
+        self.ended = perf_counter() - self.away
+        return self._show()
+
+    def _show(self) -> Step:
         if self.finish:
             self.text = self.text.rstrip()
         end = len(self.text) if self.finish else self._sure()
