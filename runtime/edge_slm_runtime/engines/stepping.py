@@ -45,8 +45,8 @@ class Pass(Protocol):
 
 
 class Filled(NamedTuple):
-    """An answer whose prompt is in a row of the cache, and the logits [V] after it; None: it
-    was called off before."""
+    """An answer whose prompt is in a row of the cache, and the logits [V] after it; None: a
+    part of the prompt is."""
 
     row: int
     answer: Answer
@@ -104,23 +104,12 @@ class SteppingEngine(Engine):
             if filled is None and (fresh := list(islice(waiting, len(cache.prompts) - len(rows)))):
                 prompts = self.prefill(cache, len(rows), fresh)
                 filled = next(prompts)
-            for row, answer, scores in filled or ():
-                if scores is None:
-                    step = answer.end()
-                else:
-                    if row != len(rows):  # others have ended meanwhile
-                        cache.copy(len(rows), cache, row, len(answer.plan.prompt))
-                    rows.append(answer)
-                    step = self._step(answer, scores)
-                left = perf_counter()
-                yield step
-                _exclude_reader_time(rows, left)
             if filled:
-                _close_gaps(rows, cache)
-            if not rows:
-                if filled is None:
-                    return
-                continue
+                yield from self._begin(rows, cache, filled)
+                if not rows:
+                    continue
+            elif not rows:
+                return
             guess = self._guess(rows[0]) if self._ngrams and len(rows) == 1 else []
             if len(rows) != count:
                 count = len(rows)
@@ -147,6 +136,23 @@ class SteppingEngine(Engine):
                     answer.guessed += 1
             if finished:
                 _close_gaps(rows, cache)
+
+    def _begin(
+        self, rows: list[Answer], cache: KVCache, filled: Sequence[Filled]
+    ) -> Iterator[Step]:
+        """Adds those to `rows` whose prompts are complete, each with its first token."""
+        for row, answer, scores in filled:
+            if scores is None:
+                step = answer.end() if answer.called_off else Step(answer, "", done=False)
+            else:
+                if row != len(rows):  # others have ended meanwhile
+                    cache.copy(len(rows), cache, row, len(answer.plan.prompt))
+                rows.append(answer)
+                step = self._step(answer, scores)
+            left = perf_counter()
+            yield step
+            _exclude_reader_time(rows, left)
+        _close_gaps(rows, cache)
 
     def _step(self, answer: Answer, scores: Logits) -> Step:
         token = answer.choose(scores)
@@ -175,8 +181,8 @@ class SteppingEngine(Engine):
     def prefill(
         self, cache: KVCache, first: int, answers: Sequence[Answer]
     ) -> Iterator[list[Filled]]:
-        """Computes the prompts into the rows of `cache` from `first` on, one pass for each
-        item: those whose prompts it completed. Their logits are valid until the next."""
+        """Computes the prompts into the rows of `cache` from `first` on. An item is what one
+        pass did; its logits are valid until the next."""
         for row, answer in enumerate(answers, first):
             yield from self._prefill(cache, row, answer)
             if self._ngrams:
@@ -195,13 +201,12 @@ class SteppingEngine(Engine):
         if last > 1 and last % (2 * self.decoder.head_width) == 1:
             starts.append(len(prompt) - ALIGN - 1)
         for start, end in pairwise([*starts, len(prompt)]):
-            if answer.called_off:
-                yield [Filled(row, answer, None)]
-                return
             part = self.new_pass(cache.array[:, row : row + 1], end - start, 1)
             scores = part.run([prompt[start:end]], [start])[0, 0]
             if end < len(prompt):
-                yield []
+                yield [Filled(row, answer, None)]
+                if answer.finish:
+                    return
         cache.prompts[row] = prompt
         yield [Filled(row, answer, scores)]
 
