@@ -66,9 +66,9 @@ class Answer:
         # Tokens of the prompt that the engine did not have to compute; tokens it guessed right.
         self.cached = self.guessed = 0
         # perf_counter() of submission, first and last token, and end; less `away`,
-        # the seconds in which the reader kept the engine waiting.
+        # the seconds in which the reader kept the engine waiting, as one of a session never does.
         self.started = self.first = self.last = self.ended = started
-        self.away = 0.0
+        self.away, self.can_wait = 0.0, True
         self.cancelled = False  # any thread may set it
         self.deadline = math.inf  # perf_counter()
         if plan.deadline_ms is not None:

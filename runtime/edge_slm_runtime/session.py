@@ -158,7 +158,9 @@ class Session:
             raise SessionFull(
                 f"{self._most_waiting} requests are waiting", "try again when one has ended"
             )
-        stream = SessionStream(self, self._slm._answer(Request.of(request, **settings)))
+        answer = self._slm._answer(Request.of(request, **settings))
+        answer.can_wait = False
+        stream = SessionStream(self, answer)
         self._waiting.append(stream)
         self._news()
         if self._over:  # closed meanwhile

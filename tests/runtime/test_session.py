@@ -208,7 +208,6 @@ def test_a_long_prompt_holds_nobody_up_and_can_be_called_off(
         stream = slm.stream(prompt)
         threading.Timer(0, stream.cancel).start()
         assert "".join(stream) == stream.result.text
-        assert slm.generate(prompt, max_new_tokens=3).stats.cached_tokens == 0
 
 
 def test_coroutines(quick: SLM, hold: Hold) -> None:
@@ -227,6 +226,7 @@ def test_coroutines(quick: SLM, hold: Hold) -> None:
             given_up = session.submit(LONG)
             task = asyncio.ensure_future(awaited(given_up))
             answers = asyncio.gather(*(ask(session, one) for one in REQUESTS))
+            await asyncio.sleep(0)  # both begin
             await anext(given_up)
             task.cancel()
             assert [told(one) for one in await answers] == alone

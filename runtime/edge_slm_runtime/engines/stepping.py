@@ -224,7 +224,8 @@ def _exclude_reader_time(rows: Sequence[Answer], left: float) -> None:
     """Leaves the time since `left`, in which the reader had a step, out of the rows' timings."""
     away = perf_counter() - left
     for answer in rows:
-        answer.away += away
+        if answer.can_wait:
+            answer.away += away
 
 
 def _close_gaps(rows: list[Answer], cache: KVCache) -> None:
