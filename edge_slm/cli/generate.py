@@ -36,6 +36,7 @@ from edge_slm.cli.options import command_options, model_options, n_option, sampl
 @sampling_options
 @n_option
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--deadline-ms", type=float, help="End after so long, with the text until then.")
 @json_option
 def generate(
     *,

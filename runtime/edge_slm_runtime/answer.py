@@ -3,6 +3,7 @@ how much of the text may be shown."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -18,7 +19,9 @@ from edge_slm_runtime.prompt_syntax import Placer, Shielded
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
-FinishReason = Literal["stop", "length", "stop_sequence", "max_tokens", "context", "cancelled"]
+FinishReason = Literal[
+    "stop", "length", "stop_sequence", "max_tokens", "context", "cancelled", "deadline"
+]
 
 _WORD_TOKENS = 8  # more than most words have
 
@@ -30,7 +33,7 @@ class Plan:
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
-    they are recorded. `keep`: phrases that it has.
+    they are recorded. `keep`: phrases that it has. deadline_ms: None is none.
     """
 
     request: str
@@ -48,6 +51,7 @@ class Plan:
     ban: tuple[str, ...] = ()
     logprobs: bool = False
     keep: tuple[str, ...] = ()
+    deadline_ms: float | None = None
 
 
 class _Doubt(NamedTuple):
@@ -88,9 +92,13 @@ class Answer:
         # Tokens of the prompt that the engine did not have to compute; tokens it guessed right.
         self.cached = self.guessed = 0
         # perf_counter() of submission, first and last token, and end; less `away`,
-        # the seconds in which the reader kept the engine waiting.
+        # the seconds in which the reader kept the engine waiting, as one of a session never does.
         self.started = self.first = self.last = self.ended = started
-        self.away = 0.0
+        self.away, self.can_wait = 0.0, True
+        self.cancelled = False  # any thread may set it
+        self.deadline = math.inf  # perf_counter()
+        if plan.deadline_ms is not None:
+            self.deadline = started + plan.deadline_ms / 1e3
         self._codec = codec
         self._detokenizer = Detokenizer(codec)
         self._stops = StopMatcher(plan.stop)
@@ -124,6 +132,13 @@ class Answer:
         """What an answer that has ended lacks."""
         if self._keeps and (missing := self._keeps.missing(self.text)):
             yield f"the answer ended before these were in it: {', '.join(missing)}"
+
+    @property
+    def called_off(self) -> FinishReason | None:
+        """Why it is to end now, whatever the model has written; None: it is not."""
+        if self.cancelled:
+            return "cancelled"
+        return "deadline" if perf_counter() > self.deadline else None
 
     def may_end(self) -> bool:
         return self._keeper is None or self._keeper.may_end(self.text)
@@ -245,6 +260,17 @@ class Answer:
             piece = self._detokenizer.push(token)
             self._grow(self._trimmed(piece))
         self.ended = now
+        if not self.finish and self.called_off:
+            return self.end()
+        return self._show()
+
+    def end(self) -> Step:
+        """Ends it where it is, `called_off`: the text is what it would be with its tokens used
+        up. An engine calls it between the passes of a prompt, `accept` after them."""
+        self.finish = self.called_off
+        if self._keeper:
+            self.text = self._cut(finished=False)
+        self.ended = perf_counter() - self.away
         return self._show()
 
     def _show(self) -> Step:

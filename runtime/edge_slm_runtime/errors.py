@@ -12,6 +12,7 @@
     ├── EngineError                 exit 5   what runs the model
     │   ├── EngineNotInstalled, VariantNotFound, NotSupportedByEngine
     │   └── UsedAfterFork
+    ├── SessionFull                 exit 1   more requests at a time than may wait
     ├── DependencyMissing           exit 5   an extra that is not installed
     ├── CheckpointError             exit 6   what is converted (raised by the converters)
     ├── GateRefused                 exit 7   a variant outside its budget
@@ -63,6 +64,7 @@ __all__ = [
     "RequestTooLong",
     "SchemaVersionUnsupported",
     "SelfTestFailed",
+    "SessionFull",
     "StoreNotWritable",
     "SymlinkRefused",
     "TargetExists",
@@ -271,6 +273,12 @@ class UsedAfterFork(EngineError):
     spawn."""
 
     code = "used_after_fork"
+
+
+class SessionFull(EdgeSlmError):
+    """As many requests wait for a row of the session as may."""
+
+    code = "session_full"
 
 
 class DependencyMissing(EdgeSlmError):

@@ -34,6 +34,8 @@ from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
 from edge_slm_runtime.request_text import clean_request
 from edge_slm_runtime.sampling import Logits, Sampling, not_finite
+from edge_slm_runtime.session import Session
+from edge_slm_runtime.stream import Stream
 from edge_slm_runtime.text import TextCodec
 from edge_slm_runtime.variations import score, variations
 
@@ -41,48 +43,8 @@ _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask f
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _STOPS_MAX, _BANS_MAX, _KEEPS_MAX = 64, 10_000, 16  # all stops are looked for after every token
 _LONGEST_TEXT = 256  # characters of a stop or ban
+_DEADLINE_MAX = 1e9  # ms
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
-
-
-class Stream(Iterator[str]):
-    """Yields text as it becomes sure; `result` is the Generation afterwards, of a stream that
-    was closed before its end with the text until then.
-
-    The pieces joined are exactly `result.text`. A stream has one reader at a time: `next` raises
-    EngineError while another thread is in it. `close` may be called from anywhere.
-    """
-
-    def __init__(self, slm: SLM, answer: Answer, steps: Closable[Step]) -> None:
-        self._slm = slm
-        self._answer = answer
-        self._steps = steps
-        self._given = 0  # characters
-        self._closed = False
-        self._result: Generation | None = None
-
-    def __next__(self) -> str:
-        for step in self._steps:
-            self._given += len(step.text)
-            if step.done:
-                self._result = self._slm._result_of(step.answer)
-            if step.text:
-                return step.text
-        self._closed = True
-        raise StopIteration
-
-    @property
-    def result(self) -> Generation:
-        """The answer and its metadata; of a stream that was closed before its end the text that
-        it gave, with the finish reason `cancelled`. Raises RuntimeError while it is open."""
-        if self._result is None and not self._closed:
-            raise RuntimeError("the stream has a result once it was read to its end, or closed")
-        return self._result or self._slm._result_of(self._answer, self._given)
-
-    def close(self) -> None:
-        """Abandons the answer: the engine stops working on it, and a thread that is reading it
-        comes to its end."""
-        self._closed = True
-        self._steps.close()
 
 
 class _Rows:
@@ -157,14 +119,18 @@ class SLM:
         """
         if isinstance(requests, str | Request):
             raise BadSetting("requests is a single request", "give a list of them")
-        if not is_count(batch_size) or batch_size < 1:
-            raise BadSetting(f"batch_size is {shown(batch_size)}", "allowed: 1 or more, whole")
-        if self._most_rows and batch_size > self._most_rows:
-            raise OutOfMemory(
-                f"a batch_size of {shown(batch_size)} needs more than max_memory_mb",
-                f"at most {self._most_rows}",
-            )
-        return Closable(self._batch(self._drawn(requests, settings), int(batch_size)))
+        rows = self._rows("batch_size", batch_size)
+        return Closable(self._batch(self._drawn(requests, settings), rows))
+
+    def session(self, rows: int = 8, waiting: int = 64) -> Session:
+        """For callers of several threads or coroutines, whose answers are decoded together.
+
+        rows: answers at a time, each equal to what `generate` gives (as in `generate_batch`).
+        waiting: requests that may wait for a row. Raises BadSetting, OutOfMemory.
+        """
+        if not is_count(waiting) or waiting < 1:
+            raise BadSetting(f"waiting is {shown(waiting)}", "allowed: 1 or more, whole")
+        return Session(self, self._rows("rows", rows), int(waiting))
 
     def variations(self, request: str | Request, n: int = 4, **settings: Any) -> list[Generation]:
         """`n` answers with distinct texts, the best first by their `score` (see `variations`).
@@ -206,6 +172,13 @@ class SLM:
             raise BadSetting(
                 f"keep_length is {shown(request.keep_length)}", "allowed: True or False"
             )
+        deadline = request.deadline_ms
+        if deadline is not None and not (
+            isinstance(deadline, int | float)
+            and not isinstance(deadline, bool)
+            and 0 < deadline <= _DEADLINE_MAX
+        ):
+            raise BadSetting(f"deadline_ms is {shown(deadline)}", "allowed: above 0, up to 1e9")
         if request.syntax not in ("keep", "none"):
             raise BadSetting(f"syntax is {shown(request.syntax)}", "allowed: keep, none")
         told = Shielded(request.request)
@@ -232,6 +205,7 @@ class SLM:
             ban=ban,
             logprobs=request.logprobs,
             keep=keep,
+            deadline_ms=deadline,
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
@@ -252,7 +226,11 @@ class SLM:
         """Answers a request and says when each token came. Raises as `generate`."""
         started = perf_counter()
         answer = self._answer(Request.of(request, **settings))
-        seconds = [perf_counter() - started for _ in self._decode([answer], 1)]
+        seconds = [
+            perf_counter() - started
+            for step in self._decode([answer], 1)
+            if answer.ids or step.done  # else a part of the prompt
+        ]
         return Trace(answer.plan.prompt, tuple(answer.ids), tuple(seconds))
 
     def trim_memory(self) -> None:
@@ -287,6 +265,17 @@ class SLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _rows(self, name: str, rows: int) -> int:
+        """`rows` as the setting of that name, checked."""
+        if not is_count(rows) or rows < 1:
+            raise BadSetting(f"{name} is {shown(rows)}", "allowed: 1 or more, whole")
+        if self._most_rows and rows > self._most_rows:
+            raise OutOfMemory(
+                f"a {name} of {shown(rows)} needs more than max_memory_mb",
+                f"at most {self._most_rows}",
+            )
+        return int(rows)
 
     def _answer(self, request: str | Request) -> Answer:
         started = perf_counter()

@@ -19,10 +19,11 @@ class Request:
     ends before the first of these. max_new_tokens: None is what the context
     holds. keep_length: keep the length promise (see `length`). cache_key: keys and values of
     a prompt are used again only under the same one, so that one user of an app cannot learn
-    from timings and `cached_tokens` what another asked for; requests of one `generate_batch`
-    share theirs whatever their keys. syntax: `keep` that of image tools (see `prompt_syntax`),
-    or `none`: it is text like any other. ban: words and phrases that the answer does not have
-    (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as they are.
+    from timings and `cached_tokens` what another asked for. syntax: `keep` that of image tools
+    (see `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the
+    answer does not have (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as
+    they are. deadline_ms: from the call on; the answer then ends with the pass of the model
+    that is under way.
     """
 
     request: str
@@ -43,6 +44,7 @@ class Request:
     ban: tuple[str, ...] | list[str] | str = ()
     logprobs: bool = False
     keep: tuple[str, ...] | list[str] | str = ()
+    deadline_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -123,7 +125,7 @@ class Generation:
     asked is what the caller wanted, commanded what the model was given.
     finish_reason: `stop` the model ended; `length` cut at the maximum of the
     length promise; `stop_sequence`; `max_tokens`; `context` the context is full;
-    `cancelled` the reader closed the stream.
+    `cancelled` by `cancel` or `close` of its stream; `deadline` its time was over.
     in_tolerance: words against the *asked* words, None when none were asked.
     seed: reproduces a sampled answer; None when it was greedy, or when the
     engine has no seed. token_ids: all that the model generated, without

@@ -47,7 +47,9 @@ def prompt_logits(slm: SLM, prompt: list[int]) -> Any:
     cache = engine._prefixes.checkout(prompt)
     plan = slm.check(Request("a cat"))
     answer = Answer(replace(plan, prompt=tuple(prompt)), slm._codec, perf_counter())
-    logits = engine._prefill(cache, 0, answer).copy()
+    *_, [filled] = engine._prefill(cache, 0, answer)
+    assert filled.scores is not None
+    logits = filled.scores.copy()
     engine._prefixes.checkin(cache, len(prompt))
     return logits, answer.cached
 

@@ -112,7 +112,8 @@ class Engine(ABC):
 
     @abstractmethod
     def decode(self, answers: Iterable[Answer], batch_size: int) -> Iterator[Step]:
-        """Writes every answer to its end; one Step per token, answers interleaved.
+        """Writes every answer to its end; one Step per token and per pass of a long prompt,
+        answers interleaved.
 
         Answers are drawn as places get free, at most `batch_size` at a time.
         Raises UsedAfterFork, EngineError.

@@ -96,6 +96,8 @@ class CTranslate2Engine(Engine):
 
     def decode(self, answers: Iterable[Answer], batch_size: int) -> Iterator[Step]:
         for answer in answers:
+            if answer.called_off:
+                yield answer.end()
             while not answer.finish:
                 yield from self._run(answer)
 

@@ -31,22 +31,29 @@ ALIGN = 2
 
 class KVCache:
     """prompts: per row, the tokens whose keys and values stand at its first positions.
-    key: of the callers who share it. written: positions whose memory may be in use. block:
-    positions whose keys lie together, and are copied together."""
+    keys: per row, of the callers who share it. written: positions whose memory may be in use.
+    block: positions whose keys lie together, and are copied together."""
 
     def __init__(self, shape: Shape, dtype: Any, block: int = 1) -> None:
         """Raises EngineError when there is no memory for it."""
         self.array = _pages(shape, np.dtype(dtype))
         self.prompts: list[tuple[int, ...]] = [()] * shape[1]
-        self.key, self.written, self._block = "", 0, block
+        self.keys = [""] * shape[1]
+        self.written, self._block = 0, block
 
-    def begin(self, row: int, prompt: Sequence[int]) -> int:
-        """Brings as much of `prompt` into `row` as any row still holds, to a multiple of
-        ALIGN, except its last tokens, which are to be computed. Returns how many that is."""
+    def known(self, row: int, prompt: Sequence[int], key: str) -> int:
+        """Tokens of `prompt` that `row` holds for callers of `key`."""
+        return shared(self.prompts[row], prompt) if self.keys[row] == key else 0
+
+    def begin(self, row: int, prompt: Sequence[int], key: str = "") -> int:
+        """Brings as much of `prompt` into `row` as any row of the same `key` still holds, to a
+        multiple of ALIGN, except its last tokens, which are to be computed. Returns how many
+        that is."""
         rows = (row, *range(len(self.prompts)))  # the first of equals is taken
-        source = max(rows, key=lambda r: shared(self.prompts[r], prompt))
-        known = max(0, min(shared(self.prompts[source], prompt), len(prompt) - ALIGN))
+        source = max(rows, key=lambda r: self.known(r, prompt, key))
+        known = max(0, min(self.known(source, prompt, key), len(prompt) - ALIGN))
         self.copy(row, self, source, known // ALIGN * ALIGN)
+        self.keys[row] = key
         return len(self.prompts[row])
 
     def copy(self, row: int, source: KVCache, source_row: int, positions: int) -> None:
@@ -54,6 +61,7 @@ class KVCache:
         if source is not self or source_row != row:
             end = -(-positions // self._block) * self._block
             self.array[:, row, :, :end] = source.array[:, source_row, :, :end]
+            self.keys[row] = source.keys[source_row]
         self.prompts[row] = source.prompts[source_row][:positions]
 
 
@@ -93,18 +101,13 @@ class PrefixCache:
         """
         best = self._take(prompt, key)
         if best is None:
-            best = self._new()
-            best.key = key
-            return best
-        known = _known(best, prompt, key)
+            return self._new()
+        known = best.known(0, prompt, key)
         full = self.bytes + self._bytes(best.written + len(prompt)) > self._limit
         if full or 2 * known >= len(best.prompts[0]):
-            if best.key != key:
-                best.key, best.prompts[0] = key, ()
             return best
         try:
             fresh = self._new()
-            fresh.key = key
             fresh.copy(0, best, 0, known)
         finally:
             self._kept.append(best)  # used last
@@ -113,7 +116,7 @@ class PrefixCache:
     def _take(self, prompt: Sequence[int], key: str) -> KVCache | None:
         """Removes the kept cache that knows most of `prompt`."""
         while best := max(
-            tuple(self._kept), key=lambda cache: _known(cache, prompt, key), default=None
+            tuple(self._kept), key=lambda cache: cache.known(0, prompt, key), default=None
         ):
             with suppress(ValueError):  # another caller has just taken it
                 self._kept.remove(best)
@@ -129,10 +132,6 @@ class PrefixCache:
 
     def clear(self) -> None:
         self._kept.clear()
-
-
-def _known(cache: KVCache, prompt: Sequence[int], key: str) -> int:
-    return shared(cache.prompts[0], prompt) if cache.key == key else 0
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -20,7 +20,7 @@ from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.engines.base import EngineOptions, Native
 from edge_slm_runtime.engines.kv_cache import Array, KVCache, shared
-from edge_slm_runtime.engines.stepping import SteppingEngine
+from edge_slm_runtime.engines.stepping import Filled, SteppingEngine
 from edge_slm_runtime.engines.thread_team import ThreadTeam
 from edge_slm_runtime.engines.weights import Weights
 from edge_slm_runtime.errors import EngineError
@@ -73,7 +73,9 @@ class NumbaEngine(SteppingEngine):
         self._make_room(sum(widths))
         return _Pass(self, cache, widths, kept)
 
-    def prefill(self, cache: KVCache, first: int, answers: Sequence[Answer]) -> Iterator[Logits]:
+    def prefill(
+        self, cache: KVCache, first: int, answers: Sequence[Answer]
+    ) -> Iterator[list[Filled]]:
         """Several prompts at once, as long as they are short: weights are read once for all."""
         group: list[Answer] = []
         for answer in answers:
@@ -85,24 +87,33 @@ class NumbaEngine(SteppingEngine):
 
     def _fits(self, group: Sequence[Answer], answer: Answer) -> bool:
         """Not when most of its prompt could be copied from one of the group's, computed."""
-        prompt = answer.plan.prompt
+        prompt, key = answer.plan.prompt, answer.plan.cache_key
         tokens = sum(len(one.plan.prompt) for one in group) + len(prompt)
-        known = max(shared(one.plan.prompt, prompt) for one in group)
+        known = max(
+            shared(one.plan.prompt, prompt) if one.plan.cache_key == key else 0 for one in group
+        )
         return tokens <= self.prefill_tokens and 2 * known < len(prompt)
 
-    def _together(self, cache: KVCache, first: int, group: Sequence[Answer]) -> Iterator[Logits]:
+    def _together(
+        self, cache: KVCache, first: int, group: Sequence[Answer]
+    ) -> Iterator[list[Filled]]:
         if len(group) == 1:
             yield from super().prefill(cache, first, group)
             return
         prompts = [answer.plan.prompt for answer in group]
         rows = range(first, first + len(group))
-        starts = [cache.begin(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        starts = [
+            cache.begin(row, answer.plan.prompt, answer.plan.cache_key)
+            for row, answer in zip(rows, group, strict=True)
+        ]
         rest = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
         one = self._pass(cache.array[:, first : rows.stop], [len(ids) for ids in rest], 1)
         logits = one.run(rest, starts)
-        for row, answer, start in zip(rows, group, starts, strict=True):
+        filled = []
+        for row, answer, start, (scores,) in zip(rows, group, starts, logits, strict=True):
             cache.prompts[row], answer.cached = answer.plan.prompt, start
-            yield logits[row - first, 0]
+            filled.append(Filled(row, answer, scores))
+        yield filled
 
     def close(self) -> None:
         if not self.native.forked:

@@ -2,8 +2,9 @@
 
 The KV cache is one preallocated array that every pass of the model writes to in place. Rows
 of a batch have their own lengths: prompts are prefilled into their rows, then all rows
-decode together, independently of each other. Of a prompt that begins like an earlier one only
-the rest is computed (`kv_cache`).
+decode together, independently of each other. A pass of prompts and one of the answers under
+way take turns, so a long prompt, which takes several passes, holds nobody up. Of a prompt that
+begins like an earlier one only the rest is computed (`kv_cache`).
 
 Speculative decoding works on one answer at a time: guessed tokens (`ngrams`) are computed
 together with the last one, and kept as long as they are what `Answer.choose` chooses from the
@@ -17,7 +18,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
@@ -41,6 +42,15 @@ class Pass(Protocol):
         """`logits`, of the new tokens `ids` [rows, S] at positions `starts` [rows] and on.
 
         Raises UsedAfterFork, EngineError."""
+
+
+class Filled(NamedTuple):
+    """An answer whose prompt is in a row of the cache, and the logits [V] after it; None: a
+    part of the prompt is."""
+
+    row: int
+    answer: Answer
+    scores: Logits | None
 
 
 class SteppingEngine(Engine):
@@ -82,23 +92,23 @@ class SteppingEngine(Engine):
                     self._prefixes.checkin(cache, len(answer.plan.prompt) + len(answer.ids))
 
     def _decode(self, waiting: Iterator[Answer], cache: KVCache) -> Iterator[Step]:
-        """As many answers at a time as `cache` has rows."""
+        """As many answers at a time as `cache` has rows. `waiting` may come to an end and have
+        more later: it is asked before every pass with a row free, until none is under way."""
         rows: list[Answer] = []  # answer i lives in row i of the cache
+        prompts: Iterator[list[Filled]] = iter(())  # what is left of those drawn last
         # Of as many rows, by their new tokens, each with its logits row by row: a step leaves
         # the processor's caches cold, so every object that is not made in it counts.
         count, passes = 0, dict[int, tuple[Pass, list[list[Logits]]]]()
         while True:
-            while fresh := list(islice(waiting, len(cache.prompts) - len(rows))):
-                for answer, scores in zip(
-                    fresh, self.prefill(cache, len(rows), fresh), strict=True
-                ):
-                    rows.append(answer)
-                    step = self._step(answer, scores)
-                    left = perf_counter()
-                    yield step
-                    _exclude_reader_time(rows, left)
-                _close_gaps(rows, cache)
-            if not rows:
+            filled = next(prompts, None)
+            if filled is None and (fresh := list(islice(waiting, len(cache.prompts) - len(rows)))):
+                prompts = self.prefill(cache, len(rows), fresh)
+                filled = next(prompts)
+            if filled:
+                yield from self._begin(rows, cache, filled)
+                if not rows:
+                    continue
+            elif not rows:
                 return
             guess = self._guess(rows[0]) if self._ngrams and len(rows) == 1 else []
             if len(rows) != count:
@@ -129,6 +139,23 @@ class SteppingEngine(Engine):
             if finished:
                 _close_gaps(rows, cache)
 
+    def _begin(
+        self, rows: list[Answer], cache: KVCache, filled: Sequence[Filled]
+    ) -> Iterator[Step]:
+        """Adds those to `rows` whose prompts are complete, each with its first token."""
+        for row, answer, scores in filled:
+            if scores is None:
+                step = answer.end() if answer.called_off else Step(answer, "", done=False)
+            else:
+                if row != len(rows):  # others have ended meanwhile
+                    cache.copy(len(rows), cache, row, len(answer.plan.prompt))
+                rows.append(answer)
+                step = self._step(answer, scores)
+            left = perf_counter()
+            yield step
+            _exclude_reader_time(rows, left)
+        _close_gaps(rows, cache)
+
     def _step(self, answer: Answer, scores: Logits) -> Step:
         token = answer.choose(scores)
         if self._ngrams:
@@ -153,19 +180,20 @@ class SteppingEngine(Engine):
         self.native.close()
         self._prefixes.clear()
 
-    def prefill(self, cache: KVCache, first: int, answers: Sequence[Answer]) -> Iterator[Logits]:
-        """Computes the prompts into the rows of `cache` from `first` on.
-
-        Yields the logits [V] after each, valid until the next."""
+    def prefill(
+        self, cache: KVCache, first: int, answers: Sequence[Answer]
+    ) -> Iterator[list[Filled]]:
+        """Computes the prompts into the rows of `cache` from `first` on. An item is what one
+        pass did; its logits are valid until the next."""
         for row, answer in enumerate(answers, first):
-            yield self._prefill(cache, row, answer)
+            yield from self._prefill(cache, row, answer)
             if self._ngrams:
                 self._ngrams.learn_all(answer.plan.prompt)
 
-    def _prefill(self, cache: KVCache, row: int, answer: Answer) -> Logits:
-        """Computes the prompt in about equal parts; returns the logits [V] after it."""
+    def _prefill(self, cache: KVCache, row: int, answer: Answer) -> Iterator[list[Filled]]:
+        """Computes the prompt in about equal parts."""
         prompt = answer.plan.prompt
-        answer.cached = known = cache.begin(row, prompt)
+        answer.cached = known = cache.begin(row, prompt, answer.plan.cache_key)
         rest = len(prompt) - known
         parts = -(-rest // self.prefill_tokens)
         starts = [known + rest * i // parts // ALIGN * ALIGN for i in range(parts)]
@@ -176,9 +204,13 @@ class SteppingEngine(Engine):
             starts.append(len(prompt) - ALIGN - 1)
         for start, end in pairwise([*starts, len(prompt)]):
             part = self.new_pass(cache.array[:, row : row + 1], end - start, 1)
-            logits: Logits = part.run([prompt[start:end]], [start])[0, 0]
+            scores = part.run([prompt[start:end]], [start])[0, 0]
+            if end < len(prompt):
+                yield [Filled(row, answer, None)]
+                if answer.finish:
+                    return
         cache.prompts[row] = prompt
-        return logits
+        yield [Filled(row, answer, scores)]
 
     def new_cache(self, rows: int) -> KVCache:
         shape = self.decoder.cache_shape(rows, self.cache_block)
@@ -194,7 +226,8 @@ def _exclude_reader_time(rows: Sequence[Answer], left: float) -> None:
     """Leaves the time since `left`, in which the reader had a step, out of the rows' timings."""
     away = perf_counter() - left
     for answer in rows:
-        answer.away += away
+        if answer.can_wait:
+            answer.away += away
 
 
 def _close_gaps(rows: list[Answer], cache: KVCache) -> None:
