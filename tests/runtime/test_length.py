@@ -183,5 +183,5 @@ def test_the_end_within_a_sentence_gets_its_full_stop(codec: TextCodec) -> None:
     # A letter would make the last word another one; at the maximum the best end is looked for.
     assert ended(codec, 10, prose, "x", ".")[0].startswith(prose)
     long = " a" * 5
-    text, finish, _ = ended(codec, 10, f"a b c d. e f g h i. j", *long)
+    text, finish, _ = ended(codec, 10, "a b c d. e f g h i. j", *long)
     assert (text, finish) == ("a b c d. e f g h i.", "length")
