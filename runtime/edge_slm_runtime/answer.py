@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from edge_slm_runtime.bans import Bans, is_word
+from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import SENTENCE, LengthKeeper, ending
@@ -34,7 +35,8 @@ class Plan:
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
-    they are recorded. `keep`: phrases that it has. deadline_ms: None is none.
+    they are recorded. `keep`: phrases that it has. `choices`: it is one of these.
+    deadline_ms: None is none.
     """
 
     request: str
@@ -52,6 +54,7 @@ class Plan:
     ban: tuple[str, ...] = ()
     logprobs: bool = False
     keep: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     deadline_ms: float | None = None
 
 
@@ -109,6 +112,7 @@ class Answer:
         self._bans = Bans(plan.ban) if plan.ban else None
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._keeps = Keeps(plan.keep, codec.encode) if plan.keep else None
+        self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
         self._word_stays = False  # the next token must not make the last word another one
         self._is_last = False  # the next token ends the answer
@@ -164,7 +168,9 @@ class Answer:
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 logits[[*self.ends]] = -np.inf
-        if self._bans or self._keeps:
+        if self._choices:
+            token = self._chosen(logits, self._choices)
+        elif self._bans or self._keeps:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from, token = logits, self._sampler.pick(logits)
@@ -172,6 +178,15 @@ class Answer:
             token = self._to_sentence_end(self._keeper)
         if self._own is not None:
             self.logprobs[len(self.ids) :] = [log_probability(self._own, (token,))]
+        return token
+
+    def _chosen(self, logits: Logits, choices: Choices) -> int:
+        allowed = choices.next(self.ids, self.ends)
+        likely = logits[allowed]
+        logits.fill(-np.inf)
+        logits[allowed] = likely
+        token = self._sampler.draw(logits)  # a choice may repeat itself
+        self._is_last = {*choices.next([*self.ids, token], self.ends)} == {*self.ends}
         return token
 
     def _constrained(self, logits: Logits) -> int:
