@@ -17,6 +17,7 @@ from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import SENTENCE, LengthKeeper, ending
 from edge_slm_runtime.prompt_syntax import Placer, Shielded
+from edge_slm_runtime.repeats import Repeats
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
@@ -56,6 +57,7 @@ class Plan:
     keep: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     deadline_ms: float | None = None
+    no_repeat_words: bool = False
 
 
 class _Doubt(NamedTuple):
@@ -109,6 +111,7 @@ class Answer:
         self._keeper = LengthKeeper(plan.words) if plan.words else None
         self._sampler = Sampler(plan.sampling, plan.prompt)
         self._placer = Placer(plan.syntax) if plan.syntax else None
+        self._repeats = Repeats(plan.request) if plan.no_repeat_words else None
         self._bans = Bans(plan.ban) if plan.ban else None
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._keeps = Keeps(plan.keep, codec.encode) if plan.keep else None
@@ -173,7 +176,8 @@ class Answer:
         elif self._bans or self._keeps:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
-            self._from, token = logits, self._sampler.pick(logits)
+            self._from = logits
+            token = self._sampler.pick(logits, self._says_again if self._repeats else None)
         if token in self.ends and self._keeper and self._keeper.in_sentence(self.text):
             token = self._to_sentence_end(self._keeper)
         if self._own is not None:
@@ -194,9 +198,9 @@ class Answer:
         token = self._allowed(logits)
         if not self._keeps or not (missing := self._keeps.missing(self.text)):
             return token
-        if not self._is_time(token, missing, self._keeps):
-            return token
-        self._due = self._keeps.ids(self.text, missing, self._fits)
+        self._due = self._keeps.quoted(self.text, missing, self._fits)
+        if not self._due and self._is_time(token, missing, self._keeps):
+            self._due = self._keeps.ids(self.text, missing, self._fits)
         if not self._due:
             return token
         self._word_stays = True
@@ -270,10 +274,19 @@ class Answer:
     def _refuses(self, token: int) -> bool:
         """Whether a token completes a phrase that the text has not had in doubt, or makes the
         last word another one that must stay."""
+        if self._says_again(token):
+            return True
         if self._word_stays and token not in self.ends and self._goes_on(token):
             return True
         end = self._closes(token) if self._bans else None
         return end is not None and not (self._doubts and end <= len(self.text))
+
+    def _says_again(self, token: int) -> bool:
+        if self._repeats is None:
+            return False
+        if token in self.ends:
+            return self._repeats.refuses_end(self.text)
+        return self._repeats.refuses(self.text, self._detokenizer.peek(token))
 
     def _closes(self, token: int) -> int | None:
         """Where a banned phrase ends that is certain with this token."""

@@ -12,7 +12,7 @@ from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.engines.base import Engine
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine, RequestTooLong, shown
-from edge_slm_runtime.keeps import Keeps
+from edge_slm_runtime.keeps import Keeps, texts_to_show
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.records import Request
@@ -36,17 +36,8 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
     command = manifest.prompt.check(request.command)
     sampling = request.sampling
     engine.check(sampling)
-    stop = _texts("stop", request.stop, _STOPS_MAX)
-    ban = _texts("ban", request.ban, _BANS_MAX)
-    if blank := [text for text in ban if not units(text)]:
-        raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
-    keep = tuple(dict.fromkeys(_texts("keep", request.keep, _KEEPS_MAX)))
-    if keep:
-        _check_keep(keep, Bans(ban), stop)
-    choices = tuple(dict.fromkeys(_texts("choices", request.choices, _CHOICES_MAX)))
-    if choices:
-        _check_choices(choices, {"ban": ban, "keep": keep, "stop": stop})
-    for name in ("keep_length", "logprobs"):
+    stop, ban, keep, choices = _wording(request)
+    for name in ("keep_length", "logprobs", "no_repeat_words"):
         if not isinstance(value := getattr(request, name), bool):
             raise BadSetting(f"{name} is {shown(value)}", "allowed: True or False")
     if (ban or keep or choices or request.logprobs) and not engine.constrains:
@@ -80,11 +71,20 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
             f"choices take up to {longest} tokens, more than the {budget} of the answer",
             "shorten them, or allow more tokens",
         )
+    warnings = (*command.warnings, *_needless(sampling))
+    if _shows_text(request, command.commanded.task, manifest, engine):
+        texts = tuple(dict.fromkeys((*keep, *texts_to_show(told.text))))
+        try:
+            _check_keep(texts, Bans(ban), stop)
+            _check_room(Keeps(texts, codec.encode), texts, words, budget)
+            keep = texts
+        except BadSetting as error:
+            warnings += (f"the text to show may not be in the answer: {error.problem}",)
     return Plan(
         request=request.request,
         asked=command.asked,
         commanded=command.commanded,
-        warnings=(*command.warnings, *_needless(sampling)),
+        warnings=warnings,
         prompt=tuple(prompt),
         budget=budget,
         limit=limit,
@@ -98,7 +98,23 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
         keep=keep,
         choices=choices,
         deadline_ms=deadline,
+        no_repeat_words=request.no_repeat_words,
     )
+
+
+def _wording(request: Request) -> tuple[tuple[str, ...], ...]:
+    """stop, ban, keep and choices of a request, checked. Raises BadSetting."""
+    stop = _texts("stop", request.stop, _STOPS_MAX)
+    ban = _texts("ban", request.ban, _BANS_MAX)
+    if blank := [text for text in ban if not units(text)]:
+        raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
+    keep = tuple(dict.fromkeys(_texts("keep", request.keep, _KEEPS_MAX)))
+    if keep:
+        _check_keep(keep, Bans(ban), stop)
+    choices = tuple(dict.fromkeys(_texts("choices", request.choices, _CHOICES_MAX)))
+    if choices:
+        _check_choices(choices, {"ban": ban, "keep": keep, "stop": stop})
+    return stop, ban, keep, choices
 
 
 def _check_choices(choices: tuple[str, ...], others: Mapping[str, tuple[str, ...]]) -> None:
@@ -106,6 +122,13 @@ def _check_choices(choices: tuple[str, ...], others: Mapping[str, tuple[str, ...
         raise BadSetting(f"choices has {shown(blank[0])}", "give texts without spaces around them")
     if given := [name for name, texts in others.items() if texts]:
         raise BadSetting(f"{given[0]} has no meaning with choices", "leave one out")
+
+
+def _shows_text(request: Request, task: str | None, manifest: Manifest, engine: Engine) -> bool:
+    """Whether the request is a text to show, and not for the model by itself."""
+    schema = manifest.prompt.schema
+    alone = not request.keep_length or request.choices or not engine.constrains
+    return schema is not None and task in schema.verbatim and not alone
 
 
 def _check_room(keeps: Keeps, keep: tuple[str, ...], words: int | None, budget: int) -> None:

@@ -160,6 +160,7 @@ def test_engines_agree_greedily(tiny_bundle: Path) -> None:
                         words=words,
                         repetition_penalty=penalty,
                         no_repeat_ngram_size=5 if penalty == 1 else 0,
+                        no_repeat_words=False,  # of ours alone
                         max_new_tokens=60,
                     )
                     for slm in (ours, theirs)
