@@ -15,7 +15,7 @@ from edge_slm_runtime.bans import Bans, is_word
 from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.keeps import Keeps
-from edge_slm_runtime.length import SENTENCE, LengthKeeper, ending
+from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
 from edge_slm_runtime.prompt_syntax import Placer, Shielded
 from edge_slm_runtime.repeats import Repeats
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
@@ -222,7 +222,7 @@ class Answer:
         if self._keeper is None or left < _WORD_TOKENS:
             return left < _WORD_TOKENS
         words, end = self.words + keeps.words(missing), ending(self.text) if self.text else 1
-        if end > 1:  # a clause
+        if end == CLAUSE:
             return 2 * words >= self._keeper.words
         return words >= (self._keeper.words if end else self._keeper.max)
 
