@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edge_slm_runtime.bans import Bans, is_word
+from edge_slm_runtime.bans import bans_of, is_word
 from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.keeps import Keeps
@@ -112,7 +112,7 @@ class Answer:
         self._sampler = Sampler(plan.sampling, plan.prompt)
         self._placer = Placer(plan.syntax) if plan.syntax else None
         self._repeats = Repeats(plan.request) if plan.no_repeat_words else None
-        self._bans = Bans(plan.ban) if plan.ban else None
+        self._bans = bans_of(plan.ban) if plan.ban else None
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._keeps = Keeps(plan.keep, codec.encode) if plan.keep else None
         self._choices = Choices(plan.choices, codec.encode) if plan.choices else None

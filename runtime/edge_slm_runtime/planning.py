@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from edge_slm_runtime.answer import Plan
-from edge_slm_runtime.bans import Bans, units
+from edge_slm_runtime.bans import Bans, bans_of, units
 from edge_slm_runtime.bundle import Manifest
 from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import is_count
@@ -75,7 +75,7 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
     if _shows_text(request, command.commanded.task, manifest, engine):
         texts = tuple(dict.fromkeys((*keep, *texts_to_show(told.text))))
         try:
-            _check_keep(texts, Bans(ban), stop)
+            _check_keep(texts, bans_of(ban), stop)
             _check_room(Keeps(texts, codec.encode), texts, words, budget)
             keep = texts
         except BadSetting as error:
@@ -106,11 +106,13 @@ def _wording(request: Request) -> tuple[tuple[str, ...], ...]:
     """stop, ban, keep and choices of a request, checked. Raises BadSetting."""
     stop = _texts("stop", request.stop, _STOPS_MAX)
     ban = _texts("ban", request.ban, _BANS_MAX)
-    if blank := [text for text in ban if not units(text)]:
-        raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
+    try:
+        bans = bans_of(ban)
+    except ValueError as error:
+        raise BadSetting(f"ban has {shown(error.args[0])}", "give words or phrases") from None
     keep = tuple(dict.fromkeys(_texts("keep", request.keep, _KEEPS_MAX)))
     if keep:
-        _check_keep(keep, Bans(ban), stop)
+        _check_keep(keep, bans, stop)
     choices = tuple(dict.fromkeys(_texts("choices", request.choices, _CHOICES_MAX)))
     if choices:
         _check_choices(choices, {"ban": ban, "keep": keep, "stop": stop})
