@@ -95,7 +95,7 @@ class Sampler:
         """
         if self._sampling.repetition_penalty != 1:
             penalise(logits, self._seen, self._sampling.repetition_penalty)
-        if banned := self._after.get(self._last()):
+        if self._after and (banned := self._after.get(self._last())):
             logits[banned] = -np.inf
         return self.draw(logits, refused)
 
@@ -124,11 +124,11 @@ class Sampler:
 
     def note(self, token: int) -> None:
         """The next token, chosen by somebody else."""
-        last, size = self._last(), self._sampling.no_repeat_ngram_size
+        size = self._sampling.no_repeat_ngram_size
+        if size and len(last := self._last()) == size - 1:
+            self._after.setdefault(last, []).append(token)
         self._seen.add(token)
         self._answer.append(token)
-        if size and len(last) == size - 1:
-            self._after.setdefault(last, []).append(token)
 
     def _last(self) -> tuple[int, ...]:
         """The n - 1 tokens that decide which the n-gram block forbids."""
