@@ -128,7 +128,8 @@ def convert(
             source,
             [c.variant for c in shipped],
             goldens(source, {c.variant.name: c.golden_ids for c in shipped}),
-            _provenance(source, recipe, refused, left_out) | {"quantisation": quantisation},
+            _provenance(source, recipe, shipped, refused, left_out)
+            | {"quantisation": quantisation},
         )
 
 
@@ -264,6 +265,7 @@ def _recipe(source: Checkpoint) -> dict[str, Any] | None:
 def _provenance(
     source: Checkpoint,
     recipe: Mapping[str, Any] | None,
+    shipped: Sequence[Candidate],
     refused: Mapping[str, str],
     left_out: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -274,6 +276,7 @@ def _provenance(
         "gate": {
             "budgets": {precision: asdict(b) for precision, b in gate.BUDGETS.items()},
             "adherence": adherence.ALLOWED,
+            "undecided": gate.undecided([c.variant for c in shipped]),
             "accepted": [why for name, why in refused.items() if name not in left_out],
             "left_out": list(left_out.values()),
         },

@@ -24,6 +24,7 @@ from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.sampling import not_finite
 
 LogitsOf = Callable[[Sequence[int]], Float32]  # ids [S] → logits [S,V]
+SURE = 1.96  # standard errors on either side of a 95% interval
 MEMORY = 512 << 20  # bytes of logits that are kept while variants are measured
 
 
@@ -83,26 +84,51 @@ def remembered(compute: LogitsOf) -> LogitsOf:
 def refusals(
     variants: Sequence[Variant], disobedient: Mapping[str, Sequence[str]] = MappingProxyType({})
 ) -> dict[str, str]:
-    """Name → the figures, of each measured variant that is outside its budget.
+    """Name → the figures, of each measured variant that is outside its budget beyond doubt: with
+    its whole 95% interval.
 
     disobedient: name → its `adherence.faults`.
     """
     refused = {}
     for variant in variants:
-        budget, figures = BUDGETS[variant.precision], variant.fidelity
         faults = list(disobedient.get(variant.name, ()))
-        if figures is not None:
-            top1, ratio = figures["top1"], figures["perplexity_ratio"]
-            if not (top1 >= budget.top1 and ratio <= budget.perplexity_ratio):  # NaN is refused
-                faults.insert(
-                    0,
-                    f"top-1 agreement {top1:.4f} (at least {budget.top1}), "
-                    f"perplexity ratio {ratio:.4f} (at most {budget.perplexity_ratio}) "
-                    f"over {figures['positions']} positions",
-                )
+        if not _keeps(variant, SURE):
+            faults.insert(0, _figures(variant))
         if faults:
             refused[variant.name] = f"{variant.name}: {', '.join(faults)}"
     return refused
+
+
+def undecided(variants: Sequence[Variant]) -> list[str]:
+    """The figures of each variant outside its budget by less than chance may give: it is kept."""
+    return [
+        f"{variant.name}: {_figures(variant)}"
+        for variant in variants
+        if _keeps(variant, SURE) and not _keeps(variant, 0.0)
+    ]
+
+
+def _keeps(variant: Variant, errors: float) -> bool:
+    """Whether both figures, improved by so many standard errors, are inside the budget."""
+    if (figures := variant.fidelity) is None:
+        return True
+    budget = BUDGETS[variant.precision]
+    # NaN is refused.
+    return (
+        figures["top1"] + errors * figures["top1_error"] >= budget.top1
+        and figures["perplexity_ratio"] - errors * figures["perplexity_ratio_error"]
+        <= budget.perplexity_ratio
+    )
+
+
+def _figures(variant: Variant) -> str:
+    budget, figures = BUDGETS[variant.precision], variant.fidelity or {}
+    return (
+        f"top-1 agreement {figures['top1']:.4f} ± {figures['top1_error']:.4f} "
+        f"(at least {budget.top1}), perplexity ratio {figures['perplexity_ratio']:.4f} ± "
+        f"{figures['perplexity_ratio_error']:.4f} (at most {budget.perplexity_ratio}) "
+        f"over {figures['positions']} positions"
+    )
 
 
 def logits_of(variant: Variant, decoder: Decoder, folder: Path) -> LogitsOf:

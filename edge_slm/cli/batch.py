@@ -31,9 +31,18 @@ from edge_slm.cli.console import (
     progress_bar,
     warn,
 )
-from edge_slm.cli.options import command_options, model_options, sampling_options
+from edge_slm.cli.options import command_options, model_options, n_option, sampling_options
 from edge_slm.cli.output import ResumableOutput, complete_output, put_in_place
-from edge_slm_runtime.errors import BatchFailed, DataError, EdgeSlmError, NotSupportedByEngine
+from edge_slm_runtime.command import is_count
+from edge_slm_runtime.errors import (
+    BadSetting,
+    BatchFailed,
+    DataError,
+    EdgeSlmError,
+    NotSupportedByEngine,
+    shown,
+)
+from edge_slm_runtime.variations import MOST
 
 _OF_ANSWERS = (  # keys of output records, beside the id, the request and its settings
     *(
@@ -45,6 +54,9 @@ _OF_ANSWERS = (  # keys of output records, beside the id, the request and its se
         "in_tolerance",
         "warnings",
         "error",
+        "score",
+        "logprobs",
+        "others",
     ),
 )
 
@@ -52,12 +64,13 @@ _OF_ANSWERS = (  # keys of output records, beside the id, the request and its se
 @dataclass(frozen=True, slots=True)
 class BatchRun:
     """Answers the rows of an input. form, encoding: see `read_input`. defaults: `Request`
-    settings of rows without their own."""
+    settings of rows without their own. n: answers of such a row."""
 
     slm: edge_slm.SLM
     form: str
     encoding: str | None
     defaults: dict[str, Any]
+    n: int
     seed: int
     batch_size: int
 
@@ -73,6 +86,7 @@ class BatchRun:
             "batch_size": self.batch_size,
             "version": edge_slm.__version__,
             **self.defaults,
+            "n": self.n,
             "seed": self.seed,
         }
 
@@ -94,13 +108,15 @@ class BatchRun:
         pairs = islice(zip(self.rows(stream), earlier, strict=False), done, None)
         while some := list(islice(pairs, group)):
             rows = [(self._checked(row) if "error" in old else row, old) for row, old in some]
-            asked = [row.request for row, _ in rows if row.request]
+            asked = [row.request for row, _ in rows if row.request and row.n == 1]
             results = self.slm.generate_batch(asked, self.batch_size)
             for row, old in rows:
                 if "error" not in old:
                     yield old | {"line": row.line}
                 elif row.error:
                     yield _failure(row, row.error)
+                elif row.request and row.n > 1:
+                    yield _answer(row, *self.slm.variations(row.request, row.n))
                 else:
                     yield _answer(row, next(results))
 
@@ -112,13 +128,16 @@ class BatchRun:
             _check_fields(row)
             given = {name: row.fields[name] for name in SETTINGS if name in row.fields}
             settings = {"seed": None, **self.defaults, **given}
-            if settings["seed"] is None and settings["temperature"]:
+            n = row.fields.get("n", self.n)
+            if not is_count(n) or not 1 <= n <= MOST:
+                raise BadSetting(f"n is {shown(n)}", f"allowed: 1 … {MOST}, whole")
+            if settings["seed"] is None and (settings["temperature"] or n > 1):
                 settings["seed"] = _seed_of(self.seed, row.line)
             request = edge_slm.Request(**settings)
-            self.slm.check(request)
+            self.slm.check(request if n == 1 else replace(request, logprobs=True))
         except EdgeSlmError as error:
             return replace(row, error=error)
-        return replace(row, request=request)
+        return replace(row, request=request, n=n)
 
 
 @dataclass(slots=True)
@@ -186,6 +205,7 @@ def _encoding(context: click.Context, option: click.Parameter, given: str | None
 @model_options
 @command_options
 @sampling_options
+@n_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of lines without their own.")
 @click.option(
     "--batch-size",
@@ -211,6 +231,7 @@ def batch(
     engine: str,
     precision: str,
     threads: int | None,
+    n: int,
     seed: int,
     batch_size: int,
     strict: bool,
@@ -220,10 +241,11 @@ def batch(
 ) -> None:
     """Write one prompt for each line of INPUT: JSONL, CSV, TSV or plain text ('-' is stdin).
 
-    A line has a 'request', and optionally an 'id', 'task', 'words', 'relevance', 'seed' and
+    A line has a 'request', and optionally an 'id', 'task', 'words', 'relevance', 'seed', 'n' and
     the sampling settings below; the options are the defaults for lines without their own. In
-    CSV and TSV the first line names the columns; in plain text a line is the request. Other
-    keys and columns come back with the answer. INPUT may be compressed with gzip.
+    CSV and TSV the first line names the columns, and a cell of 'ban' may have several texts,
+    divided by '|'; in plain text a line is the request. Other keys and columns come back with
+    the answer. INPUT may be compressed with gzip.
 
     Answers are JSONL in UTF-8, in input order; a line that cannot be used becomes
     {"line", "id", "request", "error"} and the rest goes on (but an input with a line of more
@@ -240,7 +262,7 @@ def batch(
         open_input(source, copy_to=output and output.parent) as stream,
     ):
         _check_defaults(slm, defaults)
-        run = BatchRun(slm, form or format_of(source), encoding, defaults, seed, batch_size)
+        run = BatchRun(slm, form or format_of(source), encoding, defaults, n, seed, batch_size)
         if output is None:
             outcome = _to_stdout(run, stream)
         else:
@@ -336,8 +358,9 @@ def _check_fields(row: InputLine) -> None:
         raise DataError("'request' is missing")
     if taken := [key for key in row.others if key in _OF_ANSWERS]:
         raise DataError(f"the answer has a key {taken[0]!r} of its own", "rename yours")
-    if not isinstance(row.fields.get("stop", ""), str | list):
-        raise DataError("'stop' must be a text or a list of texts")
+    for name in ("stop", "ban"):
+        if not isinstance(row.fields.get(name, ""), str | list):
+            raise DataError(f"'{name}' must be a text or a list of texts")
     if not isinstance(row.fields.get("keep_length", True), bool):
         raise DataError("'keep_length' must be true or false")
 
@@ -358,8 +381,18 @@ def _failure(row: InputLine, error: EdgeSlmError) -> dict[str, Any]:
     return {**_begun(row), **others, "error": {"code": error.code, "message": str(error)}}
 
 
-def _answer(row: InputLine, result: edge_slm.Generation) -> dict[str, Any]:
-    """No timings, so that two runs over the same input are equal."""
+def _answer(
+    row: InputLine, result: edge_slm.Generation, *others: edge_slm.Generation
+) -> dict[str, Any]:
+    """No timings, so that two runs over the same input are equal. others: of a row of several
+    answers, those behind the best."""
+    assert row.request
+    asked: dict[str, Any] = {} if result.score is None else {"score": result.score}
+    if row.request.logprobs:
+        asked["logprobs"] = result.logprobs
+    if row.n > 1:
+        names = ("text", "words", "seed", "score")
+        asked["others"] = [{name: getattr(one, name) for name in names} for one in others]
     return {
         **_begun(row),
         "text": result.text,
@@ -371,6 +404,7 @@ def _answer(row: InputLine, result: edge_slm.Generation) -> dict[str, Any]:
         "in_tolerance": result.in_tolerance,
         "seed": result.seed,
         "warnings": list(result.warnings),
+        **asked,
         **row.others,
     }
 

@@ -40,7 +40,7 @@ class InputLine:
     """One row of the input: a request, or its error.
 
     line: number of the line where the row begins, from 1. fields: name → value, as given.
-    repeats: the line that had the same id before. request: once it was checked.
+    repeats: the line that had the same id before. request, n: once they were checked.
     """
 
     line: int
@@ -48,6 +48,7 @@ class InputLine:
     error: EdgeSlmError | None = None
     repeats: int | None = None
     request: edge_slm.Request | None = None
+    n: int = 1
 
     @property
     def id(self) -> str | int | None:
@@ -58,7 +59,7 @@ class InputLine:
     @property
     def others(self) -> dict[str, Any]:
         """The fields that are neither the id nor a setting of the request."""
-        return {k: v for k, v in self.fields.items() if k != "id" and k not in SETTINGS}
+        return {k: v for k, v in self.fields.items() if k not in ("id", "n", *SETTINGS)}
 
 
 def format_of(source: Path) -> str:
@@ -250,7 +251,7 @@ def _table(delimiters: str) -> Callable[[IO[bytes]], Iterator[InputLine]]:
 def _column_names(header: list[str]) -> list[str]:
     """Those of settings in small letters, as a rule capitals in spreadsheets. Raises DataError."""
     names = [name.strip() for name in header]
-    names = [low if (low := name.lower()) in ("id", *SETTINGS) else name for name in names]
+    names = [low if (low := name.lower()) in ("id", "n", *SETTINGS) else name for name in names]
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise DataError(f"two columns have the name {twice[0]!r}")
     if names and "request" not in names:
@@ -286,12 +287,14 @@ def _whole(cell: str) -> int:
     return int(number)
 
 
+_YES_NO = {"true": True, "false": False}
 _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("words", "relevance", "top_k", "no_repeat_ngram_size", "seed"), _whole),
-    "max_new_tokens": _whole,
+    **dict.fromkeys(("max_new_tokens", "n"), _whole),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
-    "task": str,  # without the spaces around it
-    "keep_length": lambda cell: {"true": True, "false": False}[cell.lower()],
+    **dict.fromkeys(("task", "syntax"), str),  # without the spaces around it
+    "ban": lambda cell: [part.strip() for part in cell.split("|")],
+    **dict.fromkeys(("keep_length", "logprobs"), lambda cell: _YES_NO[cell.lower()]),
 }
 _READERS: dict[str, Callable[[IO[bytes]], Iterator[InputLine]]] = {
     "jsonl": _per_line(_json_fields),

@@ -14,6 +14,7 @@ from edge_slm.cli.console import (
     examples,
     human_bytes,
     json_option,
+    note,
     progress_bar,
     say,
     warn,
@@ -97,6 +98,8 @@ def convert(
     manifest = convert_with_bar(
         source, out, variants, name=name, evaluation=evaluation, judge=judge, accept=accept
     )
+    for figures in manifest.provenance["gate"]["undecided"]:
+        note(f"kept, as chance may have put it outside its budget: {figures}")
     for figures in manifest.provenance["gate"]["left_out"]:
         warn(f"left out, outside its budget: {figures}")
     if as_json:

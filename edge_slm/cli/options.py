@@ -16,6 +16,7 @@ from edge_slm_runtime.engines import ENGINES
 from edge_slm_runtime.errors import EdgeSlmError
 from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
+from edge_slm_runtime.variations import MOST
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,6 +80,14 @@ command_options = _together(
     click.option("--relevance", type=int, help="Level asked for, 0 (low) … 9 (high)."),
 )
 
+n_option = click.option(
+    "--n",
+    type=click.IntRange(1, MOST),
+    default=1,
+    show_default=True,
+    help="Answers with distinct texts, the best first; drawn at --temperature, or at 0.8.",
+)
+
 # Their names are those of the keyword arguments of `SLM.generate`.
 sampling_options = _together(
     click.option(
@@ -103,12 +112,26 @@ sampling_options = _together(
         help="No run of this many tokens comes twice; 0 allows it.",
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; repeatable."),
+    click.option(
+        "--ban",
+        multiple=True,
+        metavar="TEXT",
+        help="A word or phrase that the answer must not have, whatever its case; repeatable.",
+    ),
     click.option("--max-new-tokens", type=int, help="Upper bound, in tokens."),
     click.option(
         "--keep-length/--no-keep-length",
         default=True,
         show_default=True,
         help="Keep the promise of --words, or let the model decide.",
+    ),
+    click.option(
+        "--syntax",
+        type=click.Choice(["keep", "none"]),
+        default="keep",
+        show_default=True,
+        help="Put <lora:x:0.8>, (word:1.2), {a|b} and the like of the request back into the "
+        "answer, or read them as text.",
     ),
 )
 

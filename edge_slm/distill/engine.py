@@ -53,6 +53,7 @@ class EngineGenerator:
                 seed=episode.seed,
                 no_repeat_ngram_size=0,
                 keep_length=False,
+                syntax="none",
             )
             for episode in episodes
         )

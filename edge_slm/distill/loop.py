@@ -208,7 +208,7 @@ class _Training:
                 )
                 shutil.rmtree(start, ignore_errors=True)
             self.labelled = label(self.prepared, self.tokenizer)
-            stage = StageRecipe(tokens=e.tokens, learning_rate=e.learning_rate)
+            stage = StageRecipe(tokens=e.tokens, learning_rate=e.learning_rate, rounded=e.rounded)
             self.labelled = with_own(self.labelled, e.own_share, f"{self.recipe.seed}/{number}")
             if not self.trained(name, stage, kl=e.kl, entropy=e.entropy, achieved=achieved):
                 return self.out / "state.pt"
@@ -246,6 +246,7 @@ class _Training:
                 stage.tokens,
                 stage.learning_rate,
                 self.prepared.facts["digest"],
+                rounded=stage.rounded,
                 **extra,
             ),
             self.learner,

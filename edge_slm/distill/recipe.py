@@ -49,7 +49,8 @@ _NEWER = {
     "hindsight": "cut_share fragment_share swaps bare_share bands".split(),
     "model": "architecture kv_heads inner trim".split(),
     "train": ["evaluate_rows"],
-    "explore": "engine keep own_share".split(),
+    "stages": ["rounded"],
+    "explore": "engine keep own_share rounded".split(),
 }
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it becomes part of a token
 
@@ -203,6 +204,7 @@ class StageRecipe(_Section):
     tasks: tuple[TaskName, ...] = ()  # none = all
     tokens: int = Field(gt=0)  # total, padding included
     learning_rate: float = Field(default=1.5e-3, gt=0)
+    rounded: bool = False  # computes with int4 weights: see `rounding`
 
 
 class ExploreRecipe(_Section):
@@ -218,6 +220,7 @@ class ExploreRecipe(_Section):
     bands: int = Field(default=1, ge=1)  # length bands that take turns; 1 is the paper's way
     temperature: float = Field(default=1.0, gt=0)
     tokens: int = Field(default=0, ge=0)  # trained per round
+    rounded: bool = False  # computes with int4 weights, as in a stage
     learning_rate: float = Field(default=5e-4, gt=0)
     kl: float = Field(default=0.0, ge=0)  # weight of KL(model ‖ model before the round)
     entropy: float = Field(default=0.0, ge=0)  # weight of the entropy bonus
@@ -328,10 +331,11 @@ class Recipe(_Section):
         of an older recipe stays as it is."""
         data = self.model_dump(mode="json")
         for section, names in _NEWER.items():
-            if data[section] is None:
-                continue
-            fields = type(getattr(self, section)).model_fields
-            for name in names:
-                if data[section][name] == json.loads(json.dumps(fields[name].default)):
-                    del data[section][name]
+            own, stored = getattr(self, section), data[section]
+            parts = zip(own, stored, strict=True) if isinstance(own, tuple) else [(own, stored)]
+            for part, values in parts:
+                for name in names if part is not None else ():
+                    default = type(part).model_fields[name].default
+                    if values[name] == json.loads(json.dumps(default)):
+                        del values[name]
         return data

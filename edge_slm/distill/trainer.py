@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from edge_slm.distill.objective import Learner, tensors
 from edge_slm.distill.packing import Batch, Encoded, Packer
 from edge_slm.distill.precision import use_bf16
 from edge_slm.distill.recipe import Recipe
+from edge_slm.distill.rounding import rounded
 from edge_slm.progress import StageProgress
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError, OutOfMemory
@@ -46,6 +48,7 @@ class Stage:
     data_digest: str
     kl: float = 0.0
     entropy: float = 0.0
+    rounded: bool = False  # whether passes are computed with int4 weights
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -199,7 +202,7 @@ class Trainer:
         mine = batch.rows(slice(a.process_index, None, a.num_processes))
         sums: dict[str, torch.Tensor] = {}
         starts = range(0, len(mine.ids), self.micro)
-        with translate_out_of_memory(self.recipe):
+        with translate_out_of_memory(self.recipe), self.weights():
             for start in starts:
                 last = start == starts[-1]
                 with contextlib.nullcontext() if last else a.no_sync(self.learner):
@@ -221,6 +224,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.at += 1
         return {**losses, "gradient_norm": float(norm)}
+
+    def weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that passes of the stage are computed with."""
+        return rounded(self.plain.lm) if self.stage.rounded else contextlib.nullcontext()
 
     def forward(self, learner: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses of a batch in the precision of the recipe."""
@@ -268,10 +275,11 @@ class Trainer:
         that it achieved. Empty when there are none."""
         self.plain.eval()
         total, count = 0.0, 0
-        for i, rows in enumerate(self.valid.epoch(0, partial=True)):
-            batch = self.valid.batch(0, i, rows)
-            total += self.forward(self.plain, batch)["cross_entropy"].item()
-            count += batch.loss_tokens
+        with self.weights():
+            for i, rows in enumerate(self.valid.epoch(0, partial=True)):
+                batch = self.valid.batch(0, i, rows)
+                total += self.forward(self.plain, batch)["cross_entropy"].item()
+                count += batch.loss_tokens
         return {"valid_loss": round(total / count, 4)} if count else {}
 
     def note_best(self) -> None:

@@ -10,8 +10,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from edge_slm_runtime.bans import Bans
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.length import LengthKeeper
+from edge_slm_runtime.prompt_syntax import Placer, Shielded
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
@@ -25,7 +27,9 @@ class Plan:
     """A checked request: the prompt of the model, and the limits of the answer.
 
     budget: tokens that may be generated; `limit` is the finish reason when they
-    are used up. `words` is None unless the length promise holds. deadline_ms: None is none.
+    are used up. `words` is None unless the length promise holds. `syntax` is put back into
+    the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
+    they are recorded. deadline_ms: None is none.
     """
 
     request: str
@@ -39,7 +43,20 @@ class Plan:
     stop: tuple[str, ...]
     sampling: Sampling
     cache_key: str = ""
+    syntax: Shielded | None = None
+    ban: tuple[str, ...] = ()
+    logprobs: bool = False
     deadline_ms: float | None = None
+
+
+class _Doubt(NamedTuple):
+    """A token after which the text ends in a banned phrase, unless its last word goes on: the
+    state before it, the logits without it, and the model's own where they are needed."""
+
+    text: str
+    bytes: tuple[bytes, int]
+    logits: Logits
+    own: Logits | None
 
 
 class Step(NamedTuple):
@@ -55,12 +72,16 @@ class Answer:
 
     An engine that steps itself asks `choose`; one that runs its own loop asks
     `may_end` and feeds `accept`.
+
+    `choose` may take back the last tokens, and return one in the place of the first of them:
+    those whose text proves to end in a banned phrase once the next token is known.
     """
 
     def __init__(self, plan: Plan, codec: TextCodec, started: float) -> None:
         """`started`: perf_counter() at submission, before tokenising."""
         self.plan = plan
         self.ids: list[int] = []
+        self.logprobs: list[float] = []  # of `ids`, and of the end
         self.text = ""
         self.finish: FinishReason | None = None
         # Tokens of the prompt that the engine did not have to compute; tokens it guessed right.
@@ -78,8 +99,12 @@ class Answer:
         self._stops = StopMatcher(plan.stop)
         self._keeper = LengthKeeper(plan.words) if plan.words else None
         self._sampler = Sampler(plan.sampling, plan.prompt)
+        self._placer = Placer(plan.syntax) if plan.syntax else None
+        self._bans = Bans(plan.ban) if plan.ban else None
+        self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._shown = 0
         self._logits: Logits | None = None
+        self._own: Logits | None = None  # before anything is held back
         self._never: tuple[Logits, ...] = ()
 
     @property
@@ -114,6 +139,8 @@ class Answer:
         if logits is not self._logits:  # one array for all steps, as a rule
             self._logits = logits
             self._never = tuple(logits[ids] for ids in self._codec.never(logits.size))
+        if self.plan.logprobs:
+            self._own = logits.copy()
         for part in self._never:
             part.fill(-np.inf)
         if self._keeper:
@@ -121,7 +148,47 @@ class Answer:
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 logits[[*self.ends]] = -np.inf
-        return self._sampler.pick(logits)
+        token = self._allowed(logits) if self._bans else self._sampler.pick(logits)
+        if self._own is not None:
+            self.logprobs[len(self.ids) :] = [log_probability(self._own, (token,))]
+        return token
+
+    def _allowed(self, logits: Logits) -> int:
+        """A token that brings no banned phrase, and proves none."""
+        assert self._bans
+        token = self._sampler.pick(logits, self._brings_phrase)
+        while self._doubts and self._closes(token) is not None:
+            before = self._doubts.pop()
+            for _ in range(2):  # the token, and the one that began the doubt
+                self._sampler.take_back()
+            self.ids.pop()
+            self.text, self._detokenizer.state, logits, self._own = before
+            token = self._sampler.draw(logits, self._brings_phrase)
+        if token not in self.ends and self._bans.open(self._text_with(token)):
+            others = logits.copy()
+            others[token] = -np.inf
+            self._doubts.append(_Doubt(self.text, self._detokenizer.state, others, self._own))
+        else:
+            self._doubts.clear()
+        return token
+
+    def _brings_phrase(self, token: int) -> bool:
+        """Whether a token completes a phrase that the text has not had in doubt."""
+        end = self._closes(token)
+        return end is not None and not (self._doubts and end <= len(self.text))
+
+    def _closes(self, token: int) -> int | None:
+        """Where a banned phrase ends that is certain with this token."""
+        assert self._bans
+        if token in self.ends:  # as if a space came
+            return self._bans.closed(f"{self.text} ", len(self.text))
+        return self._bans.closed(self._text_with(token), len(self.text))
+
+    def _text_with(self, token: int) -> str:
+        return self.text + self._trimmed(self._detokenizer.peek(token))
+
+    def _trimmed(self, piece: str) -> str:
+        return piece if self.text else piece.lstrip()
 
     def accept(self, token: int) -> Step:
         """Takes one token; after a `done` step no more may come."""
@@ -134,7 +201,7 @@ class Answer:
             self.last = now
             self.ids.append(token)
             piece = self._detokenizer.push(token)
-            self._grow(piece if self.text else piece.lstrip())
+            self._grow(self._trimmed(piece))
         self.ended = now
         if not self.finish and self.called_off:
             return self.end()
@@ -150,11 +217,15 @@ class Answer:
         return self._show()
 
     def _show(self) -> Step:
-        if self.finish:
+        done = self.finish is not None
+        if done:
             self.text = self.text.rstrip()
-        end = len(self.text) if self.finish else self._sure()
+            if self._bans:  # it may have been cut within a word
+                self.text = self._bans.without_open(self.text, self._shown)
+        end = len(self.text) if done else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)
-        return Step(self, self.text[shown : self._shown], self.finish is not None)
+        piece = self.text[shown : self._shown]
+        return Step(self, self._placer.push(piece, done) if self._placer else piece, done)
 
     def _grow(self, piece: str) -> None:
         self.text += piece
@@ -174,6 +245,10 @@ class Answer:
         """Characters that will not be taken back: not the white space at the end,
         not what may become a stop sequence, not what a cut may remove."""
         sure = len(self.text) - self._stops.held(self.text)
+        if self._bans:
+            sure = len(self._bans.without_open(self.text[:sure], self._shown))
+        if self._doubts:
+            sure = min(sure, len(self._doubts[0].text))
         if self._keeper:
             sure = min(sure, self._keeper.sure(self.text))
         return len(self.text[:sure].rstrip())

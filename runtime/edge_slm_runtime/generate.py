@@ -13,6 +13,7 @@ from weakref import ref
 import numpy as np
 
 from edge_slm_runtime.answer import Answer, Plan, Step
+from edge_slm_runtime.bans import units
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
@@ -21,21 +22,26 @@ from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import (
     BadSetting,
     EdgeSlmError,
+    NotSupportedByEngine,
     OutOfMemory,
     RequestTooLong,
     shown,
 )
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
+from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
+from edge_slm_runtime.request_text import clean_request
 from edge_slm_runtime.sampling import Logits, Sampling, not_finite
 from edge_slm_runtime.session import Session
 from edge_slm_runtime.stream import Stream
 from edge_slm_runtime.text import TextCodec
+from edge_slm_runtime.variations import score, variations
 
 _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
-_STOPS_MAX, _STOP_LENGTH_MAX = 64, 256  # all are looked for after every token
+_STOPS_MAX, _BANS_MAX = 64, 10_000  # all stops are looked for after every token
+_LONGEST_TEXT = 256  # characters of a stop or ban
 _DEADLINE_MAX = 1e9  # ms
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
@@ -125,6 +131,16 @@ class SLM:
             raise BadSetting(f"waiting is {shown(waiting)}", "allowed: 1 or more, whole")
         return Session(self, self._rows("rows", rows), int(waiting))
 
+    def variations(self, request: str | Request, n: int = 4, **settings: Any) -> list[Generation]:
+        """`n` answers with distinct texts, the best first by their `score` (see `variations`).
+
+        They share the computing of the prompt, and have the seeds from the request's on; fewer,
+        with a warning, where drawing three times does not give as many. At temperature 0 they
+        are drawn at 0.8, with a warning. Raises as `generate`, BadSetting, NotSupportedByEngine.
+        """
+        rows = min(8, self._most_rows or 8)
+        return variations(self, Request.of(request, **settings), n, rows)
+
     @memory_errors(*_NO_MEMORY)
     def check(self, request: str | Request) -> Plan:
         """Everything that can be wrong with a request, found before it is run.
@@ -135,14 +151,16 @@ class SLM:
         command = self.manifest.prompt.check(request.command)
         sampling = request.sampling
         self._engine.check(sampling)
-        stop = (request.stop,) if isinstance(request.stop, str) else request.stop
-        if not isinstance(stop, tuple | list) or not (
-            len(stop) <= _STOPS_MAX
-            and all(isinstance(s, str) and 1 <= len(s) <= _STOP_LENGTH_MAX for s in stop)
-        ):
-            raise BadSetting(
-                f"stop is {shown(request.stop)}",
-                f"allowed: up to {_STOPS_MAX} texts of 1 … {_STOP_LENGTH_MAX} characters",
+        stop = _texts("stop", request.stop, _STOPS_MAX)
+        ban = _texts("ban", request.ban, _BANS_MAX)
+        if blank := [text for text in ban if not units(text)]:
+            raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
+        if not isinstance(request.logprobs, bool):
+            raise BadSetting(f"logprobs is {shown(request.logprobs)}", "allowed: True or False")
+        if (ban or request.logprobs) and not self._engine.constrains:
+            raise NotSupportedByEngine(
+                f"{self._engine.name} cannot {'ban words' if ban else 'report logprobs'}",
+                "load engine onnxruntime or numba",
             )
         if not isinstance(request.cache_key, str):
             raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
@@ -157,7 +175,12 @@ class SLM:
             and 0 < deadline <= _DEADLINE_MAX
         ):
             raise BadSetting(f"deadline_ms is {shown(deadline)}", "allowed: above 0, up to 1e9")
-        prompt = self._codec.prompt(request.request, command.commanded)
+        if request.syntax not in ("keep", "none"):
+            raise BadSetting(f"syntax is {shown(request.syntax)}", "allowed: keep, none")
+        told = Shielded(request.request)
+        if request.syntax == "keep" and self.manifest.prompt.schema:
+            told = shield(clean_request(request.request))
+        prompt = self._codec.prompt(told.text, command.commanded)
         words = command.words if request.keep_length else None
         budget, limit = self._budget(len(prompt), request.max_new_tokens, command.words)
         return Plan(
@@ -169,15 +192,19 @@ class SLM:
             budget=budget,
             limit=limit,
             words=words,
-            stop=tuple(stop),
+            stop=stop,
             sampling=sampling,
             cache_key=request.cache_key,
+            syntax=told if told.slots or told.tail else None,
+            ban=ban,
+            logprobs=request.logprobs,
             deadline_ms=deadline,
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
         """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
         settings = {**command.as_dict(), "no_repeat_ngram_size": 0, "keep_length": False}
+        settings["syntax"] = "none"
         return self.generate(request, max_new_tokens=max_new_tokens, **settings).token_ids
 
     def logits(self, ids: Sequence[int]) -> Logits:
@@ -325,10 +352,13 @@ class SLM:
         """cancelled: characters that its reader got of an answer that he left; None: all."""
         total = answer.ended - answer.started
         plan, count = answer.plan, len(answer.ids)
-        text = answer.text[:cancelled]
-        words = count_words(text)
+        text = plan.syntax.restored(answer.text) if plan.syntax else answer.text
+        text = text[:cancelled]
+        words = count_words(answer.text if cancelled is None else text)
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
         seed = answer.seed if self._engine.seeds else None
+        logprobs = tuple(answer.logprobs[:count]) if plan.logprobs else None
+        about = plan.syntax.text if plan.syntax else plan.request
         stats = Stats(
             engine=self.variant.engine,
             precision=self.variant.precision,
@@ -356,7 +386,24 @@ class SLM:
             token_ids=tuple(answer.ids),
             warnings=plan.warnings,
             stats=stats,
+            logprobs=logprobs,
+            score=None if logprobs is None else score(logprobs, about, answer.text),
         )
+
+
+def _texts(name: str, value: tuple[str, ...] | list[str] | str, most: int) -> tuple[str, ...]:
+    """A setting that is a text or several. Raises BadSetting."""
+    texts = (value,) if isinstance(value, str) else value
+    if (
+        isinstance(texts, tuple | list)
+        and len(texts) <= most
+        and all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_TEXT for text in texts)
+    ):
+        return tuple(texts)
+    raise BadSetting(
+        f"{name} is {shown(value)}",
+        f"allowed: up to {most} texts of 1 … {_LONGEST_TEXT} characters",
+    )
 
 
 def _needless(sampling: Sampling) -> Iterator[str]:

@@ -19,8 +19,10 @@ class Request:
     ends before the first of these. max_new_tokens: None is what the context
     holds. keep_length: keep the length promise (see `length`). cache_key: keys and values of
     a prompt are used again only under the same one, so that one user of an app cannot learn
-    from timings and `cached_tokens` what another asked for. deadline_ms: from the call on; the
-    answer then ends with the pass of the model that is under way.
+    from timings and `cached_tokens` what another asked for. syntax: `keep` that of image tools
+    (see `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the
+    answer does not have (see `bans`). logprobs: see `Generation`. deadline_ms: from the call on;
+    the answer then ends with the pass of the model that is under way.
     """
 
     request: str
@@ -37,6 +39,9 @@ class Request:
     max_new_tokens: int | None = None
     keep_length: bool = True
     cache_key: str = ""
+    syntax: str = "keep"
+    ban: tuple[str, ...] | list[str] | str = ()
+    logprobs: bool = False
     deadline_ms: float | None = None
 
     def __post_init__(self) -> None:
@@ -114,6 +119,7 @@ class Trace:
 class Generation:
     """Generated text and its metadata.
 
+    words: of the model's text, in which a construct of prompt syntax is its words.
     asked is what the caller wanted, commanded what the model was given.
     finish_reason: `stop` the model ended; `length` cut at the maximum of the
     length promise; `stop_sequence`; `max_tokens`; `context` the context is full;
@@ -121,7 +127,9 @@ class Generation:
     in_tolerance: words against the *asked* words, None when none were asked.
     seed: reproduces a sampled answer; None when it was greedy, or when the
     engine has no seed. token_ids: all that the model generated, without
-    end-of-text; a cut text has fewer.
+    end-of-text; a cut text has fewer. logprobs: the natural logarithm of the probability that
+    the model itself gave each of them (at temperature 1, nothing held back), and score what
+    `variations` ranks by; None unless asked for.
     """
 
     text: str
@@ -135,6 +143,8 @@ class Generation:
     token_ids: tuple[int, ...]
     warnings: tuple[str, ...]
     stats: Stats
+    logprobs: tuple[float, ...] | None = None
+    score: float | None = None
 
     @property
     def achieved(self) -> Command:
@@ -147,4 +157,5 @@ class Generation:
         data = asdict(self) | {"achieved": asdict(self.achieved)}
         data["token_ids"] = list(self.token_ids)
         data["warnings"] = list(self.warnings)
+        data["logprobs"] = self.logprobs and list(self.logprobs)
         return data

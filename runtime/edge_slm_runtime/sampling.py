@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from edge_slm_runtime.command import is_count
 from edge_slm_runtime.errors import BadSetting, EngineError, shown
 
 Logits = NDArray[np.float32]
+Refusal = Callable[[int], bool]  # of a token
 
 # Small models fall into loops when they are greedy; a repeat of this many tokens
 # (three to four words) is hardly ever meant in a text of at most 160 words.
@@ -79,35 +80,59 @@ class Sampler:
             # 53 bits survive a trip through JSON numbers.
             self.seed = secrets.randbits(53) if sampling.seed is None else sampling.seed
             self._random = np.random.Generator(np.random.PCG64(self.seed))
+        self._prompt = prompt
         self._seen = set(prompt)
         self._answer: list[int] = []
         self._after: dict[
             tuple[int, ...], list[int]
         ] = {}  # n - 1 tokens → the tokens that followed
 
-    def pick(self, logits: Logits) -> int:
-        """The next token of `logits` [V]; masked entries are -inf. Changes `logits`.
+    def pick(self, logits: Logits, refused: Refusal | None = None) -> int:
+        """The next token of `logits` [V] that is not refused; masked entries are -inf. Changes
+        `logits`.
 
         Raises EngineError when they are not finite.
         """
         if self._sampling.repetition_penalty != 1:
             penalise(logits, self._seen, self._sampling.repetition_penalty)
-        size = self._sampling.no_repeat_ngram_size
-        last = tuple(self._answer[len(self._answer) - size + 1 :]) if size else ()
-        if size and (banned := self._after.get(last)):
+        if banned := self._after.get(self._last()):
             logits[banned] = -np.inf
-        best = int(logits.argmax())  # of what is not a number, if there is any
-        if not math.isfinite(logits[best]):
-            raise not_finite()
-        if self._random is None:
-            token = best
-        else:
-            token = drawn(probabilities(logits, self._sampling), self._random.random())
+        return self.draw(logits, refused)
+
+    def draw(self, logits: Logits, refused: Refusal | None = None) -> int:
+        """`pick`, of logits that it has changed before."""
+        while True:
+            best = int(logits.argmax())  # of what is not a number, if there is any
+            if not math.isfinite(logits[best]):
+                raise not_finite()
+            if self._random is None:
+                token = best
+            else:
+                token = drawn(probabilities(logits, self._sampling), self._random.random())
+            if refused is None or not refused(token):
+                self._note(token)
+                return token
+            logits[token] = -np.inf
+
+    def take_back(self) -> None:
+        """Forgets the last token, but not the random numbers that it took."""
+        token = self._answer.pop()
+        if token not in self._answer and token not in self._prompt:
+            self._seen.discard(token)
+        if following := self._after.get(self._last()):
+            following.pop()
+
+    def _note(self, token: int) -> None:
+        last, size = self._last(), self._sampling.no_repeat_ngram_size
         self._seen.add(token)
         self._answer.append(token)
         if size and len(last) == size - 1:
             self._after.setdefault(last, []).append(token)
-        return token
+
+    def _last(self) -> tuple[int, ...]:
+        """The n - 1 tokens that decide which the n-gram block forbids."""
+        size = self._sampling.no_repeat_ngram_size
+        return tuple(self._answer[len(self._answer) - size + 1 :]) if size else ()
 
 
 def not_finite() -> EngineError:

@@ -264,6 +264,22 @@ class Detokenizer:
     def push(self, token: int) -> str:
         return self._decoder.decode(self._codec.bytes_of(token))
 
+    def peek(self, token: int) -> str:
+        """What `push` would return."""
+        state = self.state
+        piece = self.push(token)
+        self.state = state
+        return piece
+
+    @property
+    def state(self) -> tuple[bytes, int]:
+        """The bytes that are held back; may be set to an earlier one."""
+        return self._decoder.getstate()
+
+    @state.setter
+    def state(self, state: tuple[bytes, int]) -> None:
+        self._decoder.setstate(state)
+
 
 class StopMatcher:
     """Finds the first stop sequence in growing text, and holds back a beginning of one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -122,6 +123,46 @@ def test_a_line_overrides_the_options(tiny_bundle: Path) -> None:
     seeds = [json.loads(line)["seed"] for line in result.stdout.splitlines()]
     assert seeds[0] is not None
     assert seeds[1:] == [11, None]
+
+
+def test_lines_ban_words_of_their_own(tiny_bundle: Path) -> None:
+    options = ("--bundle", tiny_bundle, "--engine", "onnxruntime", "--max-new-tokens", 20)
+    free = json.loads(run("batch", "-", *options, stdin='{"request": "a cabin"}\n').stdout)
+    first, second = re.findall(r"\w+", free["text"])[:2]
+    rows = json.dumps({"request": "a cabin", "ban": [first, second]})
+    listed = json.loads(run("batch", "-", *options, stdin=rows).stdout)
+    table = f"request,ban\na cabin,{first} | {second}\n"
+    cells = json.loads(run("batch", "-", *options, "--format", "csv", stdin=table).stdout)
+    given = run("generate", "a cabin", *options, "--ban", first, "--ban", second).stdout
+    assert listed["text"] == cells["text"] == given.rstrip("\n") != free["text"]
+    assert not {first, second} & set(re.findall(r"\w+", listed["text"]))
+    bad = run("batch", "-", *options, stdin='{"request": "a", "ban": 1}').stdout
+    assert "'ban' must be a text" in json.loads(bad)["error"]["message"]
+
+
+def test_lines_of_several_answers(tiny_bundle: Path, tmp_path: Path) -> None:
+    lines = (
+        '{"request": "a cabin", "n": 3}\n'
+        '{"request": "a cabin"}\n'
+        '{"request": "a cabin", "n": 0}\n'
+        '{"request": "a cabin", "logprobs": true, "other": 1}\n'
+    )
+    options = ("--bundle", tiny_bundle, "--engine", "onnxruntime", "--max-new-tokens", 8)
+    source = tmp_path / "in.jsonl"
+    source.write_text(lines, "utf-8")
+    assert run("batch", source, *options, "-o", tmp_path / "out").exit_code == 0
+    several, plain, bad, scored = read(tmp_path / "out")
+    assert run("batch", "-", *options, stdin=lines).stdout == (tmp_path / "out").read_text("utf-8")
+    texts = [one["text"] for one in (several, *several["others"])]
+    scores = [one["score"] for one in (several, *several["others"])]
+    assert len(set(texts)) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert not {"score", "others", "logprobs"} & set(plain)
+    assert "n is 0" in bad["error"]["message"]
+    assert (len(scored["logprobs"]), scored["other"]) == (8, 1)
+    given = ("generate", "a cabin", *options, "--n", 3, "--seed", 4)
+    told = json.loads(run(*given, "--json").stdout)
+    assert run(*given).stdout == "".join(f"{' '.join(x['text'].split())}\n" for x in told)
 
 
 # -- resuming -------------------------------------------------------------------

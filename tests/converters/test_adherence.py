@@ -140,8 +140,7 @@ def test_without_a_judge_lengths_are_counted(tiny_bundle: Path) -> None:
 
 
 def test_disobedience_is_refused_beside_fidelity() -> None:
-    figures = {"positions": 9, "top1": 1.0, "perplexity_ratio": 1.0}
-    variant = Variant("onnx-int8", "onnxruntime", "int8", "onnx-int8", 1, 1, figures)
+    variant = Variant("onnx-int8", "onnxruntime", "int8", "onnx-int8", 1, 1)
     assert gate.refusals([variant]) == {}
     told = gate.refusals([variant], {"onnx-int8": ["within 0.2 against 0.9"]})
     assert told == {"onnx-int8": "onnx-int8: within 0.2 against 0.9"}

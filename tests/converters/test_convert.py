@@ -97,7 +97,9 @@ def test_reference_is_dropped_when_not_asked_for(tiny_checkpoint: Path, tmp_path
 def test_gate_refuses_with_figures_and_records_acceptance(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(GateRefused, match=r"onnx-int4: top-1 agreement 0\.\d+ \(at least 0.95\)"):
+    with pytest.raises(
+        GateRefused, match=r"onnx-int4: top-1 agreement 0\.\d+ ± 0\.\d+ \(at least 0.95\)"
+    ):
         convert(tiny_checkpoint, tmp_path / "b", ("onnx-int4",))
     assert not list(tmp_path.iterdir())
     manifest = convert(tiny_checkpoint, tmp_path / "b", ("onnx-int4",), accept=True)
@@ -119,10 +121,38 @@ def test_default_variants_outside_their_budget_are_left_out(
     edge_slm_runtime.verify(tmp_path / "b")
 
 
+def measured(top1: float, ratio: float, error: float = 0.0) -> Variant:
+    figures = {
+        "positions": 9,
+        "top1": top1,
+        "top1_error": error,
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_error": error,
+    }
+    return Variant("onnx-int8", "onnxruntime", "int8", "onnx-int8", 1, 1, figures)
+
+
+@pytest.mark.parametrize(
+    ("top1", "ratio", "error", "refused", "undecided"),
+    [
+        (0.98, 1.01, 0.0, 0, 0),
+        (0.9799, 1.0, 0.0, 1, 0),
+        (0.97, 1.0, 0.006, 0, 1),
+        (0.97, 1.0, 0.005, 1, 0),
+        (0.99, 1.02, 0.006, 0, 1),
+        (0.99, 1.02, 0.005, 1, 0),
+    ],
+)
+def test_the_gate_refuses_beyond_doubt(
+    top1: float, ratio: float, error: float, refused: int, undecided: int
+) -> None:
+    variants = [measured(top1, ratio, error)]
+    assert len(gate.refusals(variants)) == refused
+    assert len(gate.undecided(variants)) == undecided
+
+
 def test_gate_refuses_figures_that_are_no_numbers() -> None:
-    figures = {"positions": 9, "top1": 1.0, "perplexity_ratio": math.nan}
-    variant = Variant("onnx-int8", "onnxruntime", "int8", "onnx-int8", 1, 1, figures)
-    assert len(gate.refusals([variant])) == 1
+    assert len(gate.refusals([measured(top1=1.0, ratio=math.nan)])) == 1
     with pytest.raises(ValueError, match="reference's logits are not finite"):
         fidelity(np.full((3, 5), np.nan), np.zeros((3, 5)), np.zeros(3, np.int64))
 

@@ -16,9 +16,9 @@ from edge_slm.distill.recipe import RewardRecipe
 from edge_slm.distill.rewards import Fluency, Keywords, Relevance, Weighted, make_reward
 from edge_slm.distill.rewards.__main__ import main, variants
 from edge_slm.distill.rewards.fluency import guards, once
-from edge_slm.distill.rewards.keywords import content_stems, coverage, stem
 from edge_slm.distill.samples import Sample, read_samples
 from edge_slm_runtime.errors import BadSetting
+from edge_slm_runtime.keywords import content_stems, coverage, stem
 
 GOOD = [
     Sample("a red fox in the snow", "A red fox in the snow, soft light, film grain", "image"),

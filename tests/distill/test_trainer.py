@@ -16,6 +16,7 @@ from edge_slm.distill.model import fresh_model
 from edge_slm.distill.objective import Learner
 from edge_slm.distill.packing import encode_records
 from edge_slm.distill.recipe import Recipe
+from edge_slm.distill.rounding import matrices, nearest
 from edge_slm.distill.tokenizer import train_tokenizer
 from edge_slm.distill.trainer import Stage, Trainer, translate_out_of_memory
 from edge_slm.progress import silent
@@ -66,6 +67,18 @@ def test_bf16_stays_near_fp32(recipe: Recipe) -> None:
     assert 0 < (one - two).abs().mean() < 0.002
 
 
+def test_a_rounded_stage_computes_with_int4_and_trains_float_weights(recipe: Recipe) -> None:
+    rounded = make_trainer(changed(recipe), rounded=True)
+    by_hand = make_trainer(changed(recipe))
+    for weight, inputs_first in matrices(by_hand.plain.lm):
+        values = weight.data.T if inputs_first else weight.data
+        values.copy_(nearest(values))
+    batch = next(rounded.batches())
+    assert rounded.step(batch)["cross_entropy"] == by_hand.step(batch)["cross_entropy"]
+    (weight, _), *_ = matrices(rounded.plain.lm)
+    assert len(weight.unique()) > weight.numel() / 2
+
+
 def test_a_stage_ends_with_the_weights_of_the_lowest_held_out_loss(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +116,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from distill.test_trainer import changed, make_trainer, weights
 from edge_slm.distill.recipe import Recipe
+from edge_slm.distill.rounding import matrices, nearest
 recipe = changed(Recipe.model_validate_json(sys.argv[2]))
 trainer = make_trainer(recipe)
 result = weights(trainer)

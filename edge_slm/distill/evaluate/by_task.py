@@ -9,7 +9,6 @@ import numpy as np
 from edge_slm.distill.evaluate.evidence import Evidence, Texts
 from edge_slm.distill.evaluate.faults import faults
 from edge_slm.distill.evaluate.figures import added_words
-from edge_slm.distill.rewards.keywords import coverage
 from edge_slm_bench.metrics.quality import (
     Float64,
     bootstrap_mean,
@@ -17,6 +16,7 @@ from edge_slm_bench.metrics.quality import (
     within_tolerance,
 )
 from edge_slm_runtime.command import count_words
+from edge_slm_runtime.keywords import coverage
 
 SHORT = 12  # words of a request whose content an answer of any usual length has room for
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from edge_slm.distill.rewards.keywords import coverage, words_of
 from edge_slm.distill.samples import Sample
 from edge_slm_bench.metrics.quality import bootstrap_mean
 from edge_slm_runtime.errors import DependencyMissing
+from edge_slm_runtime.keywords import coverage, words_of
 
 _ENDS = re.compile(r"[.!?…][\"'”’)\]]*$")
 _QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")

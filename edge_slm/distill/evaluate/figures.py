@@ -10,7 +10,6 @@ import numpy as np
 
 from edge_slm.distill.evaluate.evidence import Evidence
 from edge_slm.distill.evaluate.scorers import TaskClassifier
-from edge_slm.distill.rewards.keywords import content_stems
 from edge_slm.distill.samples import Sample
 from edge_slm_bench.metrics.quality import (
     Estimate,
@@ -29,6 +28,7 @@ from edge_slm_bench.metrics.quality import (
     spearman,
     within_tolerance,
 )
+from edge_slm_runtime.keywords import content_stems
 
 _DRAWS = 200  # of the shuffled baseline
 

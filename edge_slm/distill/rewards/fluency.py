@@ -14,9 +14,9 @@ from math import prod
 import numpy as np
 
 from edge_slm.distill.rewards.base import Float32
-from edge_slm.distill.rewards.keywords import WORD, stem, words_of
 from edge_slm.distill.samples import Sample
 from edge_slm.progress import Progress
+from edge_slm_runtime.keywords import WORD, stem, words_of
 from edge_slm_runtime.words import UNFINISHED_SAMPLE
 
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*(?=\s|$)")

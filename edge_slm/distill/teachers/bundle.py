@@ -62,6 +62,7 @@ class BundleTeacher:
             "temperature": self._temperature,
             "seed": seed,
             "keep_length": False,
+            "syntax": "none",
         }
         schema = self._slm.manifest.prompt.schema
         if schema is None:

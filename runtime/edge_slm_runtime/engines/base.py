@@ -49,20 +49,21 @@ class Engine(ABC):
 
     name: in manifests, and the package that it needs. install: the command that installs it.
     main_file: what it opens in a variant's folder. seeds: a request's seed is honoured.
-    batches: several answers are computed together. prefix_cache: prompts that begin alike are
-    computed once. guesses: `EngineOptions.speculate` is honoured. cache_dtype: of keys and
-    values. cache_block: positions whose keys lie together. process_mb: MiB of a process with
-    the engine and no model in it; resident: by precision, bytes of memory per byte of weights
-    once the engine has packed them (both fitted on Linux x86-64 with CPython 3.11,
-    onnxruntime 1.31 and ctranslate2 4.8 to models of 11M and 98M parameters).
-    loads_table_twice: the embedding is in memory twice during loading. thread_room_mb: MiB of
-    address space that a thread takes.
+    constrains: what an answer may say can be limited (`ban`), and `logprobs` are known. batches:
+    several answers are computed together. prefix_cache: prompts that begin alike are computed
+    once. guesses: `EngineOptions.speculate` is honoured. cache_dtype: of keys and values.
+    cache_block: positions whose keys lie together. process_mb: MiB of a process with the engine
+    and no model in it; resident: by precision, bytes of memory per byte of weights once the engine
+    has packed them (both fitted on Linux x86-64 with CPython 3.11, onnxruntime 1.31 and
+    ctranslate2 4.8 to models of 11M and 98M parameters). loads_table_twice: the embedding is in
+    memory twice during loading. thread_room_mb: MiB of address space that a thread takes.
     """
 
     name: ClassVar[str]
     install: ClassVar[str]
     main_file: ClassVar[str]
     seeds: ClassVar[bool] = True
+    constrains: ClassVar[bool] = True
     batches: ClassVar[bool] = True
     prefix_cache: ClassVar[bool] = True
     guesses: ClassVar[bool] = False

@@ -1,7 +1,8 @@
 """CTranslate2: runs its own loop; we listen, stop it, and start it again.
 
 What it cannot do is declared: it has no per-request seed (its generator is
-seeded once per thread), so sampling with a seed is refused. What falls back:
+seeded once per thread), so sampling with a seed is refused, and so are banned words: it knows
+sequences of tokens, and a word may be written in several. What falls back:
 
 - end-of-text below the minimum length: the run is ended and started again from
   prompt + answer with end-of-text suppressed for one token (costs a prefill);
@@ -50,7 +51,7 @@ class CTranslate2Engine(Engine):
     name = "ctranslate2"
     install = "pip install 'edge-slm[ctranslate2]'"
     main_file = "model.bin"
-    seeds = batches = prefix_cache = False
+    seeds = constrains = batches = prefix_cache = False
     process_mb = 70.0
     thread_room_mb = 80  # a heap of its own
     resident: ClassVar = {"fp32": 1.0, "int8": 1.0}

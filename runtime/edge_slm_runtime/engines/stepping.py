@@ -126,11 +126,13 @@ class SteppingEngine(Engine):
             finished = False
             for answer, behind in zip(rows, logits, strict=True):
                 for scores, expected in zip(behind, (*guess, None), strict=True):
+                    count_before = len(answer.ids)
                     step = self._step(answer, scores)
                     left = perf_counter()
                     yield step
                     _exclude_reader_time(rows, left)
-                    if step.done or answer.ids[-1] != expected:
+                    taken_back = len(answer.ids) <= count_before
+                    if step.done or taken_back or answer.ids[-1] != expected:
                         finished |= step.done
                         break
                     answer.guessed += 1
