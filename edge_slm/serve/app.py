@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from edge_slm.serve.bodies import Asked, chat_body, completion_body, prompts_body
+from edge_slm.serve.bodies import SETTINGS, Asked, chat_body, completion_body, prompts_body
 from edge_slm.serve.forms import Chat, Completion, Form, Prompts
 from edge_slm.serve.guard import (
     Guard,
@@ -155,6 +155,7 @@ class _Api:
             "context": manifest.model.positions,
             "seeds": self._slm.seeds,
             "tasks": task_lengths(schema) if schema else {},
+            "settings": sorted(SETTINGS),
         }
 
     def _check_model(self, name: object) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from edge_slm_runtime import Request
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.errors import BadSetting, EmptyRequest, RequestNotText, shown
+from edge_slm_runtime.variations import TEMPERATURE
 
 CHOICES_MAX = 16  # answers to one HTTP request
-_SETTINGS = {one.name for one in fields(Request)} - {"request"}
+SETTINGS = {one.name for one in fields(Request)} - {"request"}
 _RENAMED = {  # OpenAI's names of our settings
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -85,7 +86,7 @@ def _asked(
     for name, value in body.items():
         if value is None or name in _OURS or name == source:
             continue
-        if name in _SETTINGS or name in _RENAMED:
+        if name in SETTINGS or name in _RENAMED:
             settings[_RENAMED.get(name, name)] = value
         elif name not in _NOTHING:
             raise BadSetting(f"there is no field {name!r}", "leave it out")
@@ -95,6 +96,10 @@ def _asked(
     count = 1 if count is None else count
     if not is_count(count) or not 1 <= count * len(texts) <= CHOICES_MAX:
         raise BadSetting(f"n is {shown(count)}", f"allowed: 1 … {CHOICES_MAX} answers in all")
+    if count > 1 and not settings.get("temperature"):
+        settings["temperature"] = TEMPERATURE
+        told = f"temperature 0 has one answer; {count} were drawn at {TEMPERATURE}"
+        warnings = (*warnings, told)
     options = body.get("stream_options") or {}
     usage = isinstance(options, dict) and options.get("include_usage") is True
     return Asked(
@@ -119,7 +124,7 @@ def _metadata(given: object) -> dict[str, Any]:
         return {}
     if not isinstance(given, dict):
         raise BadSetting(f"metadata is {shown(given)}", "allowed: an object")
-    found = {name: value for name, value in given.items() if name in _SETTINGS}
+    found = {name: value for name, value in given.items() if name in SETTINGS}
     for name, value in found.items():
         if isinstance(value, str) and name not in ("task", "cache_key", "stop"):
             try:

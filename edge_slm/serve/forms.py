@@ -35,10 +35,10 @@ class Prompts:
     """Our own: the fields of `Generation.as_dict`."""
 
     def __init__(self, model: str, asked: Asked) -> None:
-        self._model = model
+        self._model, self._asked = model, asked
 
     def whole(self, results: Sequence[Generation]) -> dict[str, Any]:
-        return {"model": self._model, "prompts": [result.as_dict() for result in results]}
+        return {"model": self._model, "prompts": [self._prompt(result) for result in results]}
 
     def opening(self, index: int) -> None:
         return None
@@ -47,10 +47,14 @@ class Prompts:
         return {"index": index, "text": text}
 
     def end(self, index: int, result: Generation) -> dict[str, Any]:
-        return {"index": index, "prompt": result.as_dict()}
+        return {"index": index, "prompt": self._prompt(result)}
 
     def closing(self, results: Sequence[Generation]) -> None:
         return None
+
+    def _prompt(self, result: Generation) -> dict[str, Any]:
+        told = result.as_dict()
+        return told | {"warnings": [*told["warnings"], *self._asked.warnings]}
 
 
 class Completion:
@@ -109,6 +113,8 @@ class Completion:
             "asked": asdict(result.asked),
             "commanded": asdict(result.commanded),
             "seed": result.seed,
+            "score": result.score,
+            "logprobs": result.logprobs,
             "warnings": [*result.warnings, *self._asked.warnings],
             "stats": asdict(result.stats),
         }

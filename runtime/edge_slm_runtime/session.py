@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 class SessionStream(Iterator[str], AsyncIterator[str]):
     """The answer to a submitted request: its text piece by piece, with `for` or `async for`, and
-    `result`, or `await` of it. The pieces joined are exactly `result.text`.
+    `result`, or `await` of it. The pieces joined are exactly `result.text`; who reads slowly gets
+    longer ones.
 
     Raises what ends the answer before its time: EngineError, OutOfMemory. Left with `with`, it
     is cancelled.
@@ -99,10 +100,14 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
         return bool(self._pieces) or self._end is not None
 
     def _piece(self) -> str | None:
-        """The next piece, "" at the end of all, None when nothing has come yet."""
+        """What has come since the last one, "" at the end of all, None if nothing has come yet."""
         end = self._end  # before the pieces: the last of them comes first
+        pieces = []
         with suppress(IndexError):
-            return self._pieces.popleft()
+            while True:
+                pieces.append(self._pieces.popleft())
+        if pieces:
+            return "".join(pieces)
         if isinstance(end, Exception):
             raise end
         return None if end is None else ""
