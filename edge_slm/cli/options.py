@@ -118,6 +118,12 @@ sampling_options = _together(
         metavar="TEXT",
         help="A word or phrase that the answer must not have, whatever its case; repeatable.",
     ),
+    click.option(
+        "--keep",
+        multiple=True,
+        metavar="TEXT",
+        help="A word or phrase that the answer must have as it is; repeatable.",
+    ),
     click.option("--max-new-tokens", type=int, help="Upper bound, in tokens."),
     click.option(
         "--keep-length/--no-keep-length",

@@ -4,15 +4,17 @@ how much of the text may be shown."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edge_slm_runtime.bans import Bans
+from edge_slm_runtime.bans import Bans, is_word
 from edge_slm_runtime.command import Command, count_words
-from edge_slm_runtime.length import LengthKeeper
+from edge_slm_runtime.keeps import Keeps
+from edge_slm_runtime.length import LengthKeeper, ending
 from edge_slm_runtime.prompt_syntax import Placer, Shielded
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
@@ -20,6 +22,8 @@ from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 FinishReason = Literal[
     "stop", "length", "stop_sequence", "max_tokens", "context", "cancelled", "deadline"
 ]
+
+_WORD_TOKENS = 8  # more than most words have
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Plan:
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
-    they are recorded. deadline_ms: None is none.
+    they are recorded. `keep`: phrases that it has. deadline_ms: None is none.
     """
 
     request: str
@@ -46,6 +50,7 @@ class Plan:
     syntax: Shielded | None = None
     ban: tuple[str, ...] = ()
     logprobs: bool = False
+    keep: tuple[str, ...] = ()
     deadline_ms: float | None = None
 
 
@@ -102,6 +107,9 @@ class Answer:
         self._placer = Placer(plan.syntax) if plan.syntax else None
         self._bans = Bans(plan.ban) if plan.ban else None
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
+        self._keeps = Keeps(plan.keep, codec.encode) if plan.keep else None
+        self._due: list[int] = []  # tokens of phrases to keep, which come next
+        self._put_in = False  # the last token was the last of these
         self._shown = 0
         self._logits: Logits | None = None
         self._own: Logits | None = None  # before anything is held back
@@ -119,6 +127,11 @@ class Answer:
     @property
     def words(self) -> int:
         return count_words(self.text)
+
+    def warnings(self) -> Iterator[str]:
+        """What an answer that has ended lacks."""
+        if self._keeps and (missing := self._keeps.missing(self.text)):
+            yield f"the answer ended before these were in it: {', '.join(missing)}"
 
     @property
     def called_off(self) -> FinishReason | None:
@@ -148,23 +161,64 @@ class Answer:
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 logits[[*self.ends]] = -np.inf
-        token = self._allowed(logits) if self._bans else self._sampler.pick(logits)
+        if self._bans or self._keeps:
+            token = self._due.pop(0) if self._due else self._constrained(logits)
+        else:
+            token = self._sampler.pick(logits)
         if self._own is not None:
             self.logprobs[len(self.ids) :] = [log_probability(self._own, (token,))]
         return token
 
+    def _constrained(self, logits: Logits) -> int:
+        """A token that brings no banned phrase, or the first of phrases that it is time for."""
+        token = self._allowed(logits)
+        self._put_in = False
+        if not self._keeps or not (missing := self._keeps.missing(self.text)):
+            return token
+        if not self._is_time(token, missing, self._keeps):
+            return token
+        self._due = self._keeps.ids(self.text, missing, self._fits)
+        if not self._due:
+            return token
+        self._put_in = True
+        self._doubts.clear()  # that `token` has begun
+        self._sampler.take_back()
+        for one in self._due:
+            self._sampler.note(one)
+        return self._due.pop(0)
+
+    def _fits(self, added: str) -> bool:
+        return not self._bans or self._bans.closed(f"{self.text}{added} ", len(self.text)) is None
+
+    def _is_time(self, token: int, missing: Sequence[str], keeps: Keeps) -> bool:
+        left = self.plan.budget - len(self.ids) - keeps.tokens(missing)
+        if token in self.ends or left <= 0:
+            return True
+        if self._goes_on(token) or self._detokenizer.state[0]:
+            return False
+        if self._keeper is None or left < _WORD_TOKENS:
+            return left < _WORD_TOKENS
+        words, end = self.words + keeps.words(missing), ending(self.text) if self.text else 1
+        if end > 1:  # a clause
+            return 2 * words >= self._keeper.words
+        return words >= (self._keeper.words if end else self._keeper.max)
+
+    def _goes_on(self, token: int) -> bool:
+        """Whether a token may belong to the last word of the text."""
+        piece = self._detokenizer.peek(token)
+        return not piece or (is_word(piece[:1]) and is_word(self.text[-1:]))
+
     def _allowed(self, logits: Logits) -> int:
-        """A token that brings no banned phrase, and proves none."""
-        assert self._bans
-        token = self._sampler.pick(logits, self._brings_phrase)
+        """A token that is not refused, and proves no banned phrase."""
+        token = self._sampler.pick(logits, self._refuses)
         while self._doubts and self._closes(token) is not None:
             before = self._doubts.pop()
             for _ in range(2):  # the token, and the one that began the doubt
                 self._sampler.take_back()
             self.ids.pop()
             self.text, self._detokenizer.state, logits, self._own = before
-            token = self._sampler.draw(logits, self._brings_phrase)
-        if token not in self.ends and self._bans.open(self._text_with(token)):
+            token = self._sampler.draw(logits, self._refuses)
+        if self._bans and token not in self.ends and self._bans.open(self._text_with(token)):
             others = logits.copy()
             others[token] = -np.inf
             self._doubts.append(_Doubt(self.text, self._detokenizer.state, others, self._own))
@@ -172,9 +226,12 @@ class Answer:
             self._doubts.clear()
         return token
 
-    def _brings_phrase(self, token: int) -> bool:
-        """Whether a token completes a phrase that the text has not had in doubt."""
-        end = self._closes(token)
+    def _refuses(self, token: int) -> bool:
+        """Whether a token completes a phrase that the text has not had in doubt, or makes the
+        last word of a phrase that was put in another one."""
+        if self._put_in and token not in self.ends and self._goes_on(token):
+            return True
+        end = self._closes(token) if self._bans else None
         return end is not None and not (self._doubts and end <= len(self.text))
 
     def _closes(self, token: int) -> int | None:
@@ -212,7 +269,7 @@ class Answer:
         up. An engine calls it between the passes of a prompt, `accept` after them."""
         self.finish = self.called_off
         if self._keeper:
-            self.text = self._keeper.cut(self.text, finished=False)
+            self.text = self._cut(finished=False)
         self.ended = perf_counter() - self.away
         return self._show()
 
@@ -233,13 +290,18 @@ class Answer:
         if stop is not None:
             self.text, self.finish = self.text[:stop], "stop_sequence"
             if self._keeper and self.words > self._keeper.max:
-                self.text, self.finish = self._keeper.cut(self.text), "length"
+                self.text, self.finish = self._cut(), "length"
         elif self._keeper and self._keeper.is_full(self.text):
-            self.text, self.finish = self._keeper.cut(self.text), "length"
+            self.text, self.finish = self._cut(), "length"
         elif len(self.ids) >= self.plan.budget:
             self.finish = self.plan.limit
             if self._keeper:
-                self.text = self._keeper.cut(self.text, finished=False)
+                self.text = self._cut(finished=False)
+
+    def _cut(self, *, finished: bool = True) -> str:
+        assert self._keeper
+        least = self._keeps.end(self.text) if self._keeps else 0
+        return self._keeper.cut(self.text, finished=finished, least=least)
 
     def _sure(self) -> int:
         """Characters that will not be taken back: not the white space at the end,

@@ -32,7 +32,7 @@ class Bans:
         """Where a phrase ends that the characters from `old` on make certain, if one does."""
         for unit in _UNIT.finditer(text, _word_start(text, old)):
             end = unit.end()
-            word = _is_word(text[end - 1])
+            word = is_word(text[end - 1])
             if end < old + (not word) or (word and end == len(text)):
                 continue
             if self._ends(text, end, unit[0]):
@@ -60,10 +60,11 @@ class Bans:
 
 def _word_start(text: str, end: int) -> int:
     """Where the word begins that ends at `end`; `end` when none does."""
-    while end and _is_word(text[end - 1]):
+    while end and is_word(text[end - 1]):
         end -= 1
     return end
 
 
-def _is_word(char: str) -> bool:
+def is_word(char: str) -> bool:
+    """Whether a character is part of a word; False for none."""
     return char.isalnum() or char == "_"

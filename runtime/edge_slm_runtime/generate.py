@@ -13,7 +13,7 @@ from weakref import ref
 import numpy as np
 
 from edge_slm_runtime.answer import Answer, Plan, Step
-from edge_slm_runtime.bans import units
+from edge_slm_runtime.bans import Bans, units
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
@@ -27,6 +27,7 @@ from edge_slm_runtime.errors import (
     RequestTooLong,
     shown,
 )
+from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
 from edge_slm_runtime.prompt_syntax import Shielded, shield
@@ -40,7 +41,7 @@ from edge_slm_runtime.variations import score, variations
 
 _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
-_STOPS_MAX, _BANS_MAX = 64, 10_000  # all stops are looked for after every token
+_STOPS_MAX, _BANS_MAX, _KEEPS_MAX = 64, 10_000, 16  # all stops are looked for after every token
 _LONGEST_TEXT = 256  # characters of a stop or ban
 _DEADLINE_MAX = 1e9  # ms
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
@@ -155,11 +156,14 @@ class SLM:
         ban = _texts("ban", request.ban, _BANS_MAX)
         if blank := [text for text in ban if not units(text)]:
             raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
+        keep = _texts("keep", request.keep, _KEEPS_MAX)
+        _check_keep(keep, ban, stop)
         if not isinstance(request.logprobs, bool):
             raise BadSetting(f"logprobs is {shown(request.logprobs)}", "allowed: True or False")
-        if (ban or request.logprobs) and not self._engine.constrains:
+        if (ban or keep or request.logprobs) and not self._engine.constrains:
+            what = "ban or keep words" if ban or keep else "report logprobs"
             raise NotSupportedByEngine(
-                f"{self._engine.name} cannot {'ban words' if ban else 'report logprobs'}",
+                f"{self._engine.name} cannot {what}",
                 "load engine onnxruntime or numba",
             )
         if not isinstance(request.cache_key, str):
@@ -183,6 +187,8 @@ class SLM:
         prompt = self._codec.prompt(told.text, command.commanded)
         words = command.words if request.keep_length else None
         budget, limit = self._budget(len(prompt), request.max_new_tokens, command.words)
+        if keep:
+            self._check_room(keep, words, budget)
         return Plan(
             request=request.request,
             asked=command.asked,
@@ -198,6 +204,7 @@ class SLM:
             syntax=told if told.slots or told.tail else None,
             ban=ban,
             logprobs=request.logprobs,
+            keep=keep,
             deadline_ms=deadline,
         )
 
@@ -327,6 +334,19 @@ class SLM:
             while step.done and order and order[0].finish:
                 yield self._result_of(order.popleft())
 
+    def _check_room(self, keep: tuple[str, ...], words: int | None, budget: int) -> None:
+        keeps = Keeps(keep, self._codec.encode)
+        if words is not None and keeps.words(keep) > (most := tolerance(words)[1]):
+            raise BadSetting(
+                f"keep has {keeps.words(keep)} words, more than the {most} of words {words}",
+                "ask for more words, or keep fewer",
+            )
+        if keeps.tokens(keep) > budget:
+            raise BadSetting(
+                f"keep takes {keeps.tokens(keep)} tokens, more than the {budget} of the answer",
+                "keep fewer words, or allow more tokens",
+            )
+
     def _budget(
         self, prompt: int, asked: int | None, words: int | None
     ) -> tuple[int, Literal["max_tokens", "context"]]:
@@ -384,7 +404,7 @@ class SLM:
             in_tolerance=low <= words <= high if plan.asked.words else None,
             seed=seed,
             token_ids=tuple(answer.ids),
-            warnings=plan.warnings,
+            warnings=(*plan.warnings, *answer.warnings()),
             stats=stats,
             logprobs=logprobs,
             score=None if logprobs is None else score(logprobs, about, answer.text),
@@ -404,6 +424,18 @@ def _texts(name: str, value: tuple[str, ...] | list[str] | str, most: int) -> tu
         f"{name} is {shown(value)}",
         f"allowed: up to {most} texts of 1 … {_LONGEST_TEXT} characters",
     )
+
+
+def _check_keep(keep: tuple[str, ...], ban: tuple[str, ...], stop: tuple[str, ...]) -> None:
+    """Raises BadSetting for phrases that cannot be kept."""
+    bans = Bans(ban)
+    for phrase in keep:
+        if phrase != phrase.strip() or not units(phrase):
+            raise BadSetting(f"keep has {shown(phrase)}", "give words without spaces around them")
+        if bans.closed(f"{phrase} ", 0) is not None:
+            raise BadSetting(f"keep has {shown(phrase)}, which ban forbids", "leave one out")
+        if any(one in f" {phrase}" for one in stop):
+            raise BadSetting(f"keep has {shown(phrase)}, which a stop ends", "leave one out")
 
 
 def _needless(sampling: Sampling) -> Iterator[str]:

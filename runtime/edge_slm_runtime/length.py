@@ -70,31 +70,33 @@ class LengthKeeper:
             self._text, self._count = text, count_words(text)
         return self._count
 
-    def cut(self, text: str, *, finished: bool = True) -> str:
+    def cut(self, text: str, *, finished: bool = True, least: int = 0) -> str:
         """The text up to the best word boundary of the window.
 
         Best: after a sentence, else after a clause, else anywhere but behind a
         dangling word; then where the model gave end-of-text the highest
         probability; then nearest to the asked count. `finished=False` says that
-        the last word may be torn: it is left out where the window allows.
+        the last word may be torn: it is left out where the window allows. `least` characters
+        stay.
         """
         best: tuple[tuple[int, float, int], str] | None = None
         found = list(_WORD.finditer(text))
-        if not finished and len(found) > self.min and not text[-1].isspace():
+        torn = not finished and not text[-1:].isspace() and found[-1:] and found[-1].end() > least
+        if torn and len(found) > self.min:
             found.pop()
         for number, word in enumerate(found[: self.max], 1):
-            if number < self.min:
+            if number < self.min or word.end() < least:
                 continue
             kept = text[: word.end()]
             likely = self._end_log_prob.get(word.end(), -math.inf)
-            rank = (_ending(kept), likely, -abs(number - self.words))
+            rank = (ending(kept), likely, -abs(number - self.words))
             if best is None or rank > best[0]:
-                trimmed = kept.rstrip(_LOOSE)
+                trimmed = kept[:least] + kept[least:].rstrip(_LOOSE)
                 best = rank, trimmed if count_words(trimmed) >= self.min else kept
         return best[1] if best else text
 
 
-def _ending(text: str) -> int:
+def ending(text: str) -> int:
     """3 after a sentence, 2 after a clause, 1 anywhere else, 0 after a dangling word."""
     bare = text.rstrip(_CLOSERS)
     if bare.endswith(_SENTENCE_ENDS):

@@ -20,6 +20,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from edge_slm_runtime.errors import BadSetting, EmptyRequest
+from edge_slm_runtime.keeps import whole
 from edge_slm_runtime.words import UNFINISHED_ANSWER
 
 _FOUND = re.compile(
@@ -58,7 +59,7 @@ class Slot:
         """In `text` from `start` on, whatever the case."""
         if not self.words:
             return None
-        return re.compile(_at_word_boundaries(self.words), re.IGNORECASE).search(text, start)
+        return whole(self.words, re.IGNORECASE).search(text, start)
 
 
 class Shielded(NamedTuple):
@@ -250,8 +251,3 @@ def _first(match: re.Match[str]) -> str:
 def _telling(words: str) -> bool:
     """Whether words can be looked for: of those that are everywhere no place is theirs."""
     return any(word.lower() not in UNFINISHED_ANSWER for word in _WORD.findall(words))
-
-
-def _at_word_boundaries(words: str) -> str:
-    left = r"(?<!\w)" if re.match(r"\w", words) else ""
-    return left + re.escape(words) + (r"(?!\w)" if re.search(r"\w$", words) else "")

@@ -21,8 +21,9 @@ class Request:
     a prompt are used again only under the same one, so that one user of an app cannot learn
     from timings and `cached_tokens` what another asked for. syntax: `keep` that of image tools
     (see `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the
-    answer does not have (see `bans`). logprobs: see `Generation`. deadline_ms: from the call on;
-    the answer then ends with the pass of the model that is under way.
+    answer does not have (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as
+    they are. deadline_ms: from the call on; the answer then ends with the pass of the model
+    that is under way.
     """
 
     request: str
@@ -42,6 +43,7 @@ class Request:
     syntax: str = "keep"
     ban: tuple[str, ...] | list[str] | str = ()
     logprobs: bool = False
+    keep: tuple[str, ...] | list[str] | str = ()
     deadline_ms: float | None = None
 
     def __post_init__(self) -> None:

@@ -110,7 +110,7 @@ class Sampler:
             else:
                 token = drawn(probabilities(logits, self._sampling), self._random.random())
             if refused is None or not refused(token):
-                self._note(token)
+                self.note(token)
                 return token
             logits[token] = -np.inf
 
@@ -122,7 +122,8 @@ class Sampler:
         if following := self._after.get(self._last()):
             following.pop()
 
-    def _note(self, token: int) -> None:
+    def note(self, token: int) -> None:
+        """The next token, chosen by somebody else."""
         last, size = self._last(), self._sampling.no_repeat_ngram_size
         self._seen.add(token)
         self._answer.append(token)

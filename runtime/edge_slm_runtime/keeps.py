@@ -1,0 +1,58 @@
+"""Phrases that an answer must have as they were given.
+
+The model may write them itself. Those that are missing are put in where it wants to end, or
+where the words or tokens that are left are just enough for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from edge_slm_runtime.command import count_words
+
+_GLUES = (", ", "; ", ". ", " ")  # none is a word
+_MARKS = (*",.;:!?…–—-(“，。、", '"')
+
+
+def whole(phrase: str, flags: int = 0) -> re.Pattern[str]:
+    """Finds a phrase that is no part of a longer word."""
+    left = r"(?<!\w)" if re.match(r"\w", phrase) else ""
+    right = r"(?!\w)" if re.search(r"\w$", phrase) else ""
+    return re.compile(left + re.escape(phrase) + right, flags)
+
+
+class Keeps:
+    """The phrases of one answer."""
+
+    def __init__(self, phrases: Sequence[str], encode: Callable[[str], list[int]]) -> None:
+        """encode: token ids of a text."""
+        self._encode = encode
+        self._patterns = {phrase: whole(phrase) for phrase in dict.fromkeys(phrases)}
+        self._tokens = {one: max(len(encode(f"{glue}{one}")) for glue in _GLUES) for one in phrases}
+
+    def missing(self, text: str) -> list[str]:
+        return [one for one, pattern in self._patterns.items() if not pattern.search(text)]
+
+    def end(self, text: str) -> int:
+        """How many characters of the text have all phrases that it has."""
+        found = (pattern.search(text) for pattern in self._patterns.values())
+        return max((match.end() for match in found if match), default=0)
+
+    def words(self, phrases: Sequence[str]) -> int:
+        """How many words phrases add to a text."""
+        return sum(map(count_words, phrases))
+
+    def tokens(self, phrases: Sequence[str]) -> int:
+        """How many tokens they take, at most."""
+        return sum(self._tokens[one] for one in phrases)
+
+    def ids(self, text: str, phrases: Sequence[str], fits: Callable[[str], bool]) -> list[int]:
+        """Of what brings the phrases behind a text, if any of it `fits`."""
+        for glue in _GLUES:
+            lead = (" " if text.endswith(_MARKS) else glue) if text else ""
+            if text[-1:].isspace():
+                lead = lead.lstrip(" ,;.")
+            if fits(added := lead + glue.join(phrases)):
+                return self._encode(added)
+        return []
