@@ -27,7 +27,7 @@ from edge_slm_runtime.errors import (
     RequestTooLong,
     shown,
 )
-from edge_slm_runtime.keeps import Keeps
+from edge_slm_runtime.keeps import Keeps, texts_to_show
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
 from edge_slm_runtime.prompt_syntax import Shielded, shield
@@ -172,6 +172,10 @@ class SLM:
             raise BadSetting(
                 f"keep_length is {shown(request.keep_length)}", "allowed: True or False"
             )
+        if not isinstance(request.no_repeat_words, bool):
+            raise BadSetting(
+                f"no_repeat_words is {shown(request.no_repeat_words)}", "allowed: True or False"
+            )
         deadline = request.deadline_ms
         if deadline is not None and not (
             isinstance(deadline, int | float)
@@ -189,11 +193,21 @@ class SLM:
         budget, limit = self._budget(len(prompt), request.max_new_tokens, command.words)
         if keep:
             self._check_room(keep, words, budget)
+        warnings = (*command.warnings, *_needless(sampling))
+        schema = self.manifest.prompt.schema
+        if schema and command.commanded.task in schema.verbatim and self._keeps_texts(request):
+            texts = (*keep, *texts_to_show(told.text))
+            try:
+                _check_keep(texts, ban, stop)
+                self._check_room(texts, words, budget)
+                keep = texts
+            except BadSetting as error:
+                warnings += (f"the text to show may not be in the answer: {error.problem}",)
         return Plan(
             request=request.request,
             asked=command.asked,
             commanded=command.commanded,
-            warnings=(*command.warnings, *_needless(sampling)),
+            warnings=warnings,
             prompt=tuple(prompt),
             budget=budget,
             limit=limit,
@@ -206,6 +220,7 @@ class SLM:
             logprobs=request.logprobs,
             keep=keep,
             deadline_ms=deadline,
+            no_repeat_words=request.no_repeat_words,
         )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
@@ -333,6 +348,10 @@ class SLM:
         for step in self._decode(drawn(), batch_size):
             while step.done and order and order[0].finish:
                 yield self._result_of(order.popleft())
+
+    def _keeps_texts(self, request: Request) -> bool:
+        """Whether texts to show are kept: not where the model is to answer by itself."""
+        return request.keep_length and self._engine.constrains
 
     def _check_room(self, keep: tuple[str, ...], words: int | None, budget: int) -> None:
         keeps = Keeps(keep, self._codec.encode)
