@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import floor
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -50,11 +52,11 @@ def fit(slm: SLM, request: Request) -> Fit:
     for _ in range(_RUNS):
         seconds = slm.trace(probe, cache_key=secrets.token_hex(8)).seconds
         first.append(seconds[0])
-        later += [b - a for a, b in zip(seconds, seconds[1:], strict=False)]
+        later += [after - before for before, after in pairwise(seconds)]
     if not later:
         raise EngineError("the model ends after a token: there is nothing to measure")
     step = median(later)
-    tokens = min(room, int((plan.deadline_ms / 1e3 - max(first)) / step) + 1)
+    tokens = min(room, floor((plan.deadline_ms / 1e3 - max(first)) / step) + 1)
     fitting = [n for n in range(low, high + 1) if tolerance(n)[1] * TOKENS_PER_WORD <= tokens]
     return Fit(
         words=max(fitting, default=None),
