@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from edge_slm_runtime.description import task_lengths
 from edge_slm_runtime.errors import BadSetting, EngineError
-from edge_slm_runtime.length import tolerance
+from edge_slm_runtime.planning import answer_tokens
 from edge_slm_runtime.records import Request
 
 if TYPE_CHECKING:
     from edge_slm_runtime.generate import SLM
 
 _RUNS, _TOKENS = 3, 12  # of the measurement
-TOKENS_PER_WORD = 1.5  # of English under a small vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def fit(slm: SLM, request: Request) -> Fit:
         raise EngineError("the model ends after a token: there is nothing to measure")
     step = median(later)
     tokens = min(room, floor((plan.deadline_ms / 1e3 - max(first)) / step) + 1)
-    fitting = [n for n in range(low, high + 1) if tolerance(n)[1] * TOKENS_PER_WORD <= tokens]
+    fitting = [n for n in range(low, high + 1) if answer_tokens(n) <= tokens]
     return Fit(
         words=max(fitting, default=None),
         tokens=max(0, tokens),
