@@ -10,7 +10,7 @@ that signal handlers and finalisers may submit and cancel.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from threading import Thread, current_thread
 from types import TracebackType
@@ -44,7 +44,7 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
     @property
     def result(self) -> Generation:
         """The answer and its metadata. Waits for its end."""
-        self._news.wait(lambda: self._end)
+        self._wait(lambda: self._end)
         return self._ended()
 
     @property
@@ -61,7 +61,7 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
 
     def __next__(self) -> str:
         while (piece := self._piece()) is None:
-            self._news.wait(self._has_news)
+            self._wait(self._has_news)
         if piece:
             return piece
         raise StopIteration
@@ -95,6 +95,11 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
         trace: TracebackType | None,
     ) -> None:
         self.cancel()
+
+    def _wait(self, ready: Callable[[], object]) -> None:
+        if not ready() and self._session.decodes_here:
+            raise EngineError("a finaliser must not wait for an answer of a session")
+        self._news.wait(ready)
 
     def _has_news(self) -> bool:
         return bool(self._pieces) or self._end is not None
@@ -141,6 +146,11 @@ class Session:
         self._thread.start()
 
     @property
+    def decodes_here(self) -> bool:
+        """Whether the calling thread is the one that decodes: a finaliser may run in it."""
+        return self._thread is current_thread()
+
+    @property
     def running(self) -> int:
         """Answers that are being decoded."""
         return len(self._running)
@@ -179,7 +189,7 @@ class Session:
             for stream in (*self._waiting, *self._running):
                 stream.cancel()
         self._news()
-        if self._thread is not current_thread():  # a finaliser may run in it
+        if not self.decodes_here:
             self._thread.join()
 
     def __enter__(self) -> Session:
