@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edge_slm_runtime.bans import Bans, is_word
+from edge_slm_runtime.bans import bans_of, is_word
+from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.keeps import Keeps
-from edge_slm_runtime.length import SENTENCE, LengthKeeper, ending
+from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
 from edge_slm_runtime.prompt_syntax import Placer, Shielded
 from edge_slm_runtime.repeats import Repeats
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
@@ -35,7 +36,8 @@ class Plan:
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
-    they are recorded. `keep`: phrases that it has. deadline_ms: None is none.
+    they are recorded. `keep`: phrases that it has. `choices`: it is one of these.
+    deadline_ms: None is none.
     """
 
     request: str
@@ -53,6 +55,7 @@ class Plan:
     ban: tuple[str, ...] = ()
     logprobs: bool = False
     keep: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     deadline_ms: float | None = None
     no_repeat_words: bool = False
 
@@ -109,9 +112,10 @@ class Answer:
         self._sampler = Sampler(plan.sampling, plan.prompt)
         self._placer = Placer(plan.syntax) if plan.syntax else None
         self._repeats = Repeats(plan.request) if plan.no_repeat_words else None
-        self._bans = Bans(plan.ban) if plan.ban else None
+        self._bans = bans_of(plan.ban) if plan.ban else None
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._keeps = Keeps(plan.keep, codec.encode) if plan.keep else None
+        self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
         self._word_stays = False  # the next token must not make the last word another one
         self._is_last = False  # the next token ends the answer
@@ -167,7 +171,9 @@ class Answer:
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 logits[[*self.ends]] = -np.inf
-        if self._bans or self._keeps:
+        if self._choices:
+            token = self._chosen(logits, self._choices)
+        elif self._bans or self._keeps:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from = logits
@@ -176,6 +182,15 @@ class Answer:
             token = self._to_sentence_end(self._keeper)
         if self._own is not None:
             self.logprobs[len(self.ids) :] = [log_probability(self._own, (token,))]
+        return token
+
+    def _chosen(self, logits: Logits, choices: Choices) -> int:
+        allowed = choices.next(self.ids, self.ends)
+        likely = logits[allowed]
+        logits.fill(-np.inf)
+        logits[allowed] = likely
+        token = self._sampler.draw(logits)  # a choice may repeat itself
+        self._is_last = {*choices.next([*self.ids, token], self.ends)} == {*self.ends}
         return token
 
     def _constrained(self, logits: Logits) -> int:
@@ -207,7 +222,7 @@ class Answer:
         if self._keeper is None or left < _WORD_TOKENS:
             return left < _WORD_TOKENS
         words, end = self.words + keeps.words(missing), ending(self.text) if self.text else 1
-        if end > 1:  # a clause
+        if end == CLAUSE:
             return 2 * words >= self._keeper.words
         return words >= (self._keeper.words if end else self._keeper.max)
 

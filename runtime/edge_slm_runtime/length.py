@@ -23,7 +23,7 @@ _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
 _CLAUSE_ENDS = (",", ";", ":", "–", "—", "，", "、", "；", "：")
 _SENTENCE_BREAK = re.compile(rf"[.!?…][{re.escape(_CLOSERS)}]*\s|[。！？]")
 _SENTENCES = 10  # asked words from which on a text may be sentences, not a title
-SENTENCE = 3  # of `ending`
+CLAUSE, SENTENCE = 2, 3  # of `ending`
 _LOOSE = "".join((*_CLAUSE_ENDS, "-", " "))
 
 
@@ -114,5 +114,5 @@ def ending(text: str) -> int:
     if bare.endswith(_SENTENCE_ENDS):
         return SENTENCE
     if bare.endswith(_CLAUSE_ENDS):
-        return 2
+        return CLAUSE
     return 0 if text.rsplit(maxsplit=1)[-1].lower() in UNFINISHED_ANSWER else 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from edge_slm_runtime.answer import Plan
-from edge_slm_runtime.bans import Bans, units
+from edge_slm_runtime.bans import Bans, bans_of, units
 from edge_slm_runtime.bundle import Manifest
+from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.engines.base import Engine
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine, RequestTooLong, shown
@@ -21,7 +22,8 @@ from edge_slm_runtime.text import TextCodec
 
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _STOPS_MAX, _BANS_MAX, _KEEPS_MAX = 64, 10_000, 16  # all stops are looked for after every token
-_LONGEST_TEXT = 256  # characters of a stop, ban or keep
+_CHOICES_MAX = 256
+_LONGEST_TEXT = 256  # characters of a stop, ban, keep or choice
 _DEADLINE_MAX = 1e9  # ms
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
@@ -34,18 +36,12 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
     command = manifest.prompt.check(request.command)
     sampling = request.sampling
     engine.check(sampling)
-    stop = _texts("stop", request.stop, _STOPS_MAX)
-    ban = _texts("ban", request.ban, _BANS_MAX)
-    if blank := [text for text in ban if not units(text)]:
-        raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
-    keep = tuple(dict.fromkeys(_texts("keep", request.keep, _KEEPS_MAX)))
-    if keep:
-        _check_keep(keep, Bans(ban), stop)
+    stop, ban, keep, choices = _wording(request)
     for name in ("keep_length", "logprobs", "no_repeat_words"):
         if not isinstance(value := getattr(request, name), bool):
             raise BadSetting(f"{name} is {shown(value)}", "allowed: True or False")
-    if (ban or keep or request.logprobs) and not engine.constrains:
-        what = "ban or keep words" if ban or keep else "report logprobs"
+    if (ban or keep or choices or request.logprobs) and not engine.constrains:
+        what = "ban, keep or choose words" if ban or keep or choices else "report logprobs"
         raise NotSupportedByEngine(
             f"{engine.name} cannot {what}", "load engine onnxruntime or numba"
         )
@@ -64,17 +60,22 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
     if request.syntax == "keep" and manifest.prompt.schema:
         told = shield(clean_request(request.request))
     prompt = codec.prompt(told.text, command.commanded)
-    words = command.words if request.keep_length else None
+    words = command.words if request.keep_length and not choices else None
     budget, limit = _budget(
         len(prompt), manifest.model.positions, request.max_new_tokens, command.words
     )
     if keep:
         _check_room(Keeps(keep, codec.encode), keep, words, budget)
+    if choices and (longest := max(map(len, Choices(choices, codec.encode).paths))) > budget:
+        raise BadSetting(
+            f"choices take up to {longest} tokens, more than the {budget} of the answer",
+            "shorten them, or allow more tokens",
+        )
     warnings = (*command.warnings, *_needless(sampling))
     if _shows_text(request, command.commanded.task, manifest, engine):
         texts = tuple(dict.fromkeys((*keep, *texts_to_show(told.text))))
         try:
-            _check_keep(texts, Bans(ban), stop)
+            _check_keep(texts, bans_of(ban), stop)
             _check_room(Keeps(texts, codec.encode), texts, words, budget)
             keep = texts
         except BadSetting as error:
@@ -91,19 +92,44 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
         stop=stop,
         sampling=sampling,
         cache_key=request.cache_key,
-        syntax=told if told.slots or told.tail else None,
+        syntax=told if (told.slots or told.tail) and not choices else None,
         ban=ban,
         logprobs=request.logprobs,
         keep=keep,
+        choices=choices,
         deadline_ms=deadline,
         no_repeat_words=request.no_repeat_words,
     )
 
 
+def _wording(request: Request) -> tuple[tuple[str, ...], ...]:
+    """stop, ban, keep and choices of a request, checked. Raises BadSetting."""
+    stop = _texts("stop", request.stop, _STOPS_MAX)
+    ban = _texts("ban", request.ban, _BANS_MAX)
+    try:
+        bans = bans_of(ban)
+    except ValueError as error:
+        raise BadSetting(f"ban has {shown(error.args[0])}", "give words or phrases") from None
+    keep = tuple(dict.fromkeys(_texts("keep", request.keep, _KEEPS_MAX)))
+    if keep:
+        _check_keep(keep, bans, stop)
+    choices = tuple(dict.fromkeys(_texts("choices", request.choices, _CHOICES_MAX)))
+    if choices:
+        _check_choices(choices, {"ban": ban, "keep": keep, "stop": stop})
+    return stop, ban, keep, choices
+
+
+def _check_choices(choices: tuple[str, ...], others: Mapping[str, tuple[str, ...]]) -> None:
+    if blank := [text for text in choices if text != text.strip() or not text]:
+        raise BadSetting(f"choices has {shown(blank[0])}", "give texts without spaces around them")
+    if given := [name for name, texts in others.items() if texts]:
+        raise BadSetting(f"{given[0]} has no meaning with choices", "leave one out")
+
+
 def _shows_text(request: Request, task: str | None, manifest: Manifest, engine: Engine) -> bool:
     """Whether the request is a text to show, and not for the model by itself."""
     schema = manifest.prompt.schema
-    alone = not request.keep_length or not engine.constrains
+    alone = not request.keep_length or request.choices or not engine.constrains
     return schema is not None and task in schema.verbatim and not alone
 
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_kept_is_said(stepped_slm: SLM) -> None:
 
 def test_engines_with_loops_of_their_own_keep_nothing(slm: SLM) -> None:
     if slm.variant.engine == "ctranslate2":
-        with pytest.raises(NotSupportedByEngine, match="cannot ban or keep words"):
+        with pytest.raises(NotSupportedByEngine, match="cannot ban, keep or choose words"):
             slm.generate("a fox", keep="fox")
 
 
