@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -120,9 +121,12 @@ class _Api:
             streams = self._submit(asked)
             told = form(self._slm.manifest.name, asked)
             if asked.stream:
-                events = self._events(told, streams)
-                headers = {"cache-control": "no-cache"}
-                return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+                return StreamingResponse(
+                    self._events(told, streams),
+                    media_type="text/event-stream",
+                    headers={"cache-control": "no-cache"},
+                    background=BackgroundTask(_left, streams),
+                )
             return json_response(told.whole(await _results(request, streams)))
 
         return endpoint
@@ -269,6 +273,11 @@ async def _merged(streams: Sequence[SessionStream]) -> AsyncIterator[Event]:
 def _cancel(streams: Sequence[SessionStream]) -> None:
     for stream in streams:
         stream.cancel()
+
+
+async def _left(streams: Sequence[SessionStream]) -> None:
+    """Also when the client has left before the first event."""
+    _cancel(streams)
 
 
 def _event(data: dict[str, Any]) -> bytes:
