@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import floor
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_slm_runtime.description import task_lengths
 from edge_slm_runtime.errors import BadSetting, EngineError
@@ -43,9 +43,8 @@ def fit(slm: SLM, request: Request) -> Fit:
         raise BadSetting("deadline_ms is missing", "give the time that the answer may take")
     low, high = _lengths(slm, request.task)
     room = slm.manifest.model.positions - len(plan.prompt)
-    probe = replace(
-        request, words=high, max_new_tokens=min(_TOKENS, room), deadline_ms=None, stop=()
-    )
+    free: dict[str, Any] = {"deadline_ms": None, "stop": (), "keep": (), "choices": ()}
+    probe = replace(request, words=high, max_new_tokens=min(_TOKENS, room), **free)
     first: list[float] = []
     later: list[float] = []
     for _ in range(_RUNS):
