@@ -17,6 +17,7 @@ from edge_slm.cli.generate import generate
 from edge_slm.cli.info import info
 from edge_slm.cli.package import package
 from edge_slm.cli.profile import profile
+from edge_slm.cli.serve import serve
 from edge_slm.cli.store import install, pack, prune, rollback, sign, trust
 from edge_slm.cli.verify import verify
 
@@ -29,7 +30,7 @@ __all__ = ["main"]
     commands=[
         *(demo, distill, convert, package, verify, info),
         *(install, rollback, prune, pack, sign, trust),
-        *(generate, batch, profile, bench, evaluate, completion),
+        *(generate, batch, serve, profile, bench, evaluate, completion),
     ],
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -46,13 +46,7 @@ threads_option = click.option(
     help="CPU threads.  [default: the cores this process may use]",
 )
 
-model_options = _together(
-    click.option(
-        "--bundle",
-        type=find_bundle,
-        metavar="BUNDLE",
-        help="Bundle folder, or name of an installed model.  [default: the bundle shipped]",
-    ),
+engine_options = _together(
     click.option(
         "--engine",
         type=click.Choice(["auto", *ENGINES]),
@@ -66,6 +60,16 @@ model_options = _together(
         show_default=True,
     ),
     threads_option,
+)
+
+model_options = _together(
+    click.option(
+        "--bundle",
+        type=find_bundle,
+        metavar="BUNDLE",
+        help="Bundle folder, or name of an installed model.  [default: the bundle shipped]",
+    ),
+    engine_options,
 )
 
 command_options = _together(

@@ -37,12 +37,19 @@ def _prompt_facts(form: PromptForm) -> list[tuple[str, str]]:
 
 
 def _lengths(schema: CommandSchema) -> str:
-    """Of each task those that training saw, where that is known; otherwise those of the grammar."""
+    lengths = task_lengths(schema)
+    if len(set(lengths.values())) == 1:
+        low, high = next(iter(lengths.values()))
+        return f"{low} … {high}"
+    return ", ".join(f"{task} {low} … {high}" for task, (low, high) in lengths.items())
+
+
+def task_lengths(schema: CommandSchema) -> dict[str, tuple[int, int]]:
+    """Of each task the fewest and the most words that training saw, where that is known;
+    otherwise those of the grammar."""
     axis = schema.axis("words")
-    seen = {task: schema.supported(axis, task) for task in schema.tasks}
-    lengths = [
-        f"{task} {axis.bounds(values[0])[0]} … {axis.bounds(values[-1])[1]}"
+    seen = {task: schema.supported(axis, task) or axis.values for task in schema.tasks}
+    return {
+        task: (axis.bounds(values[0])[0], axis.bounds(values[-1])[1])
         for task, values in seen.items()
-        if values
-    ]
-    return ", ".join(lengths) or f"{axis.edges[0]} … {axis.edges[-1] - 1}"
+    }

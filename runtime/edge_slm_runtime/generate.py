@@ -16,6 +16,7 @@ from edge_slm_runtime.answer import Answer, Plan, Step
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
+from edge_slm_runtime.deadline import Fit, fit
 from edge_slm_runtime.description import model_facts
 from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import (
@@ -131,6 +132,11 @@ class SLM:
         """
         rows = min(8, self._most_rows or 8)
         return variations(self, Request.of(request, **settings), n, rows)
+
+    def plan(self, request: str | Request, **settings: Any) -> Fit:
+        """The longest answer that fits the request's `deadline_ms` on this device, by a
+        measurement that takes a few short answers. Raises as `generate`."""
+        return fit(self, Request.of(request, **settings))
 
     @memory_errors(*_NO_MEMORY)
     def check(self, request: str | Request) -> Plan:

@@ -152,7 +152,7 @@ def _budget(
     """Tokens that may be generated, and the finish reason when they are used up."""
     room = positions - prompt
     if asked is None:
-        need = _LEAST_ROOM if words is None else round(tolerance(words)[1] * _TOKENS_PER_WORD)
+        need = _LEAST_ROOM if words is None else answer_tokens(words)
         what = f"about {need} for the answer"
     elif is_count(asked) and asked >= 1:
         need, what = asked, f"max_new_tokens {shown(asked)}"
@@ -197,3 +197,8 @@ def _needless(sampling: Sampling) -> Iterator[str]:
     """Warnings of settings that have no effect together."""
     if sampling.greedy and sampling.seed is not None:
         yield "the seed has no effect: at temperature 0 the likeliest token is taken"
+
+
+def answer_tokens(words: int) -> int:
+    """About as many as the longest answer of `words` takes."""
+    return round(tolerance(words)[1] * _TOKENS_PER_WORD)

@@ -10,7 +10,7 @@ that signal handlers and finalisers may submit and cancel.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from threading import Thread, current_thread
 from types import TracebackType
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 class SessionStream(Iterator[str], AsyncIterator[str]):
     """The answer to a submitted request: its text piece by piece, with `for` or `async for`, and
-    `result`, or `await` of it. The pieces joined are exactly `result.text`.
+    `result`, or `await` of it. The pieces joined are exactly `result.text`; who reads slowly gets
+    longer ones.
 
     Raises what ends the answer before its time: EngineError, OutOfMemory. Left with `with`, it
     is cancelled.
@@ -43,7 +44,7 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
     @property
     def result(self) -> Generation:
         """The answer and its metadata. Waits for its end."""
-        self._news.wait(lambda: self._end)
+        self._wait(lambda: self._end)
         return self._ended()
 
     @property
@@ -60,7 +61,7 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
 
     def __next__(self) -> str:
         while (piece := self._piece()) is None:
-            self._news.wait(self._has_news)
+            self._wait(self._has_news)
         if piece:
             return piece
         raise StopIteration
@@ -95,14 +96,23 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
     ) -> None:
         self.cancel()
 
+    def _wait(self, ready: Callable[[], object]) -> None:
+        if not ready() and self._session.decodes_here:
+            raise EngineError("a finaliser must not wait for an answer of a session")
+        self._news.wait(ready)
+
     def _has_news(self) -> bool:
         return bool(self._pieces) or self._end is not None
 
     def _piece(self) -> str | None:
-        """The next piece, "" at the end of all, None when nothing has come yet."""
+        """What has come since the last one, "" at the end of all, None if nothing has come yet."""
         end = self._end  # before the pieces: the last of them comes first
+        pieces = []
         with suppress(IndexError):
-            return self._pieces.popleft()
+            while True:
+                pieces.append(self._pieces.popleft())
+        if pieces:
+            return "".join(pieces)
         if isinstance(end, Exception):
             raise end
         return None if end is None else ""
@@ -134,6 +144,11 @@ class Session:
         self._news = Wakeup()
         self._thread = Thread(target=self._work, name="edge-slm session", daemon=True)
         self._thread.start()
+
+    @property
+    def decodes_here(self) -> bool:
+        """Whether the calling thread is the one that decodes: a finaliser may run in it."""
+        return self._thread is current_thread()
 
     @property
     def running(self) -> int:
@@ -174,7 +189,7 @@ class Session:
             for stream in (*self._waiting, *self._running):
                 stream.cancel()
         self._news()
-        if self._thread is not current_thread():  # a finaliser may run in it
+        if not self.decodes_here:
             self._thread.join()
 
     def __enter__(self) -> Session:

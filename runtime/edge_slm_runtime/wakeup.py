@@ -34,15 +34,19 @@ class Wakeup:
         """`wait` of a coroutine."""
         import asyncio
 
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        loop, event, called = asyncio.get_running_loop(), asyncio.Event(), False
 
         def wake() -> None:
-            loop.call_soon_threadsafe(event.set)
+            nonlocal called
+            if not called:
+                called = True
+                loop.call_soon_threadsafe(event.set)
 
         self._waiting.append(wake)
         try:
             while not ready():
                 await event.wait()
                 event.clear()
+                called = False
         finally:
             self._waiting.remove(wake)

@@ -15,7 +15,14 @@ import pytest
 from edge_slm_runtime import SLM, Generation, Request, Session, SessionStream, load
 from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.engines.stepping import SteppingEngine
-from edge_slm_runtime.errors import BadSetting, EngineError, OutOfMemory, SessionFull, UnknownTask
+from edge_slm_runtime.errors import (
+    BadSetting,
+    EngineError,
+    OutOfMemory,
+    RequestTooLong,
+    SessionFull,
+    UnknownTask,
+)
 
 from .conftest import VARIANTS
 from .test_process import ENGINES, python
@@ -164,6 +171,20 @@ def test_a_deadline_ends_an_answer(model: SLM, hold: Hold) -> None:
         assert not first.done
         tokens.release(200)
         assert told(first.result) == told(whole)
+
+
+def test_what_fits_a_deadline(model: SLM) -> None:
+    none, whole = (model.plan(TEXT, task="image", deadline_ms=limit) for limit in (1e-3, 1e6))
+    assert (none.words, none.tokens) == (None, 0)
+    room = model.manifest.model.positions - len(model.check(Request(TEXT)).prompt)
+    assert whole.tokens == room
+    assert whole.words is not None
+    model.check(Request(TEXT, task="image", words=whole.words))  # the most that can be asked
+    with pytest.raises(RequestTooLong):
+        model.check(Request(TEXT, task="image", words=whole.words + 1))
+    assert whole.ttft_ms > 0 < whole.tpot_ms
+    with pytest.raises(BadSetting, match="deadline_ms is missing"):
+        model.plan(TEXT)
 
 
 def read(slm: SLM, request: Request, **settings: float) -> Generation:
