@@ -124,16 +124,11 @@ BIASES = {f"blk.0.{name}.bias": np.arange(WIDTH // 2) for name in ("attn_k", "at
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_smollm2_is_what_transformers_reads() -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
+def test_smollm2_is_what_transformers_reads(transformers_smollm2: Any) -> None:
+    import torch
 
-    file = gguf_file()
-    model = read_gguf(file)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).state_dict()
+    model = read_gguf(gguf_file())
+    theirs = transformers_smollm2.state_dict()
     layers = {
         "qkv.weight": [f"self_attn.{part}_proj" for part in "qkv"],
         "out.weight": ["self_attn.o_proj"],

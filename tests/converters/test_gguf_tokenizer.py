@@ -118,14 +118,11 @@ def test_every_way_of_splitting_is_that_of_llama_cpp(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_ids_are_those_of_transformers_where_it_splits_alike(metadata: dict[str, Any]) -> None:
+def test_ids_are_those_of_transformers_where_it_splits_alike(
+    metadata: dict[str, Any], transformers_tokenizer: Any
+) -> None:
     """transformers' own reader of GGUF files forgets to split digits, so there are none."""
-    transformers = pytest.importorskip("transformers")
-    file = gguf_file()
-    theirs = transformers.AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name
-    ).backend_tokenizer
+    theirs = Tokenizer.from_str(transformers_tokenizer.backend_tokenizer.to_str())
     theirs.encode_special_tokens = True
     ours, compared = rebuilt(metadata), 0
     for text in texts(3000, seed=3):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,9 @@ from .smollm2 import gguf_file
 NEW_TOKENS, TOLERANCE = 64, 1e-3
 TEXTS = (
     *("What is the capital of France?", "Write a haiku about snow.", "List three fruits."),
-    *("Explain gravity to a child.", "def fib(n):", "Who wrote Hamlet?", "What is 17 + 25?"),
-    *("Translate 'good night' into German.", "Describe a red fox in one sentence."),
-    *("Tell me a joke.", "How do I boil an egg?", "Name the planets.", "Why is the sky blue?"),
-    *("Summarise: The cat sat on the mat.\nIt was raining.", "Give me a name for a bakery."),
-    *("What's the largest ocean?", "Write a limerick.", "Is water wet?", "What does HTTP mean?"),
-    "Describe Zürich, 東京 and naïve façades.",
+    *("def fib(n):", "What is 17 + 25?", "Translate 'good night' into German."),
+    *("Describe a red fox in one sentence.", "Summarise: The cat sat on the mat.\nIt was raining."),
+    *("Is water wet?", "Describe Zürich, 東京 and naïve façades."),
 )
 
 pytestmark = pytest.mark.slow
@@ -39,30 +35,23 @@ def slm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SLM]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    """What transformers reads from the file."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    file: Path = gguf_file()
-    return AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
-
-
-def test_greedy_answers_are_those_of_transformers(slm: SLM, transformers: Any) -> None:
+def test_logits_and_greedy_answers_are_those_of_transformers(
+    slm: SLM, transformers_smollm2: Any
+) -> None:
     """Every token of an answer is the likeliest one in one pass of transformers over prompt
     and answer: what its own greedy decoding would write."""
     import torch
 
     bare = {"no_repeat_ngram_size": 0, "max_new_tokens": NEW_TOKENS}
     requests = [Request(text, **bare) for text in TEXTS]
-    for request, answer in zip(requests, slm.generate_batch(requests, 10), strict=True):
+    answers = slm.generate_batch(requests, len(requests))
+    for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
         prompt = slm.check(request).prompt
         ids = [*prompt, *answer.token_ids]
         with torch.no_grad():
-            logits = transformers(torch.tensor([ids])).logits[0].numpy()
+            logits = transformers_smollm2(torch.tensor([ids])).logits[0].numpy()
+        if number < 4:
+            assert np.abs(slm.logits(prompt) - logits[: len(prompt)]).max() < TOLERANCE
         expected = logits[len(prompt) - 1 :].argmax(-1).tolist()
         written = list(answer.token_ids)
         assert written == expected[: len(written)], request.request
@@ -72,26 +61,11 @@ def test_greedy_answers_are_those_of_transformers(slm: SLM, transformers: Any) -
             assert len(written) == NEW_TOKENS
 
 
-def test_logits_are_those_of_transformers(slm: SLM, transformers: Any) -> None:
-    import torch
-
-    for text in TEXTS[:4]:
-        ids = slm.check(Request(text)).prompt
-        with torch.no_grad():
-            expected = transformers(torch.tensor([ids])).logits[0].numpy()
-        assert np.abs(slm.logits(ids) - expected).max() < TOLERANCE
-
-
-def test_the_prompt_is_that_of_its_own_template(slm: SLM) -> None:
+def test_the_prompt_is_that_of_its_own_template(slm: SLM, transformers_tokenizer: Any) -> None:
     """SmolLM2's tokenizer and template as transformers applies them (no digits in the text:
     its reader of GGUF files forgets to split them)."""
-    pytest.importorskip("transformers")
-    from transformers import AutoTokenizer
-
-    file = gguf_file()
-    theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in ("Hello, how are you?", "def f(x):\n    return x", "東京 and naïve façades 🦊"):
-        expected = theirs.apply_chat_template(
+        expected = transformers_tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True
         )
         assert list(slm.check(Request(text)).prompt) == expected
