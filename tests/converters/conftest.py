@@ -14,8 +14,6 @@ import pytest
 
 from edge_slm_converters.arrays import Float32
 
-from .smollm2 import gguf_file
-
 IDS = np.random.default_rng(3).integers(0, 300, 60).tolist()
 
 SMALL_GPT2 = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 96}
@@ -79,23 +77,3 @@ def original(
         return Original(path, logits_of(path, IDS))
 
     return make
-
-
-@pytest.fixture(scope="package")
-def transformers_smollm2() -> Any:
-    """What transformers reads from SmolLM2's GGUF file, in float32."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    file = gguf_file()
-    return AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
-
-
-@pytest.fixture(scope="package")
-def transformers_tokenizer() -> Any:
-    """Likewise; its reader of GGUF files forgets to split digits."""
-    transformers = pytest.importorskip("transformers")
-    file = gguf_file()
-    return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
