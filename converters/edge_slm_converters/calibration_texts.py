@@ -50,6 +50,7 @@ def sampled_answers(
                 **one.command.as_dict(),
                 temperature=1.0,
                 no_repeat_ngram_size=0,
+                no_repeat_words=False,
                 seed=seed,
                 max_new_tokens=min(tokens, source.decoder.positions - len(one.prompt)),
                 keep_length=False,

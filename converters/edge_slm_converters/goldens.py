@@ -79,8 +79,11 @@ def own_answers(slm: SLM, source: Checkpoint) -> list[Scored]:
     """The model's own answers to `built_in_requests`, to be scored."""
     tokens = min(EXAMPLE_TOKENS, source.decoder.positions // 2)
     asked = built_in_requests(source, EXAMPLES, tokens)
-    settings = {"no_repeat_ngram_size": 0, "keep_length": False, "max_new_tokens": tokens}
-    requests = [Request.of(one.request, **one.command.as_dict(), **settings) for one in asked]
+    settings = {"no_repeat_ngram_size": 0, "no_repeat_words": False, "keep_length": False}
+    requests = [
+        Request.of(one.request, **one.command.as_dict(), **settings, max_new_tokens=tokens)
+        for one in asked
+    ]
     return [
         Scored((*one.prompt, *answer.token_ids), len(one.prompt))
         for one, answer in zip(asked, slm.generate_batch(requests, EXAMPLES), strict=True)

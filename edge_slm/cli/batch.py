@@ -243,9 +243,9 @@ def batch(
 
     A line has a 'request', and optionally an 'id', 'task', 'words', 'relevance', 'seed', 'n' and
     the sampling settings below; the options are the defaults for lines without their own. In
-    CSV and TSV the first line names the columns, and a cell of 'ban' or 'keep' may have several
-    texts, divided by '|'; in plain text a line is the request. Other keys and columns come back
-    with the answer. INPUT may be compressed with gzip.
+    CSV and TSV the first line names the columns, and a cell of 'ban', 'keep' or 'choices' may
+    have several texts, divided by '|'; in plain text a line is the request. Other keys and
+    columns come back with the answer. INPUT may be compressed with gzip.
 
     Answers are JSONL in UTF-8, in input order; a line that cannot be used becomes
     {"line", "id", "request", "error"} and the rest goes on (but an input with a line of more
@@ -358,7 +358,7 @@ def _check_fields(row: InputLine) -> None:
         raise DataError("'request' is missing")
     if taken := [key for key in row.others if key in _OF_ANSWERS]:
         raise DataError(f"the answer has a key {taken[0]!r} of its own", "rename yours")
-    for name in ("stop", "ban", "keep"):
+    for name in ("stop", "ban", "keep", "choices"):
         if not isinstance(row.fields.get(name, ""), str | list):
             raise DataError(f"'{name}' must be a text or a list of texts")
     if not isinstance(row.fields.get("keep_length", True), bool):

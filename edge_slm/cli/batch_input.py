@@ -293,7 +293,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("max_new_tokens", "n"), _whole),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
     **dict.fromkeys(("task", "syntax"), str),  # without the spaces around it
-    **dict.fromkeys(("ban", "keep"), lambda cell: [part.strip() for part in cell.split("|")]),
+    **dict.fromkeys(("ban", "keep", "choices"), lambda cell: [*map(str.strip, cell.split("|"))]),
     **dict.fromkeys(("keep_length", "logprobs"), lambda cell: _YES_NO[cell.lower()]),
 }
 _READERS: dict[str, Callable[[IO[bytes]], Iterator[InputLine]]] = {

@@ -120,6 +120,13 @@ sampling_options = _together(
         metavar="TEXT",
         help="A word or phrase that the answer must have as it is; repeatable.",
     ),
+    click.option(
+        "--choice",
+        "choices",
+        multiple=True,
+        metavar="TEXT",
+        help="The answer is one of these texts, the one that the model likes; repeatable.",
+    ),
     click.option("--max-new-tokens", type=int, help="Upper bound, in tokens."),
     click.option(
         "--keep-length/--no-keep-length",

@@ -52,6 +52,7 @@ class EngineGenerator:
                 temperature=temperature,
                 seed=episode.seed,
                 no_repeat_ngram_size=0,
+                no_repeat_words=False,
                 keep_length=False,
                 syntax="none",
             )

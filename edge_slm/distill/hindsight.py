@@ -65,7 +65,7 @@ def build_schema(
 ) -> CommandSchema:
     """The command grammar; its support is counted in these records, if there are any.
 
-    spelling: `cases` and `spaced` of the schema.
+    spelling: `cases`, `spaced` and `verbatim` of the schema.
     """
     axes = default_axes(tasks, levels)
     counts: dict[str, dict[str, dict[str, int]]] = {

@@ -79,8 +79,7 @@ def label(prepared: Prepared, tokenizer: Any) -> Labelled:
     samples, rewards = prepared.buffer.samples(), prepared.buffer.rewards()
     edges = level_edges(samples, rewards, h.levels, bands=h.bands, together=h.quantiles == "global")
     records = relabel(samples, rewards, edges, plain=h.plain)
-    spelling = {"cases": dict(recipe.data.cases), "spaced": recipe.data.spaced}
-    schema = build_schema(recipe.data.tasks, records, h.levels, h.position, **spelling)
+    schema = build_schema(recipe.data.tasks, records, h.levels, h.position, **_spelling(recipe))
     positions = recipe.model.positions
     train, too_long = encode_records(records, tokenizer, schema, positions)
     held = relabel(prepared.held, prepared.held_rewards, edges, plain=h.plain)
@@ -104,9 +103,14 @@ def bare_schema(recipe: Recipe) -> CommandSchema:
     return CommandSchema(
         default_axes(recipe.data.tasks, recipe.hindsight.levels),
         position=recipe.hindsight.position,
-        cases=dict(recipe.data.cases),
-        spaced=recipe.data.spaced,
+        **_spelling(recipe),
     )
+
+
+def _spelling(recipe: Recipe) -> dict[str, Any]:
+    """What the grammar says of requests."""
+    data = recipe.data
+    return {"cases": dict(data.cases), "spaced": data.spaced, "verbatim": data.verbatim}
 
 
 def new_tokenizer(prepared: Prepared, general: str = "") -> Any:

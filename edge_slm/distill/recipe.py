@@ -42,7 +42,8 @@ Count = Annotated[int, Field(ge=0)]
 # Settings by section that are newer than published checkpoints.
 _NEWER = {
     "data": (
-        "dev_percent max_response_words sentences whole leave_out mix words cases spaced".split()
+        "dev_percent max_response_words sentences whole leave_out mix words cases spaced "
+        "verbatim".split()
     ),
     "teacher": ["keep"],
     "reward": ["gated"],
@@ -75,6 +76,7 @@ class DataRecipe(_Section):
     words: int = Field(default=0, ge=0)  # of all responses that are used, by `mix`; 0: all
     cases: dict[str, Literal["lower", "title"]] = {}  # per task, of requests
     spaced: bool = False  # whether a space precedes requests
+    verbatim: tuple[TaskName, ...] = ()  # tasks whose requests are texts that answers show
 
     def reading(self) -> Reading:
         """How samples are read, for `read_samples`."""
@@ -249,6 +251,7 @@ class Recipe(_Section):
         per_task = {**data.max_rows, **data.mix, **data.cases, **hindsight.cuts}
         named = [
             *per_task,
+            *data.verbatim,
             *hindsight.fragments,
             *hindsight.swaps,
             *(task for stage in self.stages for task in stage.tasks),

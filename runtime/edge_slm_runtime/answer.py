@@ -11,11 +11,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edge_slm_runtime.bans import Bans, is_word
+from edge_slm_runtime.bans import bans_of, is_word
+from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.keeps import Keeps
-from edge_slm_runtime.length import LengthKeeper, ending
+from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
 from edge_slm_runtime.prompt_syntax import Placer, Shielded
+from edge_slm_runtime.repeats import Repeats
 from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
@@ -24,6 +26,7 @@ FinishReason = Literal[
 ]
 
 _WORD_TOKENS = 8  # more than most words have
+_HALF = math.log(0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Plan:
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
-    they are recorded. `keep`: phrases that it has. deadline_ms: None is none.
+    they are recorded. `keep`: phrases that it has. `choices`: it is one of these.
+    deadline_ms: None is none.
     """
 
     request: str
@@ -51,7 +55,9 @@ class Plan:
     ban: tuple[str, ...] = ()
     logprobs: bool = False
     keep: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     deadline_ms: float | None = None
+    no_repeat_words: bool = False
 
 
 class _Doubt(NamedTuple):
@@ -105,11 +111,15 @@ class Answer:
         self._keeper = LengthKeeper(plan.words) if plan.words else None
         self._sampler = Sampler(plan.sampling, plan.prompt)
         self._placer = Placer(plan.syntax) if plan.syntax else None
-        self._bans = Bans(plan.ban) if plan.ban else None
+        self._repeats = Repeats(plan.request) if plan.no_repeat_words else None
+        self._bans = bans_of(plan.ban) if plan.ban else None
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
         self._keeps = Keeps(plan.keep, codec.encode) if plan.keep else None
+        self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
-        self._put_in = False  # the last token was the last of these
+        self._word_stays = False  # the next token must not make the last word another one
+        self._is_last = False  # the next token ends the answer
+        self._from: Logits = np.empty(0, np.float32)  # what the last token was chosen from
         self._shown = 0
         self._logits: Logits | None = None
         self._own: Logits | None = None  # before anything is held back
@@ -161,26 +171,39 @@ class Answer:
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 logits[[*self.ends]] = -np.inf
-        if self._bans or self._keeps:
+        if self._choices:
+            token = self._chosen(logits, self._choices)
+        elif self._bans or self._keeps:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
-            token = self._sampler.pick(logits)
+            self._from = logits
+            token = self._sampler.pick(logits, self._says_again if self._repeats else None)
+        if token in self.ends and self._keeper and self._keeper.in_sentence(self.text):
+            token = self._to_sentence_end(self._keeper)
         if self._own is not None:
             self.logprobs[len(self.ids) :] = [log_probability(self._own, (token,))]
+        return token
+
+    def _chosen(self, logits: Logits, choices: Choices) -> int:
+        allowed = choices.next(self.ids, self.ends)
+        likely = logits[allowed]
+        logits.fill(-np.inf)
+        logits[allowed] = likely
+        token = self._sampler.draw(logits)  # a choice may repeat itself
+        self._is_last = {*choices.next([*self.ids, token], self.ends)} == {*self.ends}
         return token
 
     def _constrained(self, logits: Logits) -> int:
         """A token that brings no banned phrase, or the first of phrases that it is time for."""
         token = self._allowed(logits)
-        self._put_in = False
         if not self._keeps or not (missing := self._keeps.missing(self.text)):
             return token
-        if not self._is_time(token, missing, self._keeps):
-            return token
-        self._due = self._keeps.ids(self.text, missing, self._fits)
+        self._due = self._keeps.quoted(self.text, missing, self._fits)
+        if not self._due and self._is_time(token, missing, self._keeps):
+            self._due = self._keeps.ids(self.text, missing, self._fits)
         if not self._due:
             return token
-        self._put_in = True
+        self._word_stays = True
         self._doubts.clear()  # that `token` has begun
         self._sampler.take_back()
         for one in self._due:
@@ -199,7 +222,7 @@ class Answer:
         if self._keeper is None or left < _WORD_TOKENS:
             return left < _WORD_TOKENS
         words, end = self.words + keeps.words(missing), ending(self.text) if self.text else 1
-        if end > 1:  # a clause
+        if end == CLAUSE:
             return 2 * words >= self._keeper.words
         return words >= (self._keeper.words if end else self._keeper.max)
 
@@ -208,9 +231,30 @@ class Answer:
         piece = self._detokenizer.peek(token)
         return not piece or (is_word(piece[:1]) and is_word(self.text[-1:]))
 
-    def _allowed(self, logits: Logits) -> int:
-        """A token that is not refused, and proves no banned phrase."""
-        token = self._sampler.pick(logits, self._refuses)
+    def _to_sentence_end(self, keeper: LengthKeeper) -> int:
+        """Where the model wants to end within a sentence: the full stop, if that is likelier
+        than all else that could follow; where sentences came before, what follows. Otherwise
+        the end."""
+        self._sampler.take_back()
+        others = self._from.copy()
+        others[[*self.ends]] = -np.inf
+        best = int(others.argmax())
+        mark = self._detokenizer.peek(best)
+        full_stop = ending(self.text + mark) == SENTENCE and self._fits(mark)
+        if full_stop and log_probability(others, (best,)) > _HALF:
+            self._is_last = True
+        elif keeper.is_prose(self.text):
+            self._word_stays = True
+            return self._allowed(others, again=True)
+        else:
+            best = self.ends[0]
+        self._sampler.note(best)
+        return best
+
+    def _allowed(self, logits: Logits, *, again: bool = False) -> int:
+        """A token that is not refused, and proves no banned phrase; `again` of these logits."""
+        pick = self._sampler.draw if again else self._sampler.pick
+        token = pick(logits, self._refuses)
         while self._doubts and self._closes(token) is not None:
             before = self._doubts.pop()
             for _ in range(2):  # the token, and the one that began the doubt
@@ -218,6 +262,7 @@ class Answer:
             self.ids.pop()
             self.text, self._detokenizer.state, logits, self._own = before
             token = self._sampler.draw(logits, self._refuses)
+        self._from, self._word_stays = logits, False
         if self._bans and token not in self.ends and self._bans.open(self._text_with(token)):
             others = logits.copy()
             others[token] = -np.inf
@@ -228,11 +273,20 @@ class Answer:
 
     def _refuses(self, token: int) -> bool:
         """Whether a token completes a phrase that the text has not had in doubt, or makes the
-        last word of a phrase that was put in another one."""
-        if self._put_in and token not in self.ends and self._goes_on(token):
+        last word another one that must stay."""
+        if self._says_again(token):
+            return True
+        if self._word_stays and token not in self.ends and self._goes_on(token):
             return True
         end = self._closes(token) if self._bans else None
         return end is not None and not (self._doubts and end <= len(self.text))
+
+    def _says_again(self, token: int) -> bool:
+        if self._repeats is None:
+            return False
+        if token in self.ends:
+            return self._repeats.refuses_end(self.text)
+        return self._repeats.refuses(self.text, self._detokenizer.peek(token))
 
     def _closes(self, token: int) -> int | None:
         """Where a banned phrase ends that is certain with this token."""
@@ -259,6 +313,8 @@ class Answer:
             self.ids.append(token)
             piece = self._detokenizer.push(token)
             self._grow(self._trimmed(piece))
+            if self._is_last and not self.finish:
+                self.finish = "stop"
         self.ended = now
         if not self.finish and self.called_off:
             return self.end()

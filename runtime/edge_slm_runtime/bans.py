@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 _UNIT = re.compile(r"\w+|[^\w\s]")
 
@@ -23,10 +24,12 @@ class Bans:
     """Finds banned phrases at the end of a text that grows."""
 
     def __init__(self, phrases: Sequence[str]) -> None:
-        """phrases: each has a character that can be seen."""
+        """Raises ValueError, its argument a phrase that has no word and no mark."""
         self._by_end: dict[str, list[tuple[str, ...]]] = {}  # last unit → phrases
-        for phrase in map(units, phrases):
-            self._by_end.setdefault(phrase[-1], []).append(phrase)
+        for phrase in phrases:
+            if not (parts := units(phrase)):
+                raise ValueError(phrase)
+            self._by_end.setdefault(parts[-1], []).append(parts)
 
     def closed(self, text: str, old: int) -> int | None:
         """Where a phrase ends that the characters from `old` on make certain, if one does."""
@@ -56,6 +59,10 @@ class Bans:
             before = units(text[:end])
             return any(before[-len(phrase) :] == phrase for phrase in phrases)
         return False
+
+
+# Of a list of thousands, once for the requests of an app rather than for each of them.
+bans_of = lru_cache(maxsize=8)(Bans)
 
 
 def _word_start(text: str, end: int) -> int:

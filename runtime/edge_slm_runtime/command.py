@@ -185,6 +185,7 @@ class CommandSchema:
     stands; next to the answer ("bottom") small models follow it best. cases: task → case in
     which its requests are written, that of its answers, so that copied words are the same
     tokens on both sides. spaced: whether a space precedes a request, for the same reason.
+    verbatim: tasks whose requests are texts that the answer has to show as they are.
     """
 
     axes: tuple[Axis, ...]
@@ -193,6 +194,7 @@ class CommandSchema:
     position: Position = "bottom"
     cases: Mapping[str, Case] = field(default_factory=dict)
     spaced: bool = False
+    verbatim: tuple[str, ...] = ()
 
     # -- tokens ---------------------------------------------------------------
 
@@ -332,6 +334,7 @@ class CommandSchema:
             "position": self.position,
             **({"cases": dict(self.cases)} if self.cases else {}),
             **({"spaced": True} if self.spaced else {}),
+            **({"verbatim": list(self.verbatim)} if self.verbatim else {}),
             "support": {t: {a: dict(c) for a, c in s.items()} for t, s in self.support.items()},
         }
 
@@ -350,6 +353,7 @@ class CommandSchema:
                 data.get("position", "bottom"),
                 data.get("cases", {}),
                 data.get("spaced", False),
+                tuple(data.get("verbatim", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestInvalid(f"command schema is malformed: {error!r}") from None
@@ -365,6 +369,8 @@ class CommandSchema:
             raise ManifestInvalid("command schema: cases must be task → lower or title")
         if not isinstance(schema.spaced, bool):
             raise ManifestInvalid("command schema: spaced must be true or false")
+        if not set(schema.verbatim) <= set(schema.tasks):
+            raise ManifestInvalid("command schema: verbatim must be tasks of it")
         if not is_count(schema.min_support) or not _holds_counts(schema.support, depth=3):
             raise ManifestInvalid("command schema: support must be task → axis → value → count")
         return schema

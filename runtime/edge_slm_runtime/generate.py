@@ -7,13 +7,12 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 from weakref import ref
 
 import numpy as np
 
 from edge_slm_runtime.answer import Answer, Plan, Step
-from edge_slm_runtime.bans import Bans, units
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
@@ -22,29 +21,20 @@ from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import (
     BadSetting,
     EdgeSlmError,
-    NotSupportedByEngine,
     OutOfMemory,
-    RequestTooLong,
     shown,
 )
-from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
-from edge_slm_runtime.prompt_syntax import Shielded, shield
+from edge_slm_runtime.planning import plan_of
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
-from edge_slm_runtime.request_text import clean_request
-from edge_slm_runtime.sampling import Logits, Sampling, not_finite
+from edge_slm_runtime.sampling import Logits, not_finite
 from edge_slm_runtime.session import Session
 from edge_slm_runtime.stream import Stream
 from edge_slm_runtime.text import TextCodec
 from edge_slm_runtime.variations import score, variations
 
 _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
-_LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
-_STOPS_MAX, _BANS_MAX, _KEEPS_MAX = 64, 10_000, 16  # all stops are looked for after every token
-_LONGEST_TEXT = 256  # characters of a stop or ban
-_DEADLINE_MAX = 1e9  # ms
-_TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
 
 class _Rows:
@@ -148,65 +138,7 @@ class SLM:
 
         Raises as `generate`. The Plan says what the model would be given.
         """
-        request = Request.of(request)
-        command = self.manifest.prompt.check(request.command)
-        sampling = request.sampling
-        self._engine.check(sampling)
-        stop = _texts("stop", request.stop, _STOPS_MAX)
-        ban = _texts("ban", request.ban, _BANS_MAX)
-        if blank := [text for text in ban if not units(text)]:
-            raise BadSetting(f"ban has {shown(blank[0])}", "give words or phrases")
-        keep = _texts("keep", request.keep, _KEEPS_MAX)
-        _check_keep(keep, ban, stop)
-        if not isinstance(request.logprobs, bool):
-            raise BadSetting(f"logprobs is {shown(request.logprobs)}", "allowed: True or False")
-        if (ban or keep or request.logprobs) and not self._engine.constrains:
-            what = "ban or keep words" if ban or keep else "report logprobs"
-            raise NotSupportedByEngine(
-                f"{self._engine.name} cannot {what}",
-                "load engine onnxruntime or numba",
-            )
-        if not isinstance(request.cache_key, str):
-            raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
-        if not isinstance(request.keep_length, bool):
-            raise BadSetting(
-                f"keep_length is {shown(request.keep_length)}", "allowed: True or False"
-            )
-        deadline = request.deadline_ms
-        if deadline is not None and not (
-            isinstance(deadline, int | float)
-            and not isinstance(deadline, bool)
-            and 0 < deadline <= _DEADLINE_MAX
-        ):
-            raise BadSetting(f"deadline_ms is {shown(deadline)}", "allowed: above 0, up to 1e9")
-        if request.syntax not in ("keep", "none"):
-            raise BadSetting(f"syntax is {shown(request.syntax)}", "allowed: keep, none")
-        told = Shielded(request.request)
-        if request.syntax == "keep" and self.manifest.prompt.schema:
-            told = shield(clean_request(request.request))
-        prompt = self._codec.prompt(told.text, command.commanded)
-        words = command.words if request.keep_length else None
-        budget, limit = self._budget(len(prompt), request.max_new_tokens, command.words)
-        if keep:
-            self._check_room(keep, words, budget)
-        return Plan(
-            request=request.request,
-            asked=command.asked,
-            commanded=command.commanded,
-            warnings=(*command.warnings, *_needless(sampling)),
-            prompt=tuple(prompt),
-            budget=budget,
-            limit=limit,
-            words=words,
-            stop=stop,
-            sampling=sampling,
-            cache_key=request.cache_key,
-            syntax=told if told.slots or told.tail else None,
-            ban=ban,
-            logprobs=request.logprobs,
-            keep=keep,
-            deadline_ms=deadline,
-        )
+        return plan_of(Request.of(request), self.manifest, self._codec, self._engine)
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
         """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
@@ -334,40 +266,6 @@ class SLM:
             while step.done and order and order[0].finish:
                 yield self._result_of(order.popleft())
 
-    def _check_room(self, keep: tuple[str, ...], words: int | None, budget: int) -> None:
-        keeps = Keeps(keep, self._codec.encode)
-        if words is not None and keeps.words(keep) > (most := tolerance(words)[1]):
-            raise BadSetting(
-                f"keep has {keeps.words(keep)} words, more than the {most} of words {words}",
-                "ask for more words, or keep fewer",
-            )
-        if keeps.tokens(keep) > budget:
-            raise BadSetting(
-                f"keep takes {keeps.tokens(keep)} tokens, more than the {budget} of the answer",
-                "keep fewer words, or allow more tokens",
-            )
-
-    def _budget(
-        self, prompt: int, asked: int | None, words: int | None
-    ) -> tuple[int, Literal["max_tokens", "context"]]:
-        """Tokens that may be generated, and the finish reason when they are used up."""
-        positions = self.manifest.model.positions
-        room = positions - prompt
-        if asked is None:
-            need = _LEAST_ROOM if words is None else round(tolerance(words)[1] * _TOKENS_PER_WORD)
-            what = f"about {need} for the answer"
-        elif is_count(asked) and asked >= 1:
-            need, what = asked, f"max_new_tokens {shown(asked)}"
-        else:
-            raise BadSetting(f"max_new_tokens is {shown(asked)}", "allowed: 1 or more, whole")
-        if need > room:
-            raise RequestTooLong(
-                f"the prompt has {prompt} tokens; with {what} "
-                f"that is more than the model's {positions} positions",
-                "shorten the request, or ask for fewer words or tokens",
-            )
-        return (room, "context") if asked is None else (asked, "max_tokens")
-
     def _result_of(self, answer: Answer, cancelled: int | None = None) -> Generation:
         """cancelled: characters that its reader got of an answer that he left; None: all."""
         total = answer.ended - answer.started
@@ -409,36 +307,3 @@ class SLM:
             logprobs=logprobs,
             score=None if logprobs is None else score(logprobs, about, answer.text),
         )
-
-
-def _texts(name: str, value: tuple[str, ...] | list[str] | str, most: int) -> tuple[str, ...]:
-    """A setting that is a text or several. Raises BadSetting."""
-    texts = (value,) if isinstance(value, str) else value
-    if (
-        isinstance(texts, tuple | list)
-        and len(texts) <= most
-        and all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_TEXT for text in texts)
-    ):
-        return tuple(texts)
-    raise BadSetting(
-        f"{name} is {shown(value)}",
-        f"allowed: up to {most} texts of 1 … {_LONGEST_TEXT} characters",
-    )
-
-
-def _check_keep(keep: tuple[str, ...], ban: tuple[str, ...], stop: tuple[str, ...]) -> None:
-    """Raises BadSetting for phrases that cannot be kept."""
-    bans = Bans(ban)
-    for phrase in keep:
-        if phrase != phrase.strip() or not units(phrase):
-            raise BadSetting(f"keep has {shown(phrase)}", "give words without spaces around them")
-        if bans.closed(f"{phrase} ", 0) is not None:
-            raise BadSetting(f"keep has {shown(phrase)}, which ban forbids", "leave one out")
-        if any(one in f" {phrase}" for one in stop):
-            raise BadSetting(f"keep has {shown(phrase)}, which a stop ends", "leave one out")
-
-
-def _needless(sampling: Sampling) -> Iterator[str]:
-    """Warnings of settings that have no effect together."""
-    if sampling.greedy and sampling.seed is not None:
-        yield "the seed has no effect: at temperature 0 the likeliest token is taken"

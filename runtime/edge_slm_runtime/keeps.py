@@ -1,7 +1,8 @@
 """Phrases that an answer must have as they were given.
 
-The model may write them itself. Those that are missing are put in where it wants to end, or
-where the words or tokens that are left are just enough for them.
+The model may write them itself. The first that is missing is put in where it opens a quotation;
+all that are missing where it wants to end, or where the words or tokens that are left are just
+enough for them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from edge_slm_runtime.command import count_words
 
 _GLUES = (", ", "; ", ". ", " ")  # none is a word
+QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 _MARKS = (*",.;:!?…–—-(“，。、", '"')
 
 
@@ -20,6 +22,12 @@ def whole(phrase: str, flags: int = 0) -> re.Pattern[str]:
     left = r"(?<!\w)" if re.match(r"\w", phrase) else ""
     right = r"(?!\w)" if re.search(r"\w$", phrase) else ""
     return re.compile(left + re.escape(phrase) + right, flags)
+
+
+def texts_to_show(request: str) -> tuple[str, ...]:
+    """The quotations of a request for lettering; of one without, the request itself."""
+    quoted = (a or b for a, b in QUOTED.findall(request))
+    return tuple(filter(None, map(str.strip, quoted))) or (request.strip('"“” .'),)
 
 
 class Keeps:
@@ -46,6 +54,13 @@ class Keeps:
     def tokens(self, phrases: Sequence[str]) -> int:
         """How many tokens they take, at most."""
         return sum(self._tokens[one] for one in phrases)
+
+    def quoted(self, text: str, phrases: Sequence[str], fits: Callable[[str], bool]) -> list[int]:
+        """Token ids of the first phrase and the mark behind it, if the text has just opened a
+        quotation and they `fit`."""
+        opened = text.endswith("“") or (text.endswith('"') and text.count('"') % 2)
+        added = phrases[0] + ("”" if text.endswith("“") else '"')
+        return self._encode(added) if opened and fits(added) else []
 
     def ids(self, text: str, phrases: Sequence[str], fits: Callable[[str], bool]) -> list[int]:
         """Of what brings the phrases behind a text, if any of it `fits`."""

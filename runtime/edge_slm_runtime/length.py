@@ -2,7 +2,8 @@
 
 The command steers the model; this keeps the promise. End-of-text is held back
 below the minimum. Inside the window the model may end. When it would run past
-the maximum, the text is cut at the best word boundary of the window. All
+the maximum, the text is cut at the best word boundary of the window. Within a
+sentence it may end only where no full stop is near (`Answer`). All
 decisions look at the decoded text and count as `count_words` does, so they hold
 for any tokenizer.
 """
@@ -20,6 +21,9 @@ _WORD = re.compile(r"\S+")
 _CLOSERS = "\"'”’»)]}"
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
 _CLAUSE_ENDS = (",", ";", ":", "–", "—", "，", "、", "；", "：")
+_SENTENCE_BREAK = re.compile(rf"[.!?…][{re.escape(_CLOSERS)}]*\s|[。！？]")
+_SENTENCES = 10  # asked words from which on a text may be sentences, not a title
+CLAUSE, SENTENCE = 2, 3  # of `ending`
 _LOOSE = "".join((*_CLAUSE_ENDS, "-", " "))
 
 
@@ -45,6 +49,14 @@ class LengthKeeper:
         """Remembers how much the model wanted to end here (read by `cut`)."""
         at = len(text.rstrip())
         self._end_log_prob[at] = max(end_log_prob, self._end_log_prob.get(at, -math.inf))
+
+    def in_sentence(self, text: str) -> bool:
+        """Whether a text that may well be sentences ends within one."""
+        return self.words >= _SENTENCES and text != "" and ending(text) != SENTENCE
+
+    def is_prose(self, text: str) -> bool:
+        """Whether there is a sentence before the last one."""
+        return _SENTENCE_BREAK.search(text) is not None
 
     def is_full(self, text: str) -> bool:
         """True when the next word would be, or already is, one too many."""
@@ -100,7 +112,7 @@ def ending(text: str) -> int:
     """3 after a sentence, 2 after a clause, 1 anywhere else, 0 after a dangling word."""
     bare = text.rstrip(_CLOSERS)
     if bare.endswith(_SENTENCE_ENDS):
-        return 3
+        return SENTENCE
     if bare.endswith(_CLAUSE_ENDS):
-        return 2
+        return CLAUSE
     return 0 if text.rsplit(maxsplit=1)[-1].lower() in UNFINISHED_ANSWER else 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import zip_longest
+from numbers import Real
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -153,7 +154,7 @@ def _warn(text: str) -> None:
 
 
 def _check_size(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 <= value < float("inf"):  # type: ignore[operator]
         raise BadSetting(f"{name} is {shown(value)}", "allowed: 0 or more MiB")
 

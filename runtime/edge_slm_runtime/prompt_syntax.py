@@ -33,7 +33,7 @@ _FOUND = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _CLOSERS = {")": "(", "]": "[", "}": "{"}
-_WEIGHT = re.compile(r":\s*[\d.]+\s*\)$")
+_WEIGHT = re.compile(r"(?::\s*-?\d*\.\d*|(?<!\d):\s*-?\d{1,2})\s*\)$")  # no 12:30, no 16:9
 _WEIGHT_LENGTH = 16  # characters, more than any has
 _LONGEST_NAME = 120  # characters between brackets that hold no alternatives
 _INNERMOST = re.compile(r"[(\[{]([^()\[\]{}]*)[)\]}]")
@@ -245,7 +245,7 @@ def _first(match: re.Match[str]) -> str:
     if match[0][0] == "[":
         parts = [part for part in option.split(":") if part.strip(" .0123456789")]
         option = parts[0] if parts else option
-    return re.sub(r":\s*[\d.]+\s*$", "", option)
+    return re.sub(r":\s*-?[\d.]+\s*$", "", option)
 
 
 def _telling(words: str) -> bool:

@@ -8,7 +8,10 @@ import unicodedata
 from edge_slm_runtime.errors import ControlTokenInRequest, EmptyRequest, RequestNotText
 
 _CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
-_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0]")
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U0001d159\U000e0000-\U000e0fff]"
+)
 
 
 def valid_request(request: str) -> str:

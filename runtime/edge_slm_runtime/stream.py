@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class Stream(Iterator[str]):
     """Yields text as it becomes sure; `result` is the Generation afterwards, of a stream that
-    was cancelled before its end with the text until then.
+    was left before its end with the text until then.
 
     The pieces joined are exactly `result.text`. A stream has one reader at a time: `next` raises
     EngineError while another thread is in it. `cancel` may be called from anywhere.
@@ -26,31 +26,31 @@ class Stream(Iterator[str]):
         self._answer = answer
         self._steps = steps
         self._given = 0  # characters
-        self._closed = False
+        self._begun = False
         self._result: Generation | None = None
 
     def __next__(self) -> str:
+        self._begun = True
         for step in self._steps:
             self._given += len(step.text)
             if step.done:
                 self._result = self._slm._result_of(step.answer)
             if step.text:
                 return step.text
-        self._closed = True
         raise StopIteration
 
     @property
     def result(self) -> Generation:
-        """The answer and its metadata; of a stream that was cancelled before its end the text
-        that it gave, with the finish reason `cancelled`. Raises RuntimeError while it is open."""
-        if self._result is None and not self._closed:
-            raise RuntimeError("the stream has a result once it was read to its end, or cancelled")
+        """The answer and its metadata; of a stream that was not read to its end the text that it
+        gave, with the finish reason `cancelled`. Raises RuntimeError before it is read."""
+        if not self._begun:
+            raise RuntimeError("the stream has a result once it was read, or cancelled")
         return self._result or self._slm._result_of(self._answer, self._given)
 
     def cancel(self) -> None:
         """Ends the answer with the pass of the model that is under way: a thread that is reading
         it comes to its end."""
-        self._closed = self._answer.cancelled = True
+        self._begun = self._answer.cancelled = True
         self._steps.close()
 
     def close(self) -> None:

@@ -166,5 +166,5 @@ def test_what_cannot_be_banned(slm: SLM) -> None:
         with pytest.raises(BadSetting, match="ban"):
             slm.generate("a fox", ban=bad)  # type: ignore[arg-type]
     if slm.variant.engine == "ctranslate2":
-        with pytest.raises(NotSupportedByEngine, match="cannot ban or keep words"):
+        with pytest.raises(NotSupportedByEngine, match="cannot ban, keep or choose words"):
             slm.generate("a fox", ban="fox")

@@ -92,7 +92,15 @@ def test_requests_that_are_no_text() -> None:
         clean_request(b"bytes")  # type: ignore[arg-type]
     with pytest.raises(RequestNotText, match="at character 1"):
         clean_request("a\ud800")
-    unseen = ("\u200b\u2060", "\ufeff", " \u00ad\x07 ", "\u3164\u2800", "\ufe0f", "\u202e\u2069")
+    unseen = (
+        "\u200b\u2060",
+        "\ufeff",
+        " \u00ad\x07 ",
+        "\u3164\u2800",
+        "\ufe0f",
+        "\U000e0100",
+        "\u202e\u2069",
+    )
     for empty in ("", " \n\t", "\u3000", *unseen):
         with pytest.raises(EmptyRequest):
             clean_request(empty)

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_slm_runtime import SLM, Command, Request
+from edge_slm_converters import convert
+from edge_slm_runtime import SLM, Command, Request, load
 from edge_slm_runtime.answer import Answer, Plan
 from edge_slm_runtime.command import count_words
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine
-from edge_slm_runtime.keeps import Keeps
+from edge_slm_runtime.keeps import Keeps, texts_to_show
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
@@ -133,5 +137,48 @@ def test_what_cannot_be_kept_is_said(stepped_slm: SLM) -> None:
 
 def test_engines_with_loops_of_their_own_keep_nothing(slm: SLM) -> None:
     if slm.variant.engine == "ctranslate2":
-        with pytest.raises(NotSupportedByEngine, match="cannot ban or keep words"):
+        with pytest.raises(NotSupportedByEngine, match="cannot ban, keep or choose words"):
             slm.generate("a fox", keep="fox")
+
+
+@pytest.mark.parametrize(
+    ("request_", "texts"),
+    [
+        ("Fresh Bread", ("Fresh Bread",)),
+        ('A sign with "OPEN" and “24 h”', ("OPEN", "24 h")),
+        ('"Sale"', ("Sale",)),
+        ('a "" sign', ('a "" sign',)),
+    ],
+)
+def test_texts_to_show(request_: str, texts: tuple[str, ...]) -> None:
+    assert texts_to_show(request_) == texts
+
+
+def test_a_quotation_is_begun_with_what_is_missing(codec: TextCodec) -> None:
+    keeps = Keeps(("Open", "now"), codec.encode)
+
+    def put_in(text: str, *phrases: str) -> str:
+        return codec.decode(keeps.quoted(text, phrases, lambda _: True))
+
+    assert put_in('a sign: "', "Open", "now") == 'Open"'
+    assert put_in("a sign: “", "now") == "now”"
+    assert put_in('a sign: "Open"', "now") == ""
+    assert put_in("a sign", "now") == ""
+    assert keeps.quoted('a sign: "', ("Open",), lambda _: False) == []
+
+
+def test_a_grammar_names_tasks_whose_requests_are_shown(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    grammar = json.loads((copy / "command.json").read_text())
+    (copy / "command.json").write_text(json.dumps({**grammar, "verbatim": ["title"]}))
+    convert(copy, tmp_path / "b", ("onnx-fp32",))
+    with load(tmp_path / "b", threads=1) as slm:
+        asked = {"words": 12, "max_new_tokens": 90}
+        assert "Fresh Bread" in slm.generate("Fresh Bread", task="title", **asked).text
+        assert "Fresh Bread" not in slm.generate("Fresh Bread", task="image", **asked).text
+        alone = slm.generate("Fresh Bread", task="title", **asked, keep_length=False)
+        assert "Fresh Bread" not in alone.text
+        (warning,) = slm.generate("a b c d e f", task="title", words=3).warnings
+        assert warning.startswith("the text to show may not be in the answer: keep has 6 words")

@@ -155,3 +155,33 @@ def test_without_words_the_model_alone_decides(codec: TextCodec) -> None:
     answer = Answer(plan(None), codec, 0.0)
     write(answer, codec, [codec.ends[0]])
     assert (answer.text, answer.finish) == ("", "stop")
+
+
+def ended(codec: TextCodec, words: int, text: str, *wishes: str) -> tuple[str, str | None, int]:
+    """Of an answer whose model writes `text`, then always wants to end, and next best `wishes`
+    one after the other: the text, why it ended, and the tokens after `text`."""
+    answer = Answer(plan(words), codec, 0.0)
+    ids = codec.encode(text)
+    for i in (*ids, *(codec.encode(wish)[0] for wish in wishes)):
+        logits = np.zeros(codec.size, np.float32)
+        logits[i] = 20
+        if len(answer.ids) >= len(ids):
+            logits[codec.ends[0]] = 21
+        if answer.accept(answer.choose(logits)).done:
+            break
+    return answer.text, answer.finish, len(answer.ids) - len(ids)
+
+
+def test_the_end_within_a_sentence_gets_its_full_stop(codec: TextCodec) -> None:
+    nine = "a b c d e f g h i"
+    assert ended(codec, 10, nine, ".") == (f"{nine}.", "stop", 1)
+    assert ended(codec, 10, f"{nine}.", " ") == (f"{nine}.", "stop", 0)
+    assert ended(codec, 10, nine, ",", ".") == (nine, "stop", 0)  # perhaps a list
+    assert ended(codec, 9, nine, ".") == (nine, "stop", 0)  # perhaps a title
+    prose = "a b. c d e f g h i"
+    assert ended(codec, 10, prose, ",", " ", "j", ".") == (f"{prose}, j.", "stop", 4)
+    # A letter would make the last word another one; at the maximum the best end is looked for.
+    assert ended(codec, 10, prose, "x", ".")[0].startswith(prose)
+    long = " a" * 5
+    text, finish, _ = ended(codec, 10, "a b c d. e f g h i. j", *long)
+    assert (text, finish) == ("a b c d. e f g h i.", "length")

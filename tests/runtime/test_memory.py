@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_slm_runtime import Request, load, read_manifest
@@ -77,7 +78,13 @@ def test_too_little_is_refused_with_what_fits(tiny_bundle: Path) -> None:
     assert f"onnxruntime int8 ({needs['int8']:.0f} MiB)" in line
     with pytest.raises(OutOfMemory, match=r"the least that this bundle needs is .* MiB\)"):
         load(tiny_bundle, "onnxruntime", "int8", max_memory_mb=20)
-    load(tiny_bundle, "onnxruntime", "fp32", max_memory_mb=needs["fp32"] + 9, prefix_cache_mb=8)
+    load(
+        tiny_bundle,
+        "onnxruntime",
+        "fp32",
+        max_memory_mb=needs["fp32"] + 9,
+        prefix_cache_mb=np.int32(8),
+    )
     load(tiny_bundle, "ctranslate2", "int8", max_memory_mb=100, prefix_cache_mb=200)  # has none
 
 

@@ -75,6 +75,7 @@ def test_text_without_constructs_is_unchanged(text: str) -> None:
     "text",
     [
         "a plain (round) request: 4:3, 50% off -- and that",
+        "a clock (at 12:30), a frame (16:9), a page (localhost:8080)",
         "BREAK THE RULES",
         r"cat \(animal\:1.2\)",
         '{"subject": "cat", "style": ["old", "new"]}',
@@ -118,6 +119,7 @@ def test_what_only_resembles_syntax_is_text(text: str) -> None:
             "The dog.",
             "The [:dog:0.5]. {the|a}, {2$$0.5::red|blue}, [a bird:1.1], __pets/small-dogs__",
         ),
+        ("(fog:-1) (cat2:1.2) (dog: 2 )", "fog cat2 dog", "Dog", "(dog: 2 ), (fog:-1), (cat2:1.2)"),
         ("cat [x]", "cat x", "", "[x]"),
     ],
 )

@@ -16,10 +16,10 @@ import numpy as np
 from edge_slm.distill.samples import Sample
 from edge_slm_bench.metrics.quality import bootstrap_mean
 from edge_slm_runtime.errors import DependencyMissing
+from edge_slm_runtime.keeps import QUOTED, texts_to_show
 from edge_slm_runtime.keywords import coverage, words_of
 
 _ENDS = re.compile(r"[.!?…][\"'”’)\]]*$")
-_QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 _COMMON = 1e-6  # frequency that each part of a compound has at least
 _TASKS_OF_LISTS = ("tags", "title")  # which need no sentence
 
@@ -30,7 +30,7 @@ def invented(request: str, text: str) -> bool:
     Quoted text is not judged: names and made-up words belong there.
     """
     asked = set(words_of(request))
-    prose = _QUOTED.sub(" ", text)
+    prose = QUOTED.sub(" ", text)
     unknown = (word for word in words_of(prose) if word.isascii() and word.isalpha())
     return any(word not in asked and not _is_word(word) for word in unknown)
 
@@ -52,8 +52,7 @@ def quoted(request: str, text: str) -> bool:
 
     They are the quotations of the request, or the request itself.
     """
-    wanted = [a or b for a, b in _QUOTED.findall(request)] or [request.strip('"“” .')]
-    return all(words.lower() in text.lower() for words in wanted)
+    return all(words.lower() in text.lower() for words in texts_to_show(request))
 
 
 def faults(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, Any]:

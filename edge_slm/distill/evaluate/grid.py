@@ -109,10 +109,10 @@ def generate(
 
 
 def answers_at_top(slm: SLM, samples: Sequence[Sample], report: StageProgress) -> dict[Sample, str]:
-    """The answers of the model alone, at the highest level and the references' lengths; without
-    the samples that do not fit the context."""
+    """What a user gets: the answers with the promise, at the highest level and the references'
+    lengths; without the samples that do not fit the context."""
     top = slm.schema.levels - 1
-    asked = {s: Request(s.request, s.task, s.words, top, keep_length=False) for s in samples}
+    asked = {s: Request(s.request, s.task, s.words, top) for s in samples}
     asked = {sample: request for sample, request in asked.items() if _fits(slm, request)}
     outs = generate(slm, asked.values(), "generate", report)
     return {sample: outs[request].text for sample, request in asked.items()}

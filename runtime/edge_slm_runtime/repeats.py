@@ -1,0 +1,49 @@
+"""Words said twice in a row ("bold, bold", "calm and calm"), and items listed twice.
+
+Small models fall into these loops long before a run of several tokens comes again, which the
+n-gram block sees. A request that doubles a word itself may have it doubled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_DOUBLED = re.compile(r"\b(\w+)(?:,? (?:and|or|&))?,? (?=\1\b)", re.IGNORECASE)
+_LAST_WORD = re.compile(r"(?<!\w)(\w+)(?:,? (?:and|or|&)|,)?$")
+_TAIL = 48  # characters that may hold the last word and what joins it to the next
+# English doubles these.
+_IDIOMS = frozenset("again and blah had less more never on over round so that up very".split())
+_ITEM = re.compile(r"[^,.;:!?…\n]+")
+_MARKS = (",", ".", ";", ":", "!", "?")
+
+
+class Repeats:
+    """What an answer to `request` may not say next."""
+
+    def __init__(self, request: str) -> None:
+        self._free = _IDIOMS | {match[1].lower() for match in _DOUBLED.finditer(request)}
+
+    def refuses(self, text: str, piece: str) -> bool:
+        """Whether `piece` says again what the text has just said: its last word, or, by ending
+        it, an item of a list."""
+        if piece.startswith(_MARKS):
+            return self.refuses_end(text) if piece[0] == "," else False
+        word = piece[1:].lower()
+        if piece[:1] != " " or not word.isalpha() or word in self._free:
+            return False
+        last = _LAST_WORD.search(text, max(0, len(text) - _TAIL))
+        return last is not None and last[1].lower() == word
+
+    def refuses_end(self, text: str) -> bool:
+        """Whether the text ends in an item of a list that it has listed before."""
+        if "," not in text or text.endswith(_MARKS):
+            return False
+        *earlier, last = _items(text)
+        return last in earlier
+
+
+def _items(text: str) -> Iterator[str]:
+    for match in _ITEM.finditer(text):
+        if item := match[0].strip().lower():
+            yield item
