@@ -2,12 +2,14 @@
 VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/pytest --numprocesses $(WORKERS) --dist worksteal
 
 # Models that are packages of their own; `edge-slm package` makes them.
 MODELS = $(patsubst %/pyproject.toml,./%,$(wildcard models/*/pyproject.toml))
 
-# Options: VENV, PYTHON; FUZZ_MINUTES and FUZZ_SEED for `make fuzz`, FUZZ=tests/runtime/test_text.py
-# for a part of it, FUZZ_EXAMPLES=10000 for damaged files of each test (`@fuzz`); DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
+# Options: VENV, PYTHON; WORKERS=0 for tests one after the other; FUZZ_MINUTES and FUZZ_SEED for
+# `make fuzz`, FUZZ=tests/runtime/test_text.py for a part of it, FUZZ_EXAMPLES=10000 for damaged files of each test (`@fuzz`); DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
 # and the like change it.
 .PHONY: demo check test lint fuzz bench peers speed plain-install docs format clean
 
@@ -16,10 +18,10 @@ demo: $(VENV)/.installed-demo
 
 # Lint, types, import rules and the fast tests: what to run after each change.
 check: lint
-	$(VENV)/bin/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: lint
-	$(VENV)/bin/pytest
+	$(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

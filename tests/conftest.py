@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,23 @@ from hypothesis import settings
 
 from edge_slm_converters import random_checkpoint
 from edge_slm_runtime.command import CommandSchema, default_axes
+from edge_slm_runtime.decoder import Traits
+from edge_slm_runtime.kernels import compiled
 
 # `make test` tries the same examples every time; `make fuzz` searches (tests/fuzz.py).
 settings.register_profile("test", derandomize=True, database=None, deadline=None)
 settings.register_profile("fuzz", database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
+
+
+def pytest_configure() -> None:
+    """A worker (`pytest -n 2`) has a core for itself: threads that wait for each other by
+    spinning, as those of the engines do, take many times as long where others compute too."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
 
 TASKS = ("image", "video", "title")
 SENTENCES = (
@@ -25,6 +38,22 @@ SENTENCES = (
     "neon street in the rain, reflections on wet asphalt, people with umbrellas",
     "ein kleines Café in Zürich, früh am Morgen, 東京の夜景, naïve façade, emoji 🦊🌲",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def object_files() -> Iterator[dict[Traits, bytes]]:
+    """Of the kernels that this process has compiled: slow processors take a minute for each."""
+    found: dict[Traits, bytes] = {}
+    compiling = compiled._object_file
+
+    def kept(traits: Traits) -> bytes:
+        if traits not in found:
+            found[traits] = compiling(traits)
+        return found[traits]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compiled, "_object_file", kept)
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -284,23 +284,28 @@ def test_the_tolerance_that_the_help_promises() -> None:
 # -- terminals and encodings --------------------------------------------------
 
 
-def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, **options.pop("env", {})}
-    command = [*EDGE_SLM, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, env=environment, check=False, timeout=120, **options
-    )
+SEVERAL = """
+import json, sys
+from edge_slm.cli import main
+for arguments in json.loads(sys.argv[1]):
+    main(arguments, prog_name="edge-slm", standalone_mode=False)
+"""
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii", "utf-8", "utf-16"])
 def test_any_encoding_of_the_output(tiny_bundle: Path, encoding: str) -> None:
-    env = {"PYTHONIOENCODING": encoding}
-    options = ("--bundle", tiny_bundle, "--task", "image", "--max-new-tokens", 4)
-    done = cli("generate", "ein Café 東京 🦊", *options, "--json", env=env)
+    options = ["--bundle", str(tiny_bundle), "--task", "image", "--max-new-tokens", "4"]
+    asked = ["generate", "ein Café 東京 🦊", *options]
+    commands = [[*asked, "--json"], ["info", str(tiny_bundle)], asked]
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, json.dumps(commands)],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.decode(encoding))["request"] == "ein Café 東京 🦊"
-    for arguments in (("info", tiny_bundle), ("generate", "東京", *options)):
-        assert cli(*arguments, env=env).returncode == 0
+    answer, _ = json.JSONDecoder().raw_decode(done.stdout.decode(encoding))
+    assert answer["request"] == "ein Café 東京 🦊"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")

@@ -13,8 +13,6 @@ from edge_slm_converters.gguf_reader import TYPES, read_gguf
 from edge_slm_converters.gguf_tensors import joined, split, stored_names
 from edge_slm_runtime.errors import CheckpointError
 
-from .smollm2 import gguf_file
-
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
 WIDTH, INNER, VOCABULARY = 256, 512, 64  # whole blocks of every type
@@ -121,36 +119,6 @@ def test_splitting_a_tensor_undoes_joining_it(tmp_path: Path) -> None:
 
 
 BIASES = {f"blk.0.{name}.bias": np.arange(WIDTH // 2) for name in ("attn_k", "attn_v")}
-
-
-@pytest.mark.slow
-@pytest.mark.slow
-def test_smollm2_is_what_transformers_reads() -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    file = gguf_file()
-    model = read_gguf(file)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).state_dict()
-    layers = {
-        "qkv.weight": [f"self_attn.{part}_proj" for part in "qkv"],
-        "out.weight": ["self_attn.o_proj"],
-        "up.weight": ["mlp.gate_proj", "mlp.up_proj"],
-        "down.weight": ["mlp.down_proj"],
-        "attention_norm.weight": ["input_layernorm"],
-        "mlp_norm.weight": ["post_attention_layernorm"],
-    }
-    assert np.array_equal(model.tensors["embedding"], theirs["model.embed_tokens.weight"])
-    assert np.array_equal(model.tensors["final_norm.weight"], theirs["model.norm.weight"])
-    for i in range(model.decoder.layers):
-        for ours, parts in layers.items():
-            whole = torch.cat([theirs[f"model.layers.{i}.{part}.weight"] for part in parts])
-            assert np.array_equal(model.tensors[f"layers.{i}.{ours}"].T, whole), f"{i} {ours}"
-    decoder = model.decoder
-    assert (decoder.heads, decoder.kv_heads, decoder.head_width) == (9, 3, 64)
-    assert (decoder.positions, decoder.rope_theta, decoder.tied) == (8192, 100000.0, True)
 
 
 def test_rope_scaling_becomes_factors(tmp_path: Path) -> None:

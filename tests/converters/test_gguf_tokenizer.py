@@ -117,27 +117,6 @@ def test_every_way_of_splitting_is_that_of_llama_cpp(
         assert ours.encode(text, add_special_tokens=False).ids == server.tokenize(text), text
 
 
-@pytest.mark.slow
-@pytest.mark.slow
-def test_ids_are_those_of_transformers_where_it_splits_alike(metadata: dict[str, Any]) -> None:
-    """transformers' own reader of GGUF files forgets to split digits, so there are none."""
-    transformers = pytest.importorskip("transformers")
-    file = gguf_file()
-    theirs = transformers.AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name
-    ).backend_tokenizer
-    theirs.encode_special_tokens = True
-    ours, compared = rebuilt(metadata), 0
-    for text in texts(3000, seed=3):
-        if any(map(str.isnumeric, text)):
-            continue
-        found = ours.encode(text, add_special_tokens=False)
-        assert found.ids == theirs.encode(text, add_special_tokens=False).ids, text
-        assert ours.decode(found.ids, skip_special_tokens=False) == text
-        compared += 1
-    assert compared > 500
-
-
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_a_way_of_splitting_is_found_again_by_its_name(name: str) -> None:
     few = {"model": "gpt2", "pre": name, "tokens": ["a", "b", "ab"], "merges": ["a b"]}

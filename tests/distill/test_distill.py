@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,23 +49,37 @@ tokens = 2560
 """
 
 
-def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "edge_slm", "distill", str(recipe)]
-    return subprocess.Popen(
-        [*command, "--out", str(out), "--requests", "4", "--json", *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+# Runs that are killed at the signs, one that goes to the end, and one that finds it finished.
+RUNS = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from distill.forks import status_of
+from edge_slm.cli import main
+
+recipe, out, *signs = sys.argv[2:]
+def run(said):
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
+    main(["distill", recipe, "--out", out, "--requests", "4", "--json"])
+
+ends = [status_of(lambda: run(os.devnull), Path(out, sign)) for sign in signs]
+for said in ("end.json", "finished.json"):
+    ends.append(status_of(lambda: run(f"{out}-{said}")))
+    ends.append(Path(out, "evaluation.json").stat().st_mtime_ns)
+print(json.dumps(ends))
+"""
+
+
+def python(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, arguments)],
+        capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
-
-
-def finished(process: subprocess.Popen[str]) -> dict[str, object]:
-    said, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    result = json.loads(said)
-    assert isinstance(result, dict)
-    return result
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -76,30 +89,30 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.skipif(os.name != "posix", reason="forks")
 @pytest.mark.timeout(600)
 def test_from_nothing_to_an_evaluation_through_many_deaths(recipe: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = finished(start(recipe, whole, "--plain-baseline"))
+    options = ("--requests", 4, "--json", "--plain-baseline")
+    result = json.loads(python("-m", "edge_slm", "distill", recipe, "--out", whole, *options))
     assert result["requests"] == 4
     page = (whole / "evaluation.html").read_text("utf-8")
     assert "<svg" in page
 
-    deaths = 0
-    for sign in ("teacher.jsonl", "state.pt", "round-1.start", "checkpoint", "bundle"):
-        process = start(recipe, broken)
-        while process.poll() is None and not (broken / sign).exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        deaths += process.returncode == -signal.SIGKILL
-    assert deaths >= 3  # a fast machine may outrun one
-    again = finished(start(recipe, broken))
+    signs = ("teacher.jsonl", "round-1.start", "bundle")  # more deaths: test_loop
+    out = python("-c", RUNS, Path(__file__).parents[1], recipe, broken, *signs)
+    *deaths, end, written, finished, left = json.loads(out)
+    assert set(deaths) <= {0, -signal.SIGKILL}
+    assert deaths.count(-signal.SIGKILL) >= 2  # a fast machine may outrun one
+    assert (end, finished) == (0, 0)
     same = ("teacher.jsonl", "checkpoint/model.safetensors", "round-1.jsonl")
     assert [(whole / name).read_bytes() for name in same] == [
         (broken / name).read_bytes() for name in same
     ]
-    assert again["length"] == result["length"]
     # A finished run only shows what is there.
-    before = (broken / "evaluation.json").stat().st_mtime_ns
-    assert finished(start(recipe, broken)) == again
-    assert (broken / "evaluation.json").stat().st_mtime_ns == before
+    again, shown = (
+        json.loads((tmp_path / f"broken-{said}.json").read_text("utf-8"))
+        for said in ("end", "finished")
+    )
+    assert again["length"] == result["length"]
+    assert (shown, left) == (again, written)

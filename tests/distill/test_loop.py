@@ -22,6 +22,8 @@ from edge_slm_runtime.files import locked_folder
 
 pytestmark = pytest.mark.slow
 
+TESTS = str(Path(__file__).parents[1])
+
 
 def metrics(run: Path, stage: str = "stage-1") -> list[dict[str, float]]:
     lines = (run / f"metrics-{stage}.jsonl").read_text("utf-8").splitlines()
@@ -124,61 +126,47 @@ def test_ctrl_c_saves_between_steps(
     assert one == two
 
 
-# Whole runs in processes of their own: other tests leave torch's thread settings behind,
-# and with them another order of sums.
-PROCESS = """
-import os, signal, sys
-from edge_slm.distill.checkpoint import load_state, save_state
+# Whole runs in processes of their own: other tests leave torch's thread settings behind, and
+# with them another order of sums.
+RUNS = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from distill.forks import status_of
 from edge_slm.distill.loop import distill
 from edge_slm.distill.recipe import Recipe
 
-recipe, data, out, cache, stage, last = sys.argv[1:]
+recipe, data, cache, runs = sys.argv[2:]
+ends = []
+for out, stage, last in json.loads(runs):
+    def kill(at, done, *_):
+        if at == stage and done >= last:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def kill(at, done, *_):
-    if at == stage and done >= int(last):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-distill(Recipe.model_validate_json(recipe), [data], out, cache=cache, report=kill)
+    ends.append(status_of(lambda: distill(
+        Recipe.model_validate_json(recipe), [data], out, cache=cache, report=kill
+    )))
+    ends.append(os.path.exists(os.path.join(out, "checkpoint")))
+print(json.dumps(ends))
 """
 
 
-def in_a_process(
-    recipe: Recipe, data: Path, out: Path, cache: Path, stage: str = "", done: int = 0
-) -> int:
-    arguments = [recipe.model_dump_json(), data, out, cache, stage, done]
-    command = [sys.executable, "-W", "ignore", "-c", PROCESS, *map(str, arguments)]
-    return subprocess.run(command, check=False).returncode
-
-
-@pytest.fixture(scope="module")
-def elsewhere(
-    recipe: Recipe, data_file: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The checkpoint of an undisturbed run in a process of its own."""
-    out = tmp_path_factory.mktemp("elsewhere")
-    assert in_a_process(recipe, data_file, out, cache) == 0
-    return out / "checkpoint"
-
-
-@pytest.mark.parametrize(
-    ("stage", "done"), [("train stage-1", 5), ("explore 1", 0), ("train round-1", 2)]
-)
+@pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_a_run_killed_anywhere_continues_to_the_same_weights(
-    stage: str,
-    done: int,
-    recipe: Recipe,
-    data_file: Path,
-    cache: Path,
-    elsewhere: Path,
-    tmp_path: Path,
+    recipe: Recipe, data_file: Path, cache: Path, tmp_path: Path
 ) -> None:
-    assert in_a_process(recipe, data_file, tmp_path, cache, stage, done) == -signal.SIGKILL
-    assert not (tmp_path / "checkpoint").exists()
-    assert in_a_process(recipe, data_file, tmp_path, cache) == 0
-    checkpoints = (elsewhere, tmp_path / "checkpoint")
-    one, two = ((c / "model.safetensors").read_bytes() for c in checkpoints)
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    deaths = [(killed, "train stage-1", 5), (killed, "explore 1", 0), (killed, "train round-1", 2)]
+    runs = [(whole, "", 0), *deaths, (killed, "", 0)]
+    arguments = [TESTS, recipe.model_dump_json(), str(data_file), str(cache), json.dumps(runs)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUNS, *arguments], capture_output=True, check=True
+    )
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert ends == [0, True, *[-signal.SIGKILL, False] * 3, 0, True]
+    weights = "checkpoint/model.safetensors"
+    one, two = ((tmp_path / run / weights).read_bytes() for run in ("whole", "killed"))
     assert one == two
-    assert not (tmp_path / "round-1.journal").exists()
+    assert not (tmp_path / "killed/round-1.journal").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(

@@ -249,8 +249,8 @@ class Stop(Exception): ...
 def stop(*_):
     raise Stop
 signal.signal(signal.SIGALRM, stop)
-draw, end, stopped = random.Random(1), time.monotonic() + 8, 0
-while time.monotonic() < end:
+draw, end, stopped = random.Random(1), time.monotonic() + 20, 0
+while stopped < 300 and time.monotonic() < end:
     asleep = stopped % 2
     if asleep:  # then they are woken before it begins
         time.sleep(0.01)

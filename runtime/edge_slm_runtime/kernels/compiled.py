@@ -164,15 +164,12 @@ def _object_file(traits: Traits) -> bytes:
     from numba import cfunc, types
 
     from edge_slm_runtime.kernels.forward import make_forward
+    from edge_slm_runtime.kernels.native import FAST
     from edge_slm_runtime.kernels.schedule import make_entry
 
     _keep_loops()  # before numba's own passes
     entry = make_entry(make_forward(has_vnni(), traits))
-
-    def call(table: int, thread: int) -> int:
-        return entry(table, thread)
-
-    start = cfunc(types.int64(types.int64, types.int64))(call)
+    start = cfunc(types.int64(types.int64, types.int64), **FAST)(entry)
     llvm, target = _target()
     module = llvm.parse_assembly(start.inspect_llvm())
     # Internal linkage lets LLVM see that no function raises, and drop the error paths.

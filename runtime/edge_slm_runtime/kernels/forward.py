@@ -21,7 +21,7 @@ from edge_slm_runtime.kernels.layers import (
     normalise,
     rms_normalise,
 )
-from edge_slm_runtime.kernels.native import floats, jit, words
+from edge_slm_runtime.kernels.native import floats, inlined, jit, words
 from edge_slm_runtime.kernels.product import make_product, quantise, unpack
 from edge_slm_runtime.kernels.schedule import WORD, claimed, share, wait
 from edge_slm_runtime.panels import LANES, PAIR
@@ -72,7 +72,7 @@ def make_forward(vnni: bool, traits: Traits) -> Callable[..., None]:
 
 
 def _make_project(product: Callable[..., None]) -> Callable[..., None]:
-    @jit
+    @inlined
     def project(
         table: Any, claims: int, n: int, matrix: Any, levels: int, steps: int, sums: int
     ) -> None:
@@ -99,7 +99,7 @@ def _make_attention(
 ) -> Callable[..., int]:
     attend = make_attend(rotary)
 
-    @jit
+    @inlined
     def attention(
         table: Any, thread: int, index: int, n: int, kept_only: bool, reached: int
     ) -> int:
@@ -159,7 +159,7 @@ def _make_feed_forward(
 ) -> Callable[..., int]:
     matrices = 2 if gated else 1  # side by side in `up`
 
-    @jit
+    @inlined
     def feed_forward(table: Any, thread: int, index: int, n: int, reached: int) -> int:
         """x + mlp(norm(x)). A thread quantises its own results for the second matrix, to a
         place after the activations of the first, which others may still read."""

@@ -16,13 +16,20 @@ FLOAT, HALF = ir.FloatType(), ir.HalfType()
 
 # Sums may be taken in another order than written, so that they become vectors. The order is
 # fixed when the code is compiled, and depends on nothing but the number of terms.
-_FAST = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nnan", "nsz"}}
+FAST = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nnan", "nsz"}}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def jit(function: F) -> F:
     """A function of the kernels; its annotations are for the reader, numba infers the types."""
-    compiled: F = njit(**_FAST)(function)
+    compiled: F = njit(**FAST)(function)
+    return compiled
+
+
+def inlined(function: F) -> F:
+    """Likewise, but of large functions that few others call: numba makes them a part of these.
+    Else it would compile all that they call once for them and once again for their callers."""
+    compiled: F = njit(inline="always", **FAST)(function)
     return compiled
 
 

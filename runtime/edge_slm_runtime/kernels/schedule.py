@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.native import (
     atomic_add,
@@ -31,10 +33,9 @@ _SPINS_BEFORE_SLEEP = 1 << 17  # some milliseconds: longer than Python takes bet
 
 
 def make_entry(forward: Callable[..., None]) -> Callable[[int, int], int]:
-    """entry(address of a table, thread), which threads call; forward(table, thread) computes a
-    pass. See `engines.thread_team`."""
+    """entry(address of a table, thread), which threads call, to be compiled; forward(table,
+    thread) computes a pass. See `engines.thread_team`."""
 
-    @jit
     def entry(address: int, thread: int) -> int:
         """A negative thread is the address of a job, negated: hands it out, computes it with
         the others and returns 0. But while threads sleep, returns a bit for each of them: wake
@@ -70,7 +71,7 @@ def make_entry(forward: Callable[..., None]) -> Callable[[int, int], int]:
             for i in range(t.CLAIM * (layers + 1)):
                 store_zero_word(table[t.CLAIMS] + WORD * i)
             atomic_add(epoch, 1)
-            forward(table, 0)
+            forward(table, np.int64(0))  # 0 has a type of its own: all would be compiled twice
             atomic_swap(coming, 0)
             return 0
         sleeper = sleepers + WORD * t.LINE * thread
