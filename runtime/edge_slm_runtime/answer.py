@@ -33,6 +33,7 @@ _HALF = math.log(0.5)
 class Plan:
     """A checked request: the prompt of the model, and the limits of the answer.
 
+    texts: those of `keep` that are to be shown in quotation marks.
     budget: tokens that may be generated; `limit` is the finish reason when they
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
@@ -58,6 +59,7 @@ class Plan:
     choices: tuple[str, ...] = ()
     deadline_ms: float | None = None
     no_repeat_words: bool = False
+    texts: tuple[str, ...] = ()
 
 
 class _Doubt(NamedTuple):
@@ -114,7 +116,7 @@ class Answer:
         self._repeats = Repeats(plan.request) if plan.no_repeat_words else None
         self._bans = bans_of(plan.ban) if plan.ban else None
         self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
-        self._keeps = Keeps(plan.keep, codec.encode) if plan.keep else None
+        self._keeps = Keeps(plan.keep, codec.encode, plan.texts) if plan.keep else None
         self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
         self._word_stays = False  # the next token must not make the last word another one
@@ -222,7 +224,7 @@ class Answer:
         if self._keeper is None or left < _WORD_TOKENS:
             return left < _WORD_TOKENS
         words, end = self.words + keeps.words(missing), ending(self.text) if self.text else 1
-        if end == CLAUSE:
+        if end == CLAUSE and not keeps.can_wait(missing):
             return 2 * words >= self._keeper.words
         return words >= (self._keeper.words if end else self._keeper.max)
 

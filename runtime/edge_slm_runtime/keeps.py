@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from edge_slm_runtime.command import count_words
+from edge_slm_runtime.length import SENTENCE, ending
 
 _GLUES = (", ", "; ", ". ", " ")  # none is a word
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
@@ -33,11 +34,23 @@ def texts_to_show(request: str) -> tuple[str, ...]:
 class Keeps:
     """The phrases of one answer."""
 
-    def __init__(self, phrases: Sequence[str], encode: Callable[[str], list[int]]) -> None:
-        """encode: token ids of a text."""
+    def __init__(
+        self, phrases: Sequence[str], encode: Callable[[str], list[int]], texts: Sequence[str] = ()
+    ) -> None:
+        """encode: token ids of a text. texts: phrases that the answer is to show: it has them
+        in quotation marks."""
         self._encode = encode
+        self._texts = frozenset(texts)
         self._patterns = {phrase: whole(phrase) for phrase in dict.fromkeys(phrases)}
-        self._tokens = {one: max(len(encode(f"{glue}{one}")) for glue in _GLUES) for one in phrases}
+        self._tokens = {
+            one: max(len(encode(f"{glue}{self._written(one)}")) for glue in _GLUES)
+            for one in phrases
+        }
+
+    def _written(self, phrase: str, *, sentence: bool = False) -> str:
+        if phrase not in self._texts:
+            return phrase
+        return f'The text reads "{phrase}".' if sentence else f'with the text "{phrase}"'
 
     def missing(self, text: str) -> list[str]:
         return [one for one, pattern in self._patterns.items() if not pattern.search(text)]
@@ -49,18 +62,25 @@ class Keeps:
 
     def words(self, phrases: Sequence[str]) -> int:
         """How many words phrases add to a text."""
-        return sum(map(count_words, phrases))
+        return sum(count_words(self._written(one)) for one in phrases)
 
     def tokens(self, phrases: Sequence[str]) -> int:
         """How many tokens they take, at most."""
         return sum(self._tokens[one] for one in phrases)
 
     def quoted(self, text: str, phrases: Sequence[str], fits: Callable[[str], bool]) -> list[int]:
-        """Token ids of the first phrase and the mark behind it, if the text has just opened a
-        quotation and they `fit`."""
+        """Token ids of the first of these that is to be shown, and the mark behind it, if the
+        text has just opened a quotation and they `fit`."""
+        shown = next(filter(self._texts.__contains__, phrases), None)
         opened = text.endswith("“") or (text.endswith('"') and text.count('"') % 2)
-        added = phrases[0] + ("”" if text.endswith("“") else '"')
-        return self._encode(added) if opened and fits(added) else []
+        if shown is None or not opened:
+            return []
+        added = shown + ("”" if text.endswith("“") else '"')
+        return self._encode(added) if fits(added) else []
+
+    def can_wait(self, phrases: Sequence[str]) -> bool:
+        """Whether the model may yet open a quotation for them."""
+        return self._texts.issuperset(phrases)
 
     def ids(self, text: str, phrases: Sequence[str], fits: Callable[[str], bool]) -> list[int]:
         """Of what brings the phrases behind a text, if any of it `fits`."""
@@ -68,6 +88,8 @@ class Keeps:
             lead = (" " if text.endswith(_MARKS) else glue) if text else ""
             if text[-1:].isspace():
                 lead = lead.lstrip(" ,;.")
-            if fits(added := lead + glue.join(phrases)):
+            sentence = ending(text) == SENTENCE if text else True
+            written = [self._written(one, sentence=sentence) for one in phrases]
+            if fits(added := lead + glue.join(written)):
                 return self._encode(added)
         return []

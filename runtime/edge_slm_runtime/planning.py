@@ -72,12 +72,14 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
             "shorten them, or allow more tokens",
         )
     warnings = (*command.warnings, *_needless(sampling))
+    texts: tuple[str, ...] = ()
     if _shows_text(request, command.commanded.task, manifest, engine):
-        texts = tuple(dict.fromkeys((*keep, *texts_to_show(told.text))))
+        texts = texts_to_show(told.text)
+        both = tuple(dict.fromkeys((*keep, *texts)))
         try:
-            _check_keep(texts, bans_of(ban), stop)
-            _check_room(Keeps(texts, codec.encode), texts, words, budget)
-            keep = texts
+            _check_keep(both, bans_of(ban), stop)
+            _check_room(Keeps(both, codec.encode, texts), both, words, budget)
+            keep = both
         except BadSetting as error:
             warnings += (f"the text to show may not be in the answer: {error.problem}",)
     return Plan(
@@ -99,6 +101,7 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
         choices=choices,
         deadline_ms=deadline,
         no_repeat_words=request.no_repeat_words,
+        texts=texts,
     )
 
 

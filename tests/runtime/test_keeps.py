@@ -155,7 +155,7 @@ def test_texts_to_show(request_: str, texts: tuple[str, ...]) -> None:
 
 
 def test_a_quotation_is_begun_with_what_is_missing(codec: TextCodec) -> None:
-    keeps = Keeps(("Open", "now"), codec.encode)
+    keeps = Keeps(("Open", "now", "fox"), codec.encode, ("Open", "now"))
 
     def put_in(text: str, *phrases: str) -> str:
         return codec.decode(keeps.quoted(text, phrases, lambda _: True))
@@ -164,7 +164,23 @@ def test_a_quotation_is_begun_with_what_is_missing(codec: TextCodec) -> None:
     assert put_in("a sign: “", "now") == "now”"
     assert put_in('a sign: "Open"', "now") == ""
     assert put_in("a sign", "now") == ""
+    assert put_in('a sign: "', "fox") == ""
+    assert put_in('a sign: "', "fox", "now") == 'now"'
     assert keeps.quoted('a sign: "', ("Open",), lambda _: False) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "behind"),
+    [
+        ("a sign", ', with the text "Open"'),
+        ("a sign.", ' The text reads "Open".'),
+        ("a sign,", ' with the text "Open"'),
+    ],
+)
+def test_a_text_to_show_is_put_in_between_marks(codec: TextCodec, text: str, behind: str) -> None:
+    keeps = Keeps(("Open",), codec.encode, ("Open",))
+    assert codec.decode(keeps.ids(text, ["Open"], lambda _: True)) == behind
+    assert keeps.words(["Open"]) == 4
 
 
 def test_a_grammar_names_tasks_whose_requests_are_shown(
@@ -181,4 +197,4 @@ def test_a_grammar_names_tasks_whose_requests_are_shown(
         alone = slm.generate("Fresh Bread", task="title", **asked, keep_length=False)
         assert "Fresh Bread" not in alone.text
         (warning,) = slm.generate("a b c d e f", task="title", words=3).warnings
-        assert warning.startswith("the text to show may not be in the answer: keep has 6 words")
+        assert warning.startswith("the text to show may not be in the answer: keep has 9 words")
