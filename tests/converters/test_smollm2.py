@@ -89,7 +89,7 @@ def test_logits_and_greedy_answers_are_those_of_transformers(
     and answer: what its own greedy decoding would write."""
     import torch
 
-    bare = {"no_repeat_ngram_size": 0, "max_new_tokens": NEW_TOKENS}
+    bare = {"no_repeat_ngram_size": 0, "no_repeat_words": False, "max_new_tokens": NEW_TOKENS}
     requests = [Request(text, **bare) for text in TEXTS]
     answers = slm.generate_batch(requests, len(requests))
     for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):

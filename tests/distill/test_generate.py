@@ -79,6 +79,7 @@ def test_a_seed_gives_what_the_runtime_gives_for_it(willing: Path, tmp_path: Pat
                 **episode.command.as_dict(),
                 temperature=1.0,
                 no_repeat_ngram_size=0,
+                no_repeat_words=False,
                 seed=episode.seed,
                 keep_length=False,
             )
