@@ -15,6 +15,8 @@ from edge_slm_runtime.length import SENTENCE, ending
 
 _GLUES = (", ", "; ", ". ", " ")  # none is a word
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
+# What a quotation may follow as it is.
+_LEADS = re.compile(r"\b(?:words?|text|line|phrase|slogan|title|reads?|says?|saying|reading)$")
 _MARKS = (*",.;:!?…–—-(“，。、", '"')
 
 
@@ -47,10 +49,15 @@ class Keeps:
             for one in phrases
         }
 
-    def _written(self, phrase: str, *, sentence: bool = False) -> str:
+    def _written(self, phrase: str, before: str | None = None) -> str:
+        """before: the text that it goes behind; None is any, for the longest form."""
         if phrase not in self._texts:
             return phrase
-        return f'The text reads "{phrase}".' if sentence else f'with the text "{phrase}"'
+        if before is not None and _LEADS.search(before):
+            return f'"{phrase}"'
+        if before == "" or (before and ending(before) == SENTENCE):
+            return f'The text reads "{phrase}".'
+        return f'with the text "{phrase}"'
 
     def missing(self, text: str) -> list[str]:
         return [one for one, pattern in self._patterns.items() if not pattern.search(text)]
@@ -88,8 +95,9 @@ class Keeps:
             lead = (" " if text.endswith(_MARKS) else glue) if text else ""
             if text[-1:].isspace():
                 lead = lead.lstrip(" ,;.")
-            sentence = ending(text) == SENTENCE if text else True
-            written = [self._written(one, sentence=sentence) for one in phrases]
+            if lead == ", " and _LEADS.search(text) and self._texts.issuperset(phrases):
+                lead = " "
+            written = [self._written(one, text) for one in phrases]
             if fits(added := lead + glue.join(written)):
                 return self._encode(added)
         return []

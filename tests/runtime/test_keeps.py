@@ -175,6 +175,8 @@ def test_a_quotation_is_begun_with_what_is_missing(codec: TextCodec) -> None:
         ("a sign", ', with the text "Open"'),
         ("a sign.", ' The text reads "Open".'),
         ("a sign,", ' with the text "Open"'),
+        ("a sign with the English words", ' "Open"'),
+        ("", 'The text reads "Open".'),
     ],
 )
 def test_a_text_to_show_is_put_in_between_marks(codec: TextCodec, text: str, behind: str) -> None:
