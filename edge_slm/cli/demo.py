@@ -36,9 +36,9 @@ REFERENCE = Path(edge_slm.__file__).parents[1] / "models" / "reference"
 
 # (task, request, words); a model is asked the first of them that it supports.
 REQUESTS = (
-    ("image", "a red fox in the snow", 16),
+    ("image", "a red fox in the snow", 24),
     ("video", "a small boat crossing a lake at dawn", 40),
-    ("design", "Design a poster for a jazz concert in the park", 30),
+    ("design", "Design a poster for a jazz concert in the park", 50),
     ("lettering", "Fresh Bread Every Morning", 24),
     ("scene", "dog, ball, park, child", 12),
     ("tags", "lighthouse", 6),
