@@ -13,7 +13,7 @@ from edge_slm_runtime import Generation
 
 
 class Form(Protocol):
-    """How an answer, or its pieces, are told."""
+    """The JSON of an answer, and of the events that stream it."""
 
     def whole(self, results: Sequence[Generation]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -53,8 +53,8 @@ class Prompts:
         return None
 
     def _prompt(self, result: Generation) -> dict[str, Any]:
-        told = result.as_dict()
-        return told | {"warnings": [*told["warnings"], *self._asked.warnings]}
+        fields = result.as_dict()
+        return fields | {"warnings": [*fields["warnings"], *self._asked.warnings]}
 
 
 class Completion:

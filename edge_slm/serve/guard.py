@@ -1,4 +1,4 @@
-"""Who is let in, and how errors are told."""
+"""Which requests are accepted, and the JSON of errors."""
 
 from __future__ import annotations
 

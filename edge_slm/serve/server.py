@@ -1,4 +1,4 @@
-"""Serving on a socket until the process is told to end."""
+"""Serves on a socket until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import uvicorn
 from edge_slm.serve.app import application
 from edge_slm_runtime import SLM
 
-GRACE = 10  # seconds that answers under way have when the server is told to end
+GRACE = 10  # seconds for answers under way after the signal to stop
 
 
 def serve(

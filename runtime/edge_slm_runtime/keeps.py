@@ -1,8 +1,8 @@
 """Phrases that an answer must have as they were given.
 
-The model may write them itself. The first that is missing is put in where it opens a quotation;
-all that are missing where it wants to end, or where the words or tokens that are left are just
-enough for them.
+The model may write them itself. Those that are missing are inserted where it would end, or where
+the remaining words or tokens are just enough for them; a text to be shown also where the model
+opens a quotation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Keeps:
         }
 
     def _written(self, phrase: str, before: str | None = None) -> str:
-        """before: the text that it goes behind; None is any, for the longest form."""
+        """A phrase as it is inserted after the text `before`; None gives the longest form."""
         if phrase not in self._texts:
             return phrase
         if before is not None and _LEADS.search(before):
@@ -76,8 +76,8 @@ class Keeps:
         return sum(self._tokens[one] for one in phrases)
 
     def quoted(self, text: str, phrases: Sequence[str], fits: Callable[[str], bool]) -> list[int]:
-        """Token ids of the first of these that is to be shown, and the mark behind it, if the
-        text has just opened a quotation and they `fit`."""
+        """Token ids of the first phrase that is to be shown, with its closing quotation mark.
+        Empty unless the text has just opened a quotation and the ids pass `fits`."""
         shown = next(filter(self._texts.__contains__, phrases), None)
         opened = text.endswith("“") or (text.endswith('"') and text.count('"') % 2)
         if shown is None or not opened:
@@ -90,7 +90,7 @@ class Keeps:
         return self._texts.issuperset(phrases)
 
     def ids(self, text: str, phrases: Sequence[str], fits: Callable[[str], bool]) -> list[int]:
-        """Of what brings the phrases behind a text, if any of it `fits`."""
+        """Token ids that append the phrases to a text; empty when no separator passes `fits`."""
         for glue in _GLUES:
             lead = (" " if text.endswith(_MARKS) else glue) if text else ""
             if text[-1:].isspace():

@@ -90,7 +90,7 @@ class Placer:
         text, done = self._before + self._held + piece, len(self._before)
         parts: list[str] = []
         while True:
-            # A match that begins before it was read with the character behind it.
+            # Matches before this place cannot change when more text comes.
             decided = len(text) - (
                 0 if last else max((len(s.words) for s in self._left), default=0)
             )

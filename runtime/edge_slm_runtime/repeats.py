@@ -39,8 +39,8 @@ class Repeats:
         """Whether the text ends in an item of a list that it has listed before."""
         if "," not in text or text.endswith(_MARKS):
             return False
-        *earlier, last = _items(text)
-        return last in earlier
+        items = list(_items(text))
+        return items[-1:] != [] and items[-1] in items[:-1]
 
 
 def _items(text: str) -> Iterator[str]:

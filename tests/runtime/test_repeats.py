@@ -44,6 +44,7 @@ def test_a_request_may_double_a_word() -> None:
         ("a, b", False),
         ("a", False),
         ("A dog, a cat. A dog.", False),
+        (", ", False),
         ("", False),
     ],
 )
