@@ -13,6 +13,7 @@ from edge_slm_runtime.command import is_count
 from edge_slm_runtime.engines.base import Engine
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine, RequestTooLong, shown
 from edge_slm_runtime.keeps import Keeps, texts_to_show
+from edge_slm_runtime.languages import reads_as_english
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.records import Request
@@ -82,6 +83,8 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
             keep = both
         except BadSetting as error:
             warnings += (f"the text to show may not be in the answer: {error.problem}",)
+    elif manifest.prompt.schema and not reads_as_english(told.text):
+        warnings += ("the request does not read as English, the language that training saw",)
     return Plan(
         request=request.request,
         asked=command.asked,

@@ -198,5 +198,6 @@ def test_a_grammar_names_tasks_whose_requests_are_shown(
         assert "Fresh Bread" not in slm.generate("Fresh Bread", task="image", **asked).text
         alone = slm.generate("Fresh Bread", task="title", **asked, keep_length=False)
         assert "Fresh Bread" not in alone.text
+        assert not slm.check(Request("Brot und Wein mit uns", task="title", words=12)).warnings
         (warning,) = slm.generate("a b c d e f", task="title", words=3).warnings
         assert warning.startswith("the text to show may not be in the answer: keep has 9 words")

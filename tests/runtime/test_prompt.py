@@ -137,6 +137,7 @@ def test_words_are_kept_by_the_decoder_alone(
         loose = slm.generate("a fox in the snow", words=2, keep_length=False, max_new_tokens=60)
         plain = slm.generate("a fox in the snow", max_new_tokens=60)
         assert loose.token_ids == plain.token_ids
+        assert not slm.generate("ein Fuchs mit einem Hut", words=2).warnings, "it may know German"
         for bad in (0, -1, True, 2.5):
             with pytest.raises(BadSetting, match="words"):
                 slm.generate("a fox", words=bad)
