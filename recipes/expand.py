@@ -1,0 +1,241 @@
+"""Samples that a model writes itself: the best of several answers to requests without one.
+
+    python recipes/expand.py CHECKPOINT requests.jsonl out/ --base BASE.gguf --each image=6000 ...
+
+One step of expert iteration: answers are sampled (bf16 where that is faster), those with a fault that
+a reader sees at once are left out, and the rest is ranked by reward plus COHERENCE × mean
+log-probability under the model that the checkpoint was trained from, which knows English and none of
+the prompts. The first of every request goes to out/best/, up to KEEP - 1 others to out/more/, for
+smaller models, which need more text. Goes on where it was stopped: one file a task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from curate import ODD, WRITING
+
+from edge_slm.distill.evaluate.faults import invented, quoted, repeats, unfinished
+from edge_slm.distill.generate import Episode, EpisodeGenerator
+from edge_slm.distill.precision import use_bf16
+from edge_slm.distill.rewards.fluency import Fluency
+from edge_slm.distill.rewards.keywords import Keywords
+from edge_slm.distill.rewards.relevance import Relevance
+from edge_slm.distill.rewards.weighted import Gated
+from edge_slm.distill.samples import Sample
+from edge_slm.distill.split import held_out
+from edge_slm_runtime.command import Command
+from edge_slm_runtime.files import write_jsonl
+from edge_slm_runtime.keywords import coverage, words_of
+
+CANDIDATES, KEEP, TEMPERATURE = 6, 3, 0.75
+HELD_PERCENT = 6  # of requests, which the recipes hold out
+COHERENCE = 0.15  # of the reward, per nat
+WORDS = {  # asked for, at least and at most
+    "image": (14, 70),
+    "video": (24, 100),
+    "design": (40, 100),
+    "lettering": (20, 50),
+    "scene": (8, 16),
+    "tags": (4, 12),
+}
+WEIGHTS = {  # of sources of requests, by the beginning of their names; 1 for all others
+    "globalwordnet": 0.15,
+    "cmoa": 0.15,
+    "COCO": 0.6,
+}
+
+
+def requests(path: Path, task: str, count: int, seed: int) -> list[str]:
+    """Up to `count` distinct requests for the task, drawn by the weights of their sources."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rng = random.Random(f"{seed}/{task}")
+    if task == "tags":  # things, as their names are
+        rows = [row for row in rows if "wordnet" in row["source"] and row["task"] == "image"]
+        texts = {re.sub(r"^(?:an?|the) ", "", row["request"]): 1.0 for row in rows}
+    elif task == "scene":  # content words of captions, in any order
+        rows = [row for row in rows if "COCO" in row["source"]]
+        texts = {}
+        for row in rows:
+            words = sorted(set(words_of(row["request"])) - COMMON, key=lambda _: rng.random())
+            if len(words) >= 3:
+                texts[", ".join(words[: rng.choice((3, 3, 4, 4, 5))])] = 1.0
+    else:
+        rows = [row for row in rows if row["task"] == task]
+        if task != "lettering":
+            rows = [r for r in rows if not (ODD.search(r["request"]) or WRITING.search(r["request"]))]
+        texts = {
+            row["request"]: next(
+                (w for name, w in WEIGHTS.items() if row["source"].startswith(name)), 1.0
+            )
+            for row in rows
+        }
+    # Weighted sampling without replacement (Efraimidis and Spirakis, 2006).
+    order = sorted(texts, key=lambda text: -(rng.random() ** (1 / texts[text])))
+    return [text for text in order if not held_out(text, HELD_PERCENT)][:count]
+
+
+COMMON = set(
+    "a an the of in on at to and or with by is are be it its his her their this that there as for from "
+    "into over under up down out off near next some two three one people very while who has have "
+    "being sitting standing top front back side view close photo picture".split()
+)
+
+
+def faultless(task: str, request: str, text: str, ended: bool, known: Counter[str]) -> bool:
+    """Without what a reader sees at once: the end, invented or rare words, repeats, writing."""
+    words = words_of(text)
+    if not ended or not words:
+        return False
+    asked = set(words_of(request))
+    if task == "tags":
+        items = [item.strip() for item in text.lower().split(",")]
+        return (
+            len(set(items)) == len(items)
+            and all(items)
+            and all(w in known or w in asked for w in words)
+            and max(Counter(w for w in words).values()) <= 2
+        )
+    if invented(request, text) or unfinished(text) or repeats(text):
+        return False
+    if any(known[w] < 2 and w not in asked for w in words if w.isalpha() and w.isascii()):
+        return False
+    if task == "lettering":
+        return quoted(request, text) and text.count('"') == 2
+    if task == "scene" and coverage(request, text) < 1:
+        return False
+    return task not in ("image", "video") or bool(WRITING.search(request)) or not WRITING.search(text)
+
+
+class Base:
+    """Mean log-probability of answers under the model in a GGUF file, in its chat form."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+        from tokenizers import Tokenizer
+
+        from edge_slm.distill.model import _from_gguf
+        from edge_slm.distill.recipe import ModelRecipe
+
+        model, tokenizer = _from_gguf(ModelRecipe(init=str(path)))
+        self._model = model.to(torch.bfloat16 if use_bf16("auto") else torch.float32).eval()
+        self._tokenizer = Tokenizer.from_str(json.dumps(tokenizer))
+
+    def score(self, pairs: Sequence[tuple[str, str]], rows: int = 48) -> list[float]:
+        import torch
+
+        encoded = []
+        for request, text in pairs:
+            head = f"<|im_start|>user\nDescribe: {request}<|im_end|>\n<|im_start|>assistant\n"
+            prompt = self._tokenizer.encode(head).ids
+            encoded.append((len(prompt), prompt + self._tokenizer.encode(text).ids))
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][1]))
+        scores = [0.0] * len(encoded)
+        with torch.inference_mode():
+            for start in range(0, len(order), rows):
+                batch = order[start : start + rows]
+                longest = max(len(encoded[i][1]) for i in batch)
+                ids = torch.tensor([encoded[i][1] + [0] * (longest - len(encoded[i][1])) for i in batch])
+                hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                for row, i in enumerate(batch):
+                    at, tokens = encoded[i]
+                    logits = self._model.lm_head(hidden[row, at - 1 : len(tokens) - 1]).float()
+                    log_p = logits.log_softmax(-1)
+                    chosen = log_p.gather(1, torch.tensor(tokens[at:])[:, None])
+                    scores[i] = float(chosen.mean())
+        return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("requests", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, nargs="+", required=True, help="whose words are known")
+    parser.add_argument("--each", nargs="+", required=True, help="task=requests")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=192)
+    given = parser.parse_args()
+    known: Counter[str] = Counter()
+    for folder in given.samples:
+        for file in folder.glob("*.jsonl"):
+            for line in file.read_text("utf-8").splitlines():
+                row = json.loads(line)
+                known.update(words_of(row["response"]) + words_of(row["request"] or ""))
+    places = [given.out / "best", given.out / "more"]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+    generate = EpisodeGenerator(given.checkpoint, batch=given.rows, bf16=use_bf16("auto"))
+    reward = Gated([(0.5, Relevance()), (0.5, Keywords())], Fluency())
+    base = Base(given.base)
+    for task, count in (each.split("=") for each in given.each):
+        if (places[-1] / f"{task}.jsonl").exists():
+            continue
+        asked = requests(given.requests, task, int(count), given.seed)
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(asked), 512):
+            rows += expand(task, asked[start : start + 512], generate, reward, base, known, given.seed)
+            print(task, min(start + 512, len(asked)), "of", len(asked), "→", len(rows), flush=True)
+        for ranks, place in zip((range(1), range(1, KEEP)), places, strict=True):
+            write_jsonl([row for row in rows if row["rank"] in ranks], place / f"{task}.jsonl")
+
+
+def expand(
+    task: str,
+    asked: Sequence[str],
+    generate: EpisodeGenerator,
+    reward: Gated,
+    base: Base,
+    known: Counter[str],
+    seed: int,
+) -> list[dict[str, Any]]:
+    least, most = WORDS[task]
+    episodes = []
+    for request in asked:
+        rng = random.Random(f"{seed}/{task}/{request}")
+        for i in range(CANDIDATES):
+            words = round(math.exp(rng.uniform(math.log(least), math.log(most))))
+            command = Command(task, words, generate.schema.levels - 1)
+            episodes.append(Episode(request, command, rng.randrange(2**32) + i))
+    outcomes = generate(episodes, temperature=TEMPERATURE)
+    good = [
+        Sample(e.request, o.text, task)
+        for e, o in zip(episodes, outcomes, strict=True)
+        if faultless(task, e.request, o.text, o.ended, known)
+    ]
+    if not good:
+        return []
+    scores = reward.score(good)
+    if task not in ("tags", "scene"):
+        scores = scores + COHERENCE * np.array(base.score([(s.request, s.response) for s in good]))
+    ranks: Counter[str] = Counter()
+    rows = []
+    for score, sample in sorted(zip(scores.tolist(), good, strict=True), key=lambda pair: -pair[0]):
+        if (rank := ranks[sample.request]) < KEEP:
+            rows.append(
+                {
+                    "id": f"own-{task}-{len(rows)}",
+                    "task": task,
+                    "request": sample.request,
+                    "response": sample.response,
+                    "source": "own",
+                    "score": round(score, 4),
+                    "rank": rank,
+                }
+            )
+        ranks[sample.request] += 1
+    return rows
+
+
+if __name__ == "__main__":
+    main()
