@@ -1,5 +1,7 @@
 """The loss of training: cross-entropy of response tokens, and optional terms.
 
+- KL from a teacher, of which the k likeliest next tokens are known (`sparse_kl`), mixed with
+  the cross-entropy;
 - KL to the model before the round, and an entropy bonus (Quark, Lu et al., arXiv
   2205.13636), per response token;
 - the *countdown*: two linear heads predict, from the hidden state, how many words have begun
@@ -17,8 +19,10 @@ import torch
 from torch.nn import functional
 
 from edge_slm.distill.packing import IGNORED, Batch
+from edge_slm.distill.recipe import DistillationRecipe
 from edge_slm_runtime.command import WORD_EDGES
 
+_LEAST = 1e-6  # of a probability that is 1 - a sum
 _BUCKETS = len(WORD_EDGES) + 1  # the buckets of WORD_EDGES, with one below and one above
 
 
@@ -28,16 +32,61 @@ def attention_mask(segment: torch.Tensor) -> torch.Tensor:
     return same.tril()[:, None]
 
 
+def predictions(
+    lm: Any, batch: dict[str, torch.Tensor], body: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states [labels, width], logits [labels, vocabulary]): only labelled positions
+    reach the LM head. body: of the lm, compiled."""
+    outputs = (body or lm.base_model)(
+        input_ids=batch["ids"],
+        position_ids=batch["positions"],
+        attention_mask=attention_mask(batch["segment"]),
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state[batch["labels"] != IGNORED]
+    return hidden, lm.get_output_embeddings()(hidden).float()
+
+
+def sparse_kl(
+    logits: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """KL(teacher ‖ student) over k tokens and one bucket for all others, summed over the labels.
+
+    logits [labels, vocabulary] of the student; ids and log_p [labels, k]: the teacher's likeliest
+    tokens and their log probabilities at this temperature. Without the bucket the teacher's k
+    probabilities would be taken for all of its mass, and the student learns to be too sure
+    (Anshumann et al., arXiv 2503.16870, on top-k alone); how the student shares the bucket's mass
+    is left to the cross-entropy. With k = vocabulary it is the exact KL. × temperature²:
+    gradients keep their size (Hinton et al., arXiv 1503.02531).
+    """
+    scaled = logits / temperature if temperature != 1 else logits
+    log_q = scaled.gather(-1, ids) - scaled.logsumexp(-1, keepdim=True)
+    p = log_p.exp()
+    rest_p = (1 - p.sum(-1)).clamp(min=0)
+    rest_q = (1 - log_q.exp().sum(-1)).clamp(min=_LEAST)
+    rest = torch.xlogy(rest_p, rest_p) - rest_p * rest_q.log()
+    return temperature**2 * ((p * (log_p - log_q)).sum() + rest.sum())
+
+
 class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A causal language model of transformers with its loss.
 
-    countdown: weight of the countdown's loss. compile: of the layers, by torch.compile.
+    countdown: weight of the countdown's loss. distillation: of batches with soft labels.
+    compile: of the layers, by torch.compile.
     """
 
-    def __init__(self, lm: Any, *, countdown: float = 0.0, compile: bool = False) -> None:  # noqa: A002
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        countdown: float = 0.0,
+        distillation: DistillationRecipe | None = None,
+        compile: bool = False,  # noqa: A002
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.countdown = countdown
+        self.distillation = distillation or DistillationRecipe()
         self.kl = self.entropy = 0.0
         self._before: list[Any] = []  # in a list, so that it is no submodule
         if countdown:
@@ -57,26 +106,25 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
 
         batch: the arrays of `tensors`, [rows, length].
         """
-        inputs = {
-            "input_ids": batch["ids"],
-            "position_ids": batch["positions"],
-            "attention_mask": attention_mask(batch["segment"]),
-            "use_cache": False,
-        }
-        labelled = batch["labels"] != IGNORED  # only these reach the LM head
-        hidden = self._body[0](**inputs).last_hidden_state[labelled]
-        logits = self.lm.get_output_embeddings()(hidden).float()
+        labelled = batch["labels"] != IGNORED
+        hidden, logits = predictions(self.lm, batch, self._body[0])
         parts = {
             "cross_entropy": functional.cross_entropy(
                 logits, batch["labels"][labelled], reduction="sum"
             )
         }
         loss = parts["cross_entropy"]
+        if batch["soft_ids"].shape[-1]:
+            weight, temperature = self.distillation.weight, self.distillation.temperature
+            ids, log_p = (batch[name][labelled] for name in ("soft_ids", "soft_log_p"))
+            parts["teacher_kl"] = sparse_kl(logits, ids, log_p, temperature)
+            loss = (1 - weight) * loss + weight * parts["teacher_kl"]
         if self.kl or self.entropy:
             log_p = logits.log_softmax(-1)
             if self._before:
                 with torch.no_grad():
-                    before = self._before[0](**inputs).logits[labelled].float().log_softmax(-1)
+                    _, before = predictions(self._before[0], batch)
+                    before = before.log_softmax(-1)
                 parts["kl"] = (log_p.exp() * (log_p - before)).sum()
                 loss = loss + self.kl * parts["kl"]
             parts["entropy"] = -(log_p.exp() * log_p).sum()
