@@ -33,11 +33,11 @@ def attention_mask(segment: torch.Tensor) -> torch.Tensor:
 
 
 def predictions(
-    lm: Any, batch: dict[str, torch.Tensor], body: Any = None
+    lm: Any, body: Any, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden states [labels, width], logits [labels, vocabulary]): only labelled positions
-    reach the LM head. body: of the lm, compiled."""
-    outputs = (body or lm.base_model)(
+    reach the LM head. body: the base model of `lm`, compiled or not."""
+    outputs = body(
         input_ids=batch["ids"],
         position_ids=batch["positions"],
         attention_mask=attention_mask(batch["segment"]),
@@ -107,7 +107,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         batch: the arrays of `tensors`, [rows, length].
         """
         labelled = batch["labels"] != IGNORED
-        hidden, logits = predictions(self.lm, batch, self._body[0])
+        hidden, logits = predictions(self.lm, self._body[0], batch)
         parts = {
             "cross_entropy": functional.cross_entropy(
                 logits, batch["labels"][labelled], reduction="sum"
@@ -123,7 +123,8 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             log_p = logits.log_softmax(-1)
             if self._before:
                 with torch.no_grad():
-                    _, before = predictions(self._before[0], batch)
+                    lm = self._before[0]
+                    _, before = predictions(lm, lm.base_model, batch)
                     before = before.log_softmax(-1)
                 parts["kl"] = (log_p.exp() * (log_p - before)).sum()
                 loss = loss + self.kl * parts["kl"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,19 @@ def test_a_student_like_its_teacher_learns_nothing(top_k: int) -> None:
     assert student.grad.abs().max() < 1e-5
 
 
-def test_the_loss_is_a_mix(student: Recipe, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_is_a_mix(
+    student: Recipe,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # fast
     recipe = student.model_copy(update={"distillation": DistillationRecipe(weight=0.3, top_k=8)})
     batch = soft_batch(recipe, taught(recipe, folder, tmp_path))
-    teacher = TeacherCheckpoint.read(folder, recipe, tmp_path)
-    learner = Learner(teacher.student(recipe), distillation=recipe.distillation)
+    model = TeacherCheckpoint.read(folder, recipe, tmp_path).student(recipe)
+    learner = Learner(model, distillation=recipe.distillation, compile=compiled)
     parts = {name: part.item() for name, part in learner(batch).items()}
     mixed = 0.7 * parts["cross_entropy"] + 0.3 * parts["teacher_kl"]
     assert parts["loss"] == pytest.approx(mixed, rel=1e-5)
