@@ -47,25 +47,41 @@ def predictions(
     return hidden, lm.get_output_embeddings()(hidden).float()
 
 
-def sparse_kl(
-    logits: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
+class LogProbabilities(torch.autograd.Function):  # type: ignore[misc]
+    """`logits.log_softmax(-1).gather(-1, ids)`, [labels, k], in half of the passes over memory:
+    on a CPU those over [labels, vocabulary] take as long as the layers of a small model.
+
+    Its gradient is g - softmax · sum(g), made in the place of the log-softmax; so it can be
+    asked for once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ctx.log_q, ctx.ids = logits.log_softmax(-1), ids
+        return ctx.log_q.gather(-1, ids)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        softmax = ctx.__dict__.pop("log_q").exp_()
+        return softmax.mul_(-gradient.sum(-1, keepdim=True)).scatter_add_(
+            -1, ctx.ids, gradient
+        ), None
+
+
+def sparse_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """KL(teacher ‖ student) over k tokens and one bucket for all others, summed over the labels.
 
-    logits [labels, vocabulary] of the student; ids and log_p [labels, k]: the teacher's likeliest
-    tokens and their log probabilities at this temperature. Without the bucket the teacher's k
-    probabilities would be taken for all of its mass, and the student learns to be too sure
-    (Anshumann et al., arXiv 2503.16870, on top-k alone); how the student shares the bucket's mass
-    is left to the cross-entropy. With k = vocabulary it is the exact KL. × temperature²:
-    gradients keep their size (Hinton et al., arXiv 1503.02531).
+    log_q, log_p [labels, k]: log probabilities by the student and by the teacher of the teacher's
+    likeliest tokens. Without the bucket the teacher's k probabilities would be taken for all of its
+    mass, and the student would learn to be too sure (Anshumann et al., arXiv 2503.16870, on top-k
+    alone); how the student shares the bucket's mass is left to the cross-entropy. With k =
+    vocabulary it is the exact KL.
     """
-    scaled = logits / temperature if temperature != 1 else logits
-    log_q = scaled.gather(-1, ids) - scaled.logsumexp(-1, keepdim=True)
     p = log_p.exp()
     rest_p = (1 - p.sum(-1)).clamp(min=0)
     rest_q = (1 - log_q.exp().sum(-1)).clamp(min=_LEAST)
     rest = torch.xlogy(rest_p, rest_p) - rest_p * rest_q.log()
-    return temperature**2 * ((p * (log_p - log_q)).sum() + rest.sum())
+    return (p * (log_p - log_q)).sum() + rest.sum()
 
 
 class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
@@ -108,27 +124,29 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         """
         labelled = batch["labels"] != IGNORED
         hidden, logits = predictions(self.lm, self._body[0], batch)
-        parts = {
-            "cross_entropy": functional.cross_entropy(
-                logits, batch["labels"][labelled], reduction="sum"
-            )
-        }
+        ids, log_p = batch["soft_ids"][labelled], batch["soft_log_p"][labelled]
+        wanted = torch.cat([batch["labels"][labelled][:, None], ids], -1)
+        log_q = LogProbabilities.apply(logits, wanted)
+        parts = {"cross_entropy": -log_q[:, 0].sum()}
         loss = parts["cross_entropy"]
-        if batch["soft_ids"].shape[-1]:
+        if ids.shape[-1]:
             weight, temperature = self.distillation.weight, self.distillation.temperature
-            ids, log_p = (batch[name][labelled] for name in ("soft_ids", "soft_log_p"))
-            parts["teacher_kl"] = sparse_kl(logits, ids, log_p, temperature)
+            log_q = log_q[:, 1:]
+            if temperature != 1:
+                log_q = LogProbabilities.apply(logits / temperature, ids)
+            # Gradients keep their size: × temperature² (Hinton et al., arXiv 1503.02531).
+            parts["teacher_kl"] = temperature**2 * sparse_kl(log_q, log_p)
             loss = (1 - weight) * loss + weight * parts["teacher_kl"]
         if self.kl or self.entropy:
-            log_p = logits.log_softmax(-1)
+            log_q = logits.log_softmax(-1)
             if self._before:
                 with torch.no_grad():
                     lm = self._before[0]
                     _, before = predictions(lm, lm.base_model, batch)
                     before = before.log_softmax(-1)
-                parts["kl"] = (log_p.exp() * (log_p - before)).sum()
+                parts["kl"] = (log_q.exp() * (log_q - before)).sum()
                 loss = loss + self.kl * parts["kl"]
-            parts["entropy"] = -(log_p.exp() * log_p).sum()
+            parts["entropy"] = -(log_q.exp() * log_q).sum()
             loss = loss - self.entropy * parts["entropy"]
         if self.countdown:
             counted = [

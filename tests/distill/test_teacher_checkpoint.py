@@ -20,7 +20,7 @@ from edge_slm.distill.hindsight import build_schema, relabel
 from edge_slm.distill.levels import level_edges
 from edge_slm.distill.loop import distill
 from edge_slm.distill.model import fresh_model
-from edge_slm.distill.objective import Learner, sparse_kl, tensors
+from edge_slm.distill.objective import Learner, LogProbabilities, predictions, sparse_kl, tensors
 from edge_slm.distill.packing import IGNORED, Encoded, Packer, encode_records
 from edge_slm.distill.recipe import DistillationRecipe, Recipe
 from edge_slm.distill.teacher_checkpoint import TeacherCheckpoint, projected
@@ -93,35 +93,61 @@ def distributions(vocabulary: int, top_k: int) -> tuple[torch.Tensor, torch.Tens
     return student, log_p, log_p.topk(top_k).indices
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_with_the_whole_vocabulary_it_is_the_exact_kl(temperature: float) -> None:
+def test_log_probabilities_have_the_gradient_of_a_log_softmax() -> None:
+    student, _, ids = distributions(30, 4)
+    ids = torch.cat([ids[:, :1], ids], -1)  # a label is one of the likeliest, too
+    weights = torch.linspace(-1, 2, ids.numel()).view(ids.shape)
+    found, expected = student.clone().requires_grad_(), student.clone().requires_grad_()
+    (weights * LogProbabilities.apply(found, ids)).sum().backward()
+    (weights * expected.log_softmax(-1).gather(-1, ids)).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_with_the_whole_vocabulary_it_is_the_exact_kl() -> None:
     student, log_p, ids = distributions(30, 30)
-    log_q = (student / temperature).log_softmax(-1)
-    exact = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
-    found = sparse_kl(student, ids, log_p.gather(-1, ids), temperature)
+    log_q = student.log_softmax(-1)
+    exact = (log_p.exp() * (log_p - log_q)).sum()
+    found = sparse_kl(log_q.gather(-1, ids), log_p.gather(-1, ids))
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_the_rest_of_the_vocabulary_is_one_more_token() -> None:
     student, log_p, ids = distributions(30, 4)
+    log_q = student.log_softmax(-1)
     rest = torch.ones(7, 30, dtype=torch.bool).scatter(-1, ids, False)
     p, q = (
         torch.cat([x.gather(-1, ids), (x * rest).sum(-1, keepdim=True)], -1)
-        for x in (log_p.exp(), student.softmax(-1))
+        for x in (log_p.exp(), log_q.exp())
     )
     exact = (p * (p / q).log()).sum()
-    torch.testing.assert_close(sparse_kl(student, ids, log_p.gather(-1, ids)), exact)
+    torch.testing.assert_close(sparse_kl(log_q.gather(-1, ids), log_p.gather(-1, ids)), exact)
 
 
 @pytest.mark.parametrize("top_k", [4, 30])
 def test_a_student_like_its_teacher_learns_nothing(top_k: int) -> None:
     _, log_p, ids = distributions(30, top_k)
     student = (log_p + 3).requires_grad_()
-    loss = sparse_kl(student, ids, log_p.gather(-1, ids))
+    loss = sparse_kl(LogProbabilities.apply(student, ids), log_p.gather(-1, ids))
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-5)
     assert student.grad is not None
     assert student.grad.abs().max() < 1e-5
+
+
+def test_a_temperature_flattens_the_student_too(
+    student: Recipe, folder: Path, tmp_path: Path
+) -> None:
+    warm = DistillationRecipe(weight=1.0, top_k=TOKENIZER.get_vocab_size(), temperature=2.0)
+    recipe = student.model_copy(update={"distillation": warm})
+    batch = soft_batch(recipe, taught(recipe, folder, tmp_path))
+    model = TeacherCheckpoint.read(folder, recipe, tmp_path).student(recipe)
+    parts = Learner(model, distillation=warm)(batch)
+    _, logits = predictions(model, model.base_model, batch)
+    log_p, ids = (x[batch["labels"] != IGNORED] for x in (batch["soft_log_p"], batch["soft_ids"]))
+    log_q = (logits / 2).log_softmax(-1).gather(-1, ids)
+    exact = 4 * (log_p.exp() * (log_p - log_q)).sum()
+    assert parts["teacher_kl"].item() == pytest.approx(exact.item(), rel=0.01)
+    assert parts["loss"].item() == parts["teacher_kl"].item()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
