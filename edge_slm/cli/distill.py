@@ -38,11 +38,18 @@ paths = click.Path(path_type=Path)
 @click.option("--out", type=folder, required=True, help="Folder of the run; a run in it continues.")
 @click.option("--init", help="Start from a checkpoint: a folder, a GGUF file or a hub name.")
 @click.option(
+    "--teacher-checkpoint",
+    type=folder,
+    help="Checkpoint of a larger model with the same commands, to learn from token by token.",
+)
+@click.option(
     "--server",
     envvar="OPENAI_BASE_URL",
     help="Address of the OpenAI-compatible server of teacher and judge.",
 )
-@click.option("--cache", type=folder, help="Folder of cached rewards (default: OUT/cache).")
+@click.option(
+    "--cache", type=folder, help="Folder of cached rewards and soft labels (default: OUT/cache)."
+)
 @click.option("--plain-baseline", is_flag=True, help="Train and evaluate a model without commands.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many more steps.")
 @click.option(
@@ -60,6 +67,7 @@ def distill(
     text: tuple[Path, ...],
     out: Path,
     init: str | None,
+    teacher_checkpoint: Path | None,
     server: str | None,
     cache: Path | None,
     plain_baseline: bool,
@@ -94,6 +102,7 @@ def distill(
                 text=text,
                 cache=cache or out / "cache",
                 server=server,
+                teacher_checkpoint=teacher_checkpoint,
                 report=report,
                 max_steps=max_steps,
             )

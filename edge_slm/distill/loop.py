@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_slm.distill.checkpoint import load_state, save_checkpoint, save_state
 from edge_slm.distill.explore import explore
@@ -47,6 +47,11 @@ from edge_slm.progress import StageProgress, silent
 from edge_slm_runtime.errors import DataError, DependencyMissing, TargetExists
 from edge_slm_runtime.files import locked_folder
 
+if TYPE_CHECKING:
+    from edge_slm.distill.packing import Encoded
+    from edge_slm.distill.soft_labels import SoftLabels
+    from edge_slm.distill.teacher_checkpoint import TeacherCheckpoint
+
 
 def distill(
     recipe: Recipe,
@@ -56,6 +61,7 @@ def distill(
     text: Sequence[str | Path] = (),
     cache: str | Path | None = None,
     server: str | None = None,
+    teacher_checkpoint: str | Path | None = None,
     report: StageProgress = silent,
     max_steps: int | None = None,
 ) -> Path:
@@ -64,10 +70,12 @@ def distill(
     data: JSONL files or folders of samples; may be empty when the recipe has a teacher.
     text: general text, for stages of kind "text". out: folder of the run; a run in it is
     continued, and the checkpoint of a finished one returned. cache: folder of the rewards'
-    caches (default: `out`/cache). server: address of the OpenAI-compatible server of
-    teacher and judge. max_steps: training steps until it stops. Ctrl-C saves the state
-    after the current step. Raises DataError, TargetExists, DependencyMissing,
-    CheckpointError (`model.init`), TeacherError, OutOfMemory.
+    caches and of soft labels (default: `out`/cache). server: address of the OpenAI-compatible
+    server of teacher and judge. teacher_checkpoint: of a run with the same commands, for its
+    vocabulary, embeddings and, by the recipe's `distillation`, next-token distributions.
+    max_steps: training steps until it stops. Ctrl-C saves the state after the current step.
+    Raises DataError, TargetExists, DependencyMissing, CheckpointError (`model.init`, or the
+    teacher's), TeacherError, OutOfMemory.
     """
     accelerate = _accelerate()
     out = Path(out)
@@ -79,12 +87,18 @@ def distill(
         raise DataError("the recipe has a stage of general text", "give --text")
     if not data and recipe.teacher is None:
         raise DataError("no samples and no teacher", "give --data, or a [teacher] in the recipe")
+    if recipe.distillation.weight and teacher_checkpoint is None:
+        raise DataError("the recipe has distillation.weight", "give --teacher-checkpoint")
+    cache, teacher = Path(cache) if cache else out / "cache", None
+    if teacher_checkpoint is not None:
+        from edge_slm.distill.teacher_checkpoint import TeacherCheckpoint
+
+        teacher = TeacherCheckpoint.read(teacher_checkpoint, recipe, cache)
     out.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(accelerate)
     with locked_folder(out) if accelerator.is_main_process else nullcontext():
         if not accelerator.is_main_process:
             report = silent
-        cache = Path(cache) if cache else out / "cache"
         with accelerator.main_process_first():
             reward = make_reward(
                 recipe.reward, cache, bf16=use_bf16(recipe.train.precision), server=server
@@ -93,7 +107,9 @@ def distill(
                 data = [*data, _taught(recipe, data, reward, out, server, report)]
             prepared = prepare(recipe, data, reward, report)
         general = read_text(text) if text else ""
-        training = _Training(recipe, prepared, general, reward, out, accelerator, report, max_steps)
+        training = _Training(
+            recipe, prepared, general, reward, teacher, out, accelerator, report, max_steps
+        )
         return training.run()
 
 
@@ -158,6 +174,7 @@ class _Training:
         prepared: Prepared,
         general: str,
         reward: Reward,
+        teacher: TeacherCheckpoint | None,
         out: Path,
         accelerator: Any,
         report: StageProgress,
@@ -165,7 +182,7 @@ class _Training:
     ) -> None:
         from edge_slm.distill.objective import Learner
 
-        self.recipe, self.prepared, self.reward = recipe, prepared, reward
+        self.recipe, self.prepared, self.reward, self.teacher = recipe, prepared, reward, teacher
         self.out, self.accelerator, self.report = out, accelerator, report
         self.steps_left = max_steps
         if recipe.model.init:
@@ -173,13 +190,20 @@ class _Training:
             model, self.tokenizer = grown_model(
                 recipe.model, bare_schema(recipe), recipe.seed, texts
             )
+            if teacher:
+                teacher.check_vocabulary(self.tokenizer, recipe.model.init)
+        elif teacher:
+            model, self.tokenizer = teacher.student(recipe), teacher.tokenizer
         else:
             model = fresh_model(recipe.model, recipe.seed)
             self.tokenizer = new_tokenizer(prepared, general)
         if recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.learner = Learner(
-            model, countdown=recipe.train.countdown, compile=recipe.train.compile
+            model,
+            countdown=recipe.train.countdown,
+            distillation=recipe.distillation,
+            compile=recipe.train.compile,
         )
         self.general = general
         self.labelled = label(prepared, self.tokenizer)
@@ -236,6 +260,7 @@ class _Training:
             train, valid = text_records(self.general, self.tokenizer, length)
         else:
             train, valid = self.of_tasks(self.labelled, stage.tasks)
+            extra["soft_labels"] = self.soft_labels(train)
         trainer = Trainer(
             self.recipe,
             Stage(
@@ -245,7 +270,7 @@ class _Training:
                 self.labelled.schema,
                 stage.tokens,
                 stage.learning_rate,
-                self.prepared.facts["digest"],
+                self.data_digest(),
                 rounded=stage.rounded,
                 **extra,
             ),
@@ -277,6 +302,20 @@ class _Training:
         self.accelerator.free_memory()
         return True
 
+    def soft_labels(self, records: Sequence[Encoded]) -> SoftLabels | None:
+        """Of the teacher checkpoint, if the recipe learns from them."""
+        if self.teacher is None or not self.recipe.distillation.weight:
+            return None
+        with self.accelerator.main_process_first():
+            device = self.accelerator.device
+            schema = self.labelled.schema
+            return self.teacher.soft_labels(self.recipe, records, schema, device, self.report)
+
+    def data_digest(self) -> str:
+        """Of all that a run learns from."""
+        digest = str(self.prepared.facts["digest"])
+        return f"{digest} {self.teacher.digest}" if self.teacher else digest
+
     @staticmethod
     def of_tasks(labelled: Labelled, tasks: Sequence[str]) -> tuple[list[Any], list[Any]]:
         if not tasks:
@@ -295,13 +334,15 @@ class _Training:
             task: levels.to_json() for task, levels in self.labelled.edges.items()
         }
         facts["samples_too_long"] = self.labelled.too_long
-        origin = {}
+        origin: dict[str, Any] = {}
         if recipe.model.init:
             before = Path(recipe.model.init) / "recipe.json"
             origin["init"] = {
                 "weights_sha256": weights_digest(recipe.model.init),
                 "made_by": json.loads(before.read_text("utf-8")) if before.is_file() else None,
             }
+        if self.teacher:
+            origin["teacher_checkpoint"] = self.teacher.digest
         about = {
             "digest": recipe.digest(),
             "recipe": recipe.as_dict(),

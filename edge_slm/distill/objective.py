@@ -1,5 +1,7 @@
 """The loss of training: cross-entropy of response tokens, and optional terms.
 
+- KL from a teacher, of which the k likeliest next tokens are known (`sparse_kl`), mixed with
+  the cross-entropy;
 - KL to the model before the round, and an entropy bonus (Quark, Lu et al., arXiv
   2205.13636), per response token;
 - the *countdown*: two linear heads predict, from the hidden state, how many words have begun
@@ -17,8 +19,10 @@ import torch
 from torch.nn import functional
 
 from edge_slm.distill.packing import IGNORED, Batch
+from edge_slm.distill.recipe import DistillationRecipe
 from edge_slm_runtime.command import WORD_EDGES
 
+_LEAST = 1e-6  # of a probability that is 1 - a sum
 _BUCKETS = len(WORD_EDGES) + 1  # the buckets of WORD_EDGES, with one below and one above
 
 
@@ -28,16 +32,77 @@ def attention_mask(segment: torch.Tensor) -> torch.Tensor:
     return same.tril()[:, None]
 
 
+def predictions(
+    lm: Any, body: Any, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states [labels, width], logits [labels, vocabulary]): only labelled positions
+    reach the LM head. body: the base model of `lm`, compiled or not."""
+    outputs = body(
+        input_ids=batch["ids"],
+        position_ids=batch["positions"],
+        attention_mask=attention_mask(batch["segment"]),
+        use_cache=False,
+    )
+    hidden = outputs.last_hidden_state[batch["labels"] != IGNORED]
+    return hidden, lm.get_output_embeddings()(hidden).float()
+
+
+class LogProbabilities(torch.autograd.Function):  # type: ignore[misc]
+    """`logits.log_softmax(-1).gather(-1, ids)`, [labels, k], in half of the passes over memory:
+    on a CPU those over [labels, vocabulary] take as long as the layers of a small model.
+
+    Its gradient is g - softmax · sum(g), made in the place of the log-softmax; so it can be
+    asked for once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ctx.log_q, ctx.ids = logits.log_softmax(-1), ids
+        return ctx.log_q.gather(-1, ids)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        softmax = ctx.__dict__.pop("log_q").exp_()
+        return softmax.mul_(-gradient.sum(-1, keepdim=True)).scatter_add_(
+            -1, ctx.ids, gradient
+        ), None
+
+
+def sparse_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) over k tokens and one bucket for all others, summed over the labels.
+
+    log_q, log_p [labels, k]: log probabilities by the student and by the teacher of the teacher's
+    likeliest tokens. Without the bucket the teacher's k probabilities would be taken for all of its
+    mass, and the student would learn to be too sure (Anshumann et al., arXiv 2503.16870, on top-k
+    alone); how the student shares the bucket's mass is left to the cross-entropy. With k =
+    vocabulary it is the exact KL.
+    """
+    p = log_p.exp()
+    rest_p = (1 - p.sum(-1)).clamp(min=0)
+    rest_q = (1 - log_q.exp().sum(-1)).clamp(min=_LEAST)
+    rest = torch.xlogy(rest_p, rest_p) - rest_p * rest_q.log()
+    return (p * (log_p - log_q)).sum() + rest.sum()
+
+
 class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A causal language model of transformers with its loss.
 
-    countdown: weight of the countdown's loss. compile: of the layers, by torch.compile.
+    countdown: weight of the countdown's loss. distillation: of batches with soft labels.
+    compile: of the layers, by torch.compile.
     """
 
-    def __init__(self, lm: Any, *, countdown: float = 0.0, compile: bool = False) -> None:  # noqa: A002
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        countdown: float = 0.0,
+        distillation: DistillationRecipe | None = None,
+        compile: bool = False,  # noqa: A002
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.countdown = countdown
+        self.distillation = distillation or DistillationRecipe()
         self.kl = self.entropy = 0.0
         self._before: list[Any] = []  # in a list, so that it is no submodule
         if countdown:
@@ -57,29 +122,31 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
 
         batch: the arrays of `tensors`, [rows, length].
         """
-        inputs = {
-            "input_ids": batch["ids"],
-            "position_ids": batch["positions"],
-            "attention_mask": attention_mask(batch["segment"]),
-            "use_cache": False,
-        }
-        labelled = batch["labels"] != IGNORED  # only these reach the LM head
-        hidden = self._body[0](**inputs).last_hidden_state[labelled]
-        logits = self.lm.get_output_embeddings()(hidden).float()
-        parts = {
-            "cross_entropy": functional.cross_entropy(
-                logits, batch["labels"][labelled], reduction="sum"
-            )
-        }
+        labelled = batch["labels"] != IGNORED
+        hidden, logits = predictions(self.lm, self._body[0], batch)
+        ids, log_p = batch["soft_ids"][labelled], batch["soft_log_p"][labelled]
+        wanted = torch.cat([batch["labels"][labelled][:, None], ids], -1)
+        log_q = LogProbabilities.apply(logits, wanted)
+        parts = {"cross_entropy": -log_q[:, 0].sum()}
         loss = parts["cross_entropy"]
+        if ids.shape[-1]:
+            weight, temperature = self.distillation.weight, self.distillation.temperature
+            log_q = log_q[:, 1:]
+            if temperature != 1:
+                log_q = LogProbabilities.apply(logits / temperature, ids)
+            # Gradients keep their size: × temperature² (Hinton et al., arXiv 1503.02531).
+            parts["teacher_kl"] = temperature**2 * sparse_kl(log_q, log_p)
+            loss = (1 - weight) * loss + weight * parts["teacher_kl"]
         if self.kl or self.entropy:
-            log_p = logits.log_softmax(-1)
+            log_q = logits.log_softmax(-1)
             if self._before:
                 with torch.no_grad():
-                    before = self._before[0](**inputs).logits[labelled].float().log_softmax(-1)
-                parts["kl"] = (log_p.exp() * (log_p - before)).sum()
+                    lm = self._before[0]
+                    _, before = predictions(lm, lm.base_model, batch)
+                    before = before.log_softmax(-1)
+                parts["kl"] = (log_q.exp() * (log_q - before)).sum()
                 loss = loss + self.kl * parts["kl"]
-            parts["entropy"] = -(log_p.exp() * log_p).sum()
+            parts["entropy"] = -(log_q.exp() * log_q).sum()
             loss = loss - self.entropy * parts["entropy"]
         if self.countdown:
             counted = [

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.hindsight import Record, drop
-from edge_slm_runtime.command import END, CommandSchema
+from edge_slm.distill.soft_labels import SoftLabels
+from edge_slm_runtime.command import END, Command, CommandSchema
 
 IGNORED = -100  # PyTorch's cross-entropy skips this label
 Ids = npt.NDArray[np.int64]
@@ -33,6 +34,12 @@ class Encoded:
     response: list[int]  # a record's with END
     record: Record | None
     begun: list[int]  # per response token: words begun before it; empty for general text
+
+    def prompt(self, schema: CommandSchema, command: Command | None = None) -> list[int]:
+        """Token ids before the response, with another command than the record's own."""
+        if self.record is None:
+            return [0]  # END
+        return schema.frame(self.request, command or self.record.command)
 
 
 def encode_records(
@@ -75,7 +82,9 @@ class Batch:
     """Arrays [rows, length]. segment: number of the record in its row; -1 is padding.
 
     so_far, remaining: words of the response begun before the labelled token, and from it on;
-    IGNORED where unknown (`remaining`: where the command has no length).
+    IGNORED where unknown (`remaining`: where the command has no length). soft_ids,
+    soft_log_p [rows, length, k]: the teacher's likeliest tokens at each label and their log
+    probabilities; k is 0 without a teacher.
     """
 
     ids: Ids
@@ -84,6 +93,8 @@ class Batch:
     segment: Ids
     so_far: Ids
     remaining: Ids
+    soft_ids: Ids
+    soft_log_p: npt.NDArray[np.float32]
 
     def rows(self, which: slice) -> Batch:
         """A batch of these rows."""
@@ -108,11 +119,14 @@ class Packer:
         dropout: float,
         seed: int,
         bare: float = 0.0,
+        soft_labels: SoftLabels | None = None,
     ) -> None:
-        """dropout: of each axis of a command; bare: of all at once."""
+        """dropout: of each axis of a command; bare: of all at once. soft_labels: they have all
+        records, each under its whole command, which is taught under a dropped one too."""
         self._records, self._schema = records, schema
         self._rows, self._length, self._seed = rows, length, seed
         self._dropout, self._bare = dropout, bare
+        self._soft = soft_labels
 
     def _size(self, record: Encoded) -> int:
         overhead = self._schema.overhead if record.record else 1
@@ -152,17 +166,18 @@ class Packer:
         ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         labels, segment, so_far, remaining = (np.full(shape, IGNORED) for _ in range(4))
         segment[:] = -1
+        top_k = self._soft.top_k if self._soft else 0
+        soft_ids = np.zeros((*shape, top_k), np.int64)
+        soft_log_p = np.zeros((*shape, top_k), np.float32)
         for r, row in enumerate(rows):
             at = 0
             for s, index in enumerate(row):
                 encoded = self._records[index]
-                prompt, has_length = [0], False  # END is id 0
-                if encoded.record:
-                    command = encoded.record.command
-                    if encoded.record.kind != "mismatch":  # which is wrong without its level
-                        command = drop(command, self._dropout, rng, self._bare)
-                    prompt = self._schema.frame(encoded.request, command)
-                    has_length = command.words is not None
+                command = encoded.record.command if encoded.record else None
+                # A mismatch is wrong without its level.
+                if encoded.record and encoded.record.kind != "mismatch":
+                    command = drop(encoded.record.command, self._dropout, rng, self._bare)
+                prompt = encoded.prompt(self._schema, command)
                 tokens = prompt + encoded.response
                 stop = at + len(tokens)
                 ids[r, at:stop] = tokens
@@ -174,7 +189,10 @@ class Packer:
                 if encoded.begun:
                     begun = np.asarray(encoded.begun)
                     so_far[r, labelled] = begun
-                    if has_length:
+                    if command and command.words is not None:
                         remaining[r, labelled] = begun[-1] - begun
+                if self._soft:
+                    whole = encoded.prompt(self._schema) + encoded.response
+                    soft_ids[r, labelled], soft_log_p[r, labelled] = self._soft[whole]
                 at = stop
-        return Batch(ids, positions, labels, segment, so_far, remaining)
+        return Batch(ids, positions, labels, segment, so_far, remaining, soft_ids, soft_log_p)

@@ -52,6 +52,7 @@ _NEWER = {
     "train": ["evaluate_rows"],
     "stages": ["rounded"],
     "explore": "engine keep own_share rounded".split(),
+    "distillation": "weight top_k temperature".split(),
 }
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it becomes part of a token
 
@@ -126,7 +127,8 @@ class HindsightRecipe(_Section):
 
 
 class ModelRecipe(_Section):
-    """The shape of a fresh model; with `init`, only `positions` and `dropout` count."""
+    """The shape of a fresh model; with `init`, only `positions` and `dropout` count. With a
+    teacher checkpoint, the vocabulary is its own."""
 
     init: str = ""  # to start from: a checkpoint's folder or hub name, or a GGUF file
     trim: int = Field(default=0, ge=0)  # with `init`: tokens to keep, those that the data uses
@@ -199,6 +201,14 @@ class TrainRecipe(_Section):
     evaluate_rows: int = Field(default=0, ge=0)  # held-out records to evaluate on; 0: all
 
 
+class DistillationRecipe(_Section):
+    """Learning from the next-token distributions of a teacher checkpoint (`soft_labels`)."""
+
+    weight: float = Field(default=0.0, ge=0, le=1)  # of their loss; that of the texts has the rest
+    top_k: int = Field(default=32, ge=1)  # likeliest tokens that are kept of a distribution
+    temperature: float = Field(default=1.0, gt=0)
+
+
 class StageRecipe(_Section):
     """One stage of transfer: general text, all tasks, or some (cf. arXiv 2210.03871)."""
 
@@ -239,6 +249,7 @@ class Recipe(_Section):
     hindsight: HindsightRecipe = HindsightRecipe()
     model: ModelRecipe = ModelRecipe()
     train: TrainRecipe = TrainRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
     stages: tuple[StageRecipe, ...] = Field(min_length=1)
     explore: ExploreRecipe = ExploreRecipe()
 
@@ -319,6 +330,7 @@ class Recipe(_Section):
                 "teacher": None,  # the samples that it wrote are there
                 "hindsight": self.hindsight.model_copy(update=h),
                 "train": self.train.model_copy(update={"countdown": 0.0}),
+                "distillation": DistillationRecipe(),
                 "stages": (*first, last),
                 "explore": ExploreRecipe(),
             }
@@ -341,4 +353,6 @@ class Recipe(_Section):
                     default = type(part).model_fields[name].default
                     if values[name] == json.loads(json.dumps(default)):
                         del values[name]
+            if stored == {}:
+                del data[section]
         return data

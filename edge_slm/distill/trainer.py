@@ -30,6 +30,7 @@ from edge_slm.distill.packing import Batch, Encoded, Packer
 from edge_slm.distill.precision import use_bf16
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.rounding import rounded
+from edge_slm.distill.soft_labels import SoftLabels
 from edge_slm.progress import StageProgress
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError, OutOfMemory
@@ -49,6 +50,7 @@ class Stage:
     kl: float = 0.0
     entropy: float = 0.0
     rounded: bool = False  # whether passes are computed with int4 weights
+    soft_labels: SoftLabels | None = None  # of a teacher, for the records of `train`
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -142,6 +144,7 @@ class Trainer:
                 dropout=h.command_dropout * learning,
                 bare=h.bare_share * learning,
                 seed=recipe.seed,
+                soft_labels=stage.soft_labels if learning else None,
             )
             for encoded, learning in ((stage.train, True), (valid, False))
         )
@@ -302,10 +305,10 @@ class Trainer:
 
     def remark(self) -> str:
         """The last figures, for the progress bar."""
-        valid = f", held-out {self.last['valid_loss']}" if "valid_loss" in self.last else ""
-        return (
-            f"loss {self.last['cross_entropy']}{valid}, {self.last['tokens_per_second']} tokens/s"
-        )
+        last = self.last
+        teacher = f", teacher KL {last['teacher_kl']}" if "teacher_kl" in last else ""
+        valid = f", held-out {last['valid_loss']}" if "valid_loss" in last else ""
+        return f"loss {last['cross_entropy']}{teacher}{valid}, {last['tokens_per_second']} tokens/s"
 
     # -- files ------------------------------------------------------------------
 

@@ -58,6 +58,10 @@ def test_the_digest_is_of_the_settings_not_of_the_file(tmp_path: Path) -> None:
         (SMALL + "tasks = ['tags']\n", "settings for 'tags'"),
         (SMALL + "[explore]\nrounds = 1\n", "tokens of every stage and round"),
         (SMALL + "[reward]\nrelevance = 0\n", "one of the weights"),
+        (
+            SMALL + "[distillation]\nweight = 2\n",
+            r"distillation\.weight: .* less than or equal to 1",
+        ),
         (SMALL + "[train]\nmicro_tokens = 8\n", "micro_tokens must be at least"),
         (SMALL.replace("10_000", "100"), "tokens of every stage"),
         (SMALL.replace("10_000", "-1"), r"stages\.0\.tokens: Input should be greater than 0"),
