@@ -115,7 +115,9 @@ class TeacherCheckpoint:
         name = f"{self.digest}/{settings.top_k}/{settings.temperature}"
         folder = self.cache / hashlib.sha256(name.encode()).hexdigest()[:16]
         labels = SoftLabels(folder, settings.top_k, self.decoder.vocab_size)
-        missing = [e for e in records if e.prompt(schema) + e.response not in labels]
+        # Each once, so that a continued run packs what is left as an undisturbed one did.
+        tokens = {tuple(e.prompt(schema) + e.response): e for e in records}
+        missing = [e for whole, e in tokens.items() if whole not in labels]
         if missing:
             with locked_folder(folder), translate_out_of_memory(recipe):
                 lm = self._model(device)
