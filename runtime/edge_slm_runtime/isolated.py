@@ -167,9 +167,10 @@ class IsolatedSLM:
                     self._kill()
 
     def _start(self) -> _Loaded:
+        executable, environment = interpreter()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            [executable, "-c", f"from {__name__} import serve; serve()"],
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -218,6 +219,17 @@ class IsolatedSLM:
             assert pipe is not None
             with suppress(OSError):
                 pipe.close()
+
+
+def interpreter() -> tuple[str, dict[str, str]]:
+    """Python and the environment for a process that imports what this one does. Raises
+    EngineError in a frozen app, which would start itself again and again."""
+    if getattr(sys, "frozen", False):
+        raise errors.EngineError(
+            "a frozen app has no Python to start another process with",
+            "load without isolate; install models with Python",
+        )
+    return sys.executable, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _end(status: int) -> str:
