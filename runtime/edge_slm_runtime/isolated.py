@@ -100,12 +100,19 @@ class IsolatedSLM:
         return answer
 
     def generate_batch(
-        self, requests: Iterable[Request], batch_size: int = 8
+        self, requests: Iterable[str | Request], batch_size: int = 8, **settings: Any
     ) -> Iterator[Generation]:
         """As `SLM.generate_batch`, of requests that are all drawn before the first answer."""
-        for message in self._ask("batch", list(requests), batch_size):
+        if isinstance(requests, str | Request):
+            raise errors.BadSetting("requests is a single request", "give a list of them")
+        asked = [Request.of(request, **settings) for request in requests]
+        for message in self._ask("batch", asked, batch_size):
             assert isinstance(message, Generation)
             yield message
+
+    def variations(self, request: str | Request, n: int = 4, **settings: Any) -> list[Generation]:
+        """As `SLM.variations`."""
+        return list(self._ask("variations", Request.of(request, **settings), n))
 
     def stream(self, request: str | Request, **settings: Any) -> Iterator[str | Generation]:
         """The pieces of the text as they become sure, then the Generation. Closing the iterator
@@ -285,6 +292,10 @@ def _serve(calls: IO[bytes], out: IO[bytes]) -> None:
 
 def _answer(slm: Any, call: tuple[Any, ...], calls: IO[bytes], out: IO[bytes]) -> None:
     kind, what, *rest = call
+    if kind == "variations":
+        for answer in slm.variations(what, *rest):
+            _write(out, answer)
+        return
     if kind == "batch":
         answers = slm.generate_batch(what, *rest)
         for answer in answers:
