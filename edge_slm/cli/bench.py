@@ -21,9 +21,8 @@ from edge_slm.cli.console import (
     reporter,
     stdout_console,
 )
-from edge_slm.cli.options import Number, Numbers, counts, folder, names
+from edge_slm.cli.options import Number, Numbers, bundle_type, counts, folder, names
 from edge_slm_runtime.errors import BenchRegression, CheckpointError, VariantNotFound
-from edge_slm_runtime.installed import find_bundle
 
 if TYPE_CHECKING:
     from edge_slm_bench.metrics.examples import Example
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
         "bench --compare before/report.json after/report.json",
     ),
 )
-@click.argument("bundles", nargs=-1, type=find_bundle)
+@click.argument("bundles", nargs=-1, type=bundle_type)
 @click.option("--variants", type=names, help="Comma-separated.  [default: all]")
 @click.option(
     "--peers",

@@ -11,7 +11,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command(
-    short_help="Print a script that completes commands, options and tasks.",
+    short_help="Print a script that completes commands, options, bundles and tasks.",
     epilog=examples(
         "completion bash >> ~/.bashrc",
         "completion zsh >> ~/.zshrc",
@@ -21,7 +21,7 @@ SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print a script for SHELL that completes commands, options and tasks.
+    """Print a script for SHELL that completes commands, options, bundles and tasks.
 
     The tasks are those of --bundle, if it stands before --task.
     """

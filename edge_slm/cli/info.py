@@ -8,16 +8,16 @@ import click
 
 import edge_slm
 from edge_slm.cli.console import emit_json, examples, human_bytes, json_option, stdout_console
+from edge_slm.cli.options import bundle_type
 from edge_slm_runtime.bundle import Manifest, read_manifest
 from edge_slm_runtime.description import model_facts
-from edge_slm_runtime.installed import find_bundle
 
 
 @click.command(
     short_help="Show what a bundle holds, or list the installed models.",
     epilog=examples("info", "info my-bundle --json"),
 )
-@click.argument("bundle", type=find_bundle, required=False)
+@click.argument("bundle", type=bundle_type, required=False)
 @json_option
 def info(bundle: Path | None, as_json: bool) -> None:
     """Show the model, the commands and the variants of BUNDLE.

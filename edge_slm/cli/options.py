@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 import edge_slm
 from edge_slm_runtime.bundle import read_manifest
@@ -38,7 +39,22 @@ def _tasks(context: click.Context, option: click.Parameter, begun: str) -> list[
     return [task for task in tasks if task.startswith(begun)]
 
 
-bundle_argument = click.argument("bundle", type=find_bundle, default=edge_slm.shipped_bundle)
+class Bundle(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """The folder of a bundle that is given by its path or by the name of an installed model."""
+
+    name = "bundle"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        return find_bundle(value)
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        models = [name for name in edge_slm.installed_models() if name.startswith(incomplete)]
+        # bash forgets what comes before "dir".
+        return [CompletionItem(incomplete, type="dir"), *map(CompletionItem, models)]
+
+
+bundle_type = Bundle()
+bundle_argument = click.argument("bundle", type=bundle_type, default=edge_slm.shipped_bundle)
 
 threads_option = click.option(
     "--threads",
@@ -65,7 +81,7 @@ engine_options = _together(
 model_options = _together(
     click.option(
         "--bundle",
-        type=find_bundle,
+        type=bundle_type,
         metavar="BUNDLE",
         help="Bundle folder, or name of an installed model.  [default: the bundle shipped]",
     ),

@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from edge_slm.cli.console import emit_json, examples, json_option, say
-from edge_slm.cli.options import folder, names
+from edge_slm.cli.options import bundle_type, folder, names
 from edge_slm_runtime.errors import DataError
-from edge_slm_runtime.installed import find_bundle
 
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -18,7 +17,7 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
     short_help="Make a bundle a package that pip installs.",
     epilog=examples("package my-bundle models/my-model --license MIT"),
 )
-@click.argument("bundle", type=find_bundle)
+@click.argument("bundle", type=bundle_type)
 @click.argument("out", type=folder)
 @click.option("--license", required=True, metavar="SPDX", help="Such as Apache-2.0.")
 @click.option(

@@ -9,10 +9,9 @@ from tempfile import TemporaryDirectory
 import click
 
 from edge_slm.cli.console import emit_json, examples, json_option, reporter, say
-from edge_slm.cli.options import folder, names
+from edge_slm.cli.options import bundle_type, folder, names
 from edge_slm_runtime.errors import BadSetting
 from edge_slm_runtime.files import write_aside
-from edge_slm_runtime.installed import find_bundle
 from edge_slm_runtime.store import Store
 
 _key = click.option(
@@ -121,7 +120,7 @@ def prune(remove: str | None, as_json: bool) -> None:
     short_help="Make a bundle one file.",
     epilog=examples("pack my-bundle my-bundle.tar.zst --variants onnx-int8"),
 )
-@click.argument("bundle", type=find_bundle)
+@click.argument("bundle", type=bundle_type)
 @click.argument("out", type=folder)
 @click.option("--variants", type=names, help="Comma-separated, to keep.  [default: all]")
 @json_option
@@ -150,7 +149,7 @@ def pack(bundle: Path, out: Path, variants: tuple[str, ...] | None, as_json: boo
         "sign --new-key --key release.key", "sign my-bundle --key release.key --version 3"
     ),
 )
-@click.argument("bundle", type=find_bundle, required=False)
+@click.argument("bundle", type=bundle_type, required=False)
 @click.option("--key", type=folder, required=True, help="File of the private key, in hex.")
 @click.option("--new-key", is_flag=True, help="Make the file --key, and print the public key.")
 @click.option("--version", type=click.IntRange(min=1), help="Number the release first.")

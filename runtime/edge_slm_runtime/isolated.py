@@ -100,12 +100,19 @@ class IsolatedSLM:
         return answer
 
     def generate_batch(
-        self, requests: Iterable[Request], batch_size: int = 8
+        self, requests: Iterable[str | Request], batch_size: int = 8, **settings: Any
     ) -> Iterator[Generation]:
         """As `SLM.generate_batch`, of requests that are all drawn before the first answer."""
-        for message in self._ask("batch", list(requests), batch_size):
+        if isinstance(requests, str | Request):
+            raise errors.BadSetting("requests is a single request", "give a list of them")
+        asked = [Request.of(request, **settings) for request in requests]
+        for message in self._ask("batch", asked, batch_size):
             assert isinstance(message, Generation)
             yield message
+
+    def variations(self, request: str | Request, n: int = 4, **settings: Any) -> list[Generation]:
+        """As `SLM.variations`."""
+        return list(self._ask("variations", Request.of(request, **settings), n))
 
     def stream(self, request: str | Request, **settings: Any) -> Iterator[str | Generation]:
         """The pieces of the text as they become sure, then the Generation. Closing the iterator
@@ -167,9 +174,10 @@ class IsolatedSLM:
                     self._kill()
 
     def _start(self) -> _Loaded:
+        executable, environment = interpreter()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            [executable, "-c", f"from {__name__} import serve; serve()"],
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -218,6 +226,17 @@ class IsolatedSLM:
             assert pipe is not None
             with suppress(OSError):
                 pipe.close()
+
+
+def interpreter() -> tuple[str, dict[str, str]]:
+    """Python and the environment for a process that imports what this one does. Raises
+    EngineError in a frozen app, which would start itself again and again."""
+    if getattr(sys, "frozen", False):
+        raise errors.EngineError(
+            "a frozen app has no Python to start another process with",
+            "load without isolate; install models with Python",
+        )
+    return sys.executable, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _end(status: int) -> str:
@@ -273,6 +292,10 @@ def _serve(calls: IO[bytes], out: IO[bytes]) -> None:
 
 def _answer(slm: Any, call: tuple[Any, ...], calls: IO[bytes], out: IO[bytes]) -> None:
     kind, what, *rest = call
+    if kind == "variations":
+        for answer in slm.variations(what, *rest):
+            _write(out, answer)
+        return
     if kind == "batch":
         answers = slm.generate_batch(what, *rest)
         for answer in answers:

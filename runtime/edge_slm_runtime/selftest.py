@@ -9,7 +9,6 @@ processor may end the process that loads it.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from edge_slm_runtime.bundle import Golden, Manifest, Variant
 from edge_slm_runtime.errors import EngineNotInstalled, SelfTestFailed
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.integrity import verify_structure
+from edge_slm_runtime.isolated import interpreter
 from edge_slm_runtime.memory import peak_rss_mb
 
 TIMEOUT = 300.0  # seconds; the numba engine compiles in its first process
@@ -103,9 +103,9 @@ def _judge(test: VariantTest, max_ms: float | None, max_mb: float | None) -> Non
 
 
 def _in_process(folder: Path, variant: Variant) -> VariantTest | None:
-    """None when the engine is not installed. Raises SelfTestFailed."""
-    command = [sys.executable, "-m", __name__, str(folder), variant.name]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """None when the engine is not installed. Raises SelfTestFailed, EngineError."""
+    executable, environment = interpreter()
+    command = [executable, "-m", __name__, str(folder), variant.name]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, timeout=TIMEOUT, check=False

@@ -51,7 +51,13 @@ def completions(*words: str) -> list[str]:
         "COMP_CWORD": str(len(words)),
     }
     done = subprocess.run(EDGE_SLM, env=environment, capture_output=True, text=True, check=False)
-    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+    return [line.removeprefix("plain,") for line in done.stdout.splitlines() if line]
+
+
+@pytest.mark.parametrize("words", [("generate", "--bundle"), ("verify",), ("pack",)])
+def test_bundles_are_completed(words: tuple[str, ...]) -> None:
+    assert completions(*words, "") == ["dir,", *edge_slm.installed_models()]
+    assert completions(*words, "./my") == ["dir,./my"]
 
 
 def test_tasks_and_commands_are_completed(tiny_bundle: Path) -> None:

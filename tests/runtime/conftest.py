@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edge_slm_runtime import SLM, CommandSchema, load
+from edge_slm_runtime.decoder import Traits
+from edge_slm_runtime.kernels import compiled
 from edge_slm_runtime.text import TextCodec
 
 # Those that may guess tokens, those that our own sampler steps, and all.
@@ -16,6 +20,9 @@ STEPPED = [
     ("onnxruntime", "int4"),
     *GUESSING,
 ]
+GPT2 = Traits("layer", "learned", "plain")
+IMAGES = sys.platform == "linux" and platform.machine() == "x86_64"
+needs_images = pytest.mark.skipif(not IMAGES, reason="images are for x86-64 Linux")
 VARIANTS = [*STEPPED, ("ctranslate2", "fp32"), ("ctranslate2", "int8")]
 
 
@@ -47,3 +54,9 @@ def stepped_slm(request: pytest.FixtureRequest, tiny_bundle: Path) -> Iterator[S
     engine, precision = request.param
     with load(tiny_bundle, engine, precision, threads=1) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def code(object_files: dict[Traits, bytes]) -> bytes:
+    """An object file, really compiled; where the cache of this user held an image, only now."""
+    return object_files.get(GPT2) or compiled._compile(GPT2)

@@ -5,46 +5,33 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import platform
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 from typing import Any
 
-import numpy as np
 import pytest
 
-from edge_slm_runtime import load, read_manifest
+from edge_slm_runtime import load
 from edge_slm_runtime.decoder import Traits
-from edge_slm_runtime.engines.base import EngineOptions
-from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.kernels import compiled
-from edge_slm_runtime.kernels.elf import flat_image
 
+from .conftest import GPT2, IMAGES, needs_images
 from .test_process import python
 
 pytestmark = pytest.mark.slow
 
-IMAGES = sys.platform == "linux" and platform.machine() == "x86_64"
-needs_images = pytest.mark.skipif(not IMAGES, reason="images are for x86-64 Linux")
-GPT2 = Traits("layer", "learned", "plain")
 ANSWER = """
 import sys, edge_slm_runtime
 with edge_slm_runtime.load(sys.argv[1], "numba", "int8", threads=2) as slm:
     answer = slm.generate("a cosy cabin", max_new_tokens=9)
 print(*{"numba", "llvmlite"} & set(sys.modules), "ids", *answer.token_ids)
 """
-
-
-@pytest.fixture(scope="module")
-def code(object_files: dict[Traits, bytes]) -> bytes:
-    """An object file, really compiled; where the cache of this user held an image, only now."""
-    return object_files.get(GPT2) or compiled._compile(GPT2)
 
 
 class Compiler:
@@ -327,78 +314,3 @@ def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_traits_are_in_the_key() -> None:
     assert compiled._key(GPT2) != compiled._key(GPT2._replace(norm="rms"))
-
-
-# -- images ------------------------------------------------------------------------
-
-
-@needs_images
-def test_an_image_computes_what_the_object_does(
-    code: bytes, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    """Wherever in memory it lies."""
-    for name in ("one", "other"):
-        compiled._write(tmp_path / name, flat_image(code, "entry"))
-    entries = [compiled._linked(code), *(compiled._mapped(tmp_path / n) for n in ("one", "other"))]
-    found = []
-    for entry in entries:
-        facts = read_manifest(tiny_bundle).model
-        engine = NumbaEngine(tiny_bundle / "numba-int4", facts, EngineOptions(threads=2))
-        engine.team._entry = entry
-        step = engine.new_pass(engine.new_cache(1).array, 50, 50)
-        found.append(step.run([range(70, 120)], [0]).copy())
-        engine.close()
-    np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_array_equal(found[0], found[2])
-
-
-def emitted(text: str) -> bytes:
-    """The object file of LLVM's assembly."""
-    llvm, target = compiled._target()
-    return bytes(target.emit_object(llvm.parse_assembly(text)))
-
-
-OUTSIDE = """
-declare i32 @puts(i8*)
-define i32 @entry(i8* %x) {
-  %y = call i32 @puts(i8* %x)
-  ret i32 %y
-}"""
-VARIABLE = """
-@count = internal global i64 7
-define i64 @entry() {
-  %x = load volatile i64, i64* @count
-  store volatile i64 8, i64* @count
-  ret i64 %x
-}"""
-ZEROS = VARIABLE.replace("7", "0")
-ADDRESS = """
-@table = internal constant [2 x i8*] [i8* null, i8* bitcast (i64 ()* @entry to i8*)]
-define i64 @entry() {
-  %x = load volatile i8*, i8** getelementptr ([2 x i8*], [2 x i8*]* @table, i64 0, i64 1)
-  %y = ptrtoint i8* %x to i64
-  ret i64 %y
-}"""
-
-
-@needs_images
-@pytest.mark.parametrize("text", [OUTSIDE, VARIABLE, ZEROS, ADDRESS])
-def test_code_that_is_not_alone_is_no_image(text: str) -> None:
-    with pytest.raises(ValueError, match="code "):
-        flat_image(emitted(text), "entry")
-
-
-@needs_images
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda code: b"",
-        lambda code: code[:40],
-        lambda code: b"MZ" + code[2:],
-        lambda code: code[:4] + b"\x01" + code[5:],  # of 32 bits
-        lambda code: code[:18] + b"\xb7\0" + code[20:],  # for AArch64
-    ],
-)
-def test_another_format_is_no_image(code: bytes, change: Callable[[bytes], bytes]) -> None:
-    with pytest.raises(ValueError, match=r"not a 64-bit ELF file|code for machine"):
-        flat_image(change(code), "entry")

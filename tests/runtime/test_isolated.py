@@ -13,6 +13,7 @@ import pytest
 
 import edge_slm
 from edge_slm_runtime.errors import (
+    BadSetting,
     BundleNotFound,
     EmptyRequest,
     EngineError,
@@ -42,6 +43,10 @@ def test_it_answers_as_the_model_does(slm: IsolatedSLM, tiny_bundle: Path) -> No
         wanted = here.generate(ASKED)
         assert slm.generate(ASKED).token_ids == wanted.token_ids
         assert [one.text for one in slm.generate_batch([ASKED] * 3, 2)] == [wanted.text] * 3
+        told = {"max_new_tokens": 12, "keep_length": False}
+        assert [one.text for one in slm.generate_batch(["a red fox"], **told)] == [wanted.text]
+        several = [one.token_ids for one in here.variations(ASKED, 2, seed=3)]
+        assert [one.token_ids for one in slm.variations(ASKED, 2, seed=3)] == several
         *pieces, last = slm.stream(ASKED)
         assert isinstance(last, Generation)
         assert "".join(map(str, pieces)) == last.text == wanted.text
@@ -58,6 +63,10 @@ def test_errors_are_those_of_the_model_and_end_nothing(slm: IsolatedSLM) -> None
         slm.generate("a fox", words=10**9)
     with pytest.raises(TypeError):
         slm.generate("a fox", no_such_setting=1)
+    with pytest.raises(BadSetting, match="a list"):
+        next(slm.generate_batch("a fox"))
+    with pytest.raises(BadSetting, match="n is 0"):
+        slm.variations("a fox", 0)
     assert slm.generate(ASKED).text
     assert child(slm) == before
 

@@ -153,7 +153,8 @@ def _compile(traits: Traits) -> bytes:
         import numba  # noqa: F401 - is it there?
 
         getLogger("edge_slm").warning(
-            "compiling the kernels for this processor, once: about 20 seconds"
+            "compiling the kernels for this processor, once: 10 to 15 seconds, "
+            "about a minute on older processors"
         )
         return _object_file(traits)
     except Exception as error:
