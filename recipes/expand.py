@@ -37,13 +37,13 @@ from edge_slm_runtime.command import Command
 from edge_slm_runtime.files import write_jsonl
 from edge_slm_runtime.keywords import coverage, words_of
 
-CANDIDATES, KEEP, TEMPERATURE = 6, 3, 0.75
+CANDIDATES, KEEP, TEMPERATURE = 4, 3, 0.75
 HELD_PERCENT = 6  # of requests, which the recipes hold out
 COHERENCE = 0.15  # of the reward, per nat
 WORDS = {  # asked for, at least and at most
     "image": (14, 70),
-    "video": (24, 100),
-    "design": (40, 100),
+    "video": (24, 80),
+    "design": (40, 80),
     "lettering": (20, 50),
     "scene": (8, 16),
     "tags": (4, 12),
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help="whose words are known")
     parser.add_argument("--each", nargs="+", required=True, help="task=requests")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--rows", type=int, default=256)
     given = parser.parse_args()
     known: Counter[str] = Counter()
     for folder in given.samples:

@@ -77,6 +77,8 @@ class EpisodeGenerator:
         try:
             import torch
             from transformers import AutoModelForCausalLM
+
+            from edge_slm.distill.kv_cache import GROUPED
         except ImportError:
             raise DependencyMissing(
                 "sampling needs torch and transformers", "pip install 'edge-slm[train]'"
@@ -89,7 +91,9 @@ class EpisodeGenerator:
         dtype = torch.bfloat16 if (not on_cpu if bf16 is None else bf16) else torch.float32
         try:
             self.codec = TextCodec(folder / "tokenizer.json", PromptForm.commanded(self.schema))
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=GROUPED
+            )
         except (OSError, ValueError, ManifestInvalid) as error:
             raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
         self._model = model.to(self.device).eval()
