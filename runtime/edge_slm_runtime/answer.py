@@ -16,9 +16,10 @@ from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
+from edge_slm_runtime.lexicon import KnownWords
 from edge_slm_runtime.prompt_syntax import Placer, Shielded
 from edge_slm_runtime.repeats import Repeats
-from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
+from edge_slm_runtime.sampling import Logits, Refusal, Sampler, Sampling, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
 FinishReason = Literal[
@@ -38,7 +39,7 @@ class Plan:
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
     they are recorded. `keep`: phrases that it has. `choices`: it is one of these.
-    deadline_ms: None is none.
+    deadline_ms: None is none. known: the words that it may have, None is any.
     """
 
     request: str
@@ -60,6 +61,7 @@ class Plan:
     deadline_ms: float | None = None
     no_repeat_words: bool = False
     texts: tuple[str, ...] = ()
+    known: KnownWords | None = None
 
 
 class _Doubt(NamedTuple):
@@ -179,7 +181,8 @@ class Answer:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from = logits
-            token = self._sampler.pick(logits, self._says_again if self._repeats else None)
+            again = self._says_again if self._repeats else None
+            token = self._sampler.pick(logits, again, self._unknown())
         if token in self.ends and self._keeper and self._keeper.in_sentence(self.text):
             token = self._to_sentence_end(self._keeper)
         if self._own is not None:
@@ -242,7 +245,9 @@ class Answer:
         others[[*self.ends]] = -np.inf
         best = int(others.argmax())
         mark = self._detokenizer.peek(best)
+        unknown = self._unknown()
         full_stop = ending(self.text + mark) == SENTENCE and self._fits(mark)
+        full_stop = full_stop and not (unknown and unknown(best))
         if full_stop and log_probability(others, (best,)) > _HALF:
             self._is_last = True
         elif keeper.is_prose(self.text):
@@ -256,14 +261,14 @@ class Answer:
     def _allowed(self, logits: Logits, *, again: bool = False) -> int:
         """A token that is not refused, and proves no banned phrase; `again` of these logits."""
         pick = self._sampler.draw if again else self._sampler.pick
-        token = pick(logits, self._refuses)
+        token = pick(logits, self._refuses, self._unknown())
         while self._doubts and self._closes(token) is not None:
             before = self._doubts.pop()
             for _ in range(2):  # the token, and the one that began the doubt
                 self._sampler.take_back()
             self.ids.pop()
             self.text, self._detokenizer.state, logits, self._own = before
-            token = self._sampler.draw(logits, self._refuses)
+            token = self._sampler.draw(logits, self._refuses, self._unknown())
         self._from, self._word_stays = logits, False
         if self._bans and token not in self.ends and self._bans.open(self._text_with(token)):
             others = logits.copy()
@@ -282,6 +287,11 @@ class Answer:
             return True
         end = self._closes(token) if self._bans else None
         return end is not None and not (self._doubts and end <= len(self.text))
+
+    def _unknown(self) -> Refusal | None:
+        """Whether a token makes a word that is not known."""
+        known = self.plan.known
+        return known.refusal(self.text, self._detokenizer.state[0]) if known else None
 
     def _says_again(self, token: int) -> bool:
         if self._repeats is None:
@@ -337,6 +347,9 @@ class Answer:
             self.text = self.text.rstrip()
             if self._bans:  # it may have been cut within a word
                 self.text = self._bans.without_open(self.text, self._shown)
+            if self.plan.known:
+                whole = max(self.plan.known.whole(self.text), self._shown)
+                self.text = self.text[:whole].rstrip()
         end = len(self.text) if done else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)
         piece = self.text[shown : self._shown]
@@ -365,6 +378,8 @@ class Answer:
         """Characters that will not be taken back: not the white space at the end,
         not what may become a stop sequence, not what a cut may remove."""
         sure = len(self.text) - self._stops.held(self.text)
+        if self.plan.known:
+            sure = min(sure, self.plan.known.whole(self.text))
         if self._bans:
             sure = len(self._bans.without_open(self.text[:sure], self._shown))
         if self._doubts:
