@@ -26,6 +26,7 @@ _FILE = re.compile(rb"(?:[a-z\x80-\xbf\xc3-\xc9]{1,%d}\n)+" % LONGEST)  # up to 
 # Other characters, the last of which may lack bytes: letters of other scripts, or by the first
 # byte punctuation and symbols (nearly all of them).
 _OTHER = re.compile(rb"(?:([\xca-\xe1\xe3-\xef])|[\xc0-\xc2\xe2\xf0-\xff])[\x80-\xbf]*")
+_INNER = {bytes([byte]) for byte in range(0x80, 0xC0)}  # which begin no character
 _SPACE, _FREE = b" ", b"0"
 _DIGITS = b"0123456789_"
 _CLASSES = bytes(
@@ -67,11 +68,13 @@ class KnownWords:
 
     def refusal(self, text: str, pending: bytes) -> Callable[[int], bool]:
         """Whether a token must not follow `text` and the bytes `pending` of its next character:
-        where it begins or ends a word that is not known."""
-        start = self._begun(text) + pending
+        where it begins or ends a word that is not known, or breaks a character."""
+        start, inside = self._begun(text) + pending, pending != b""
 
         def refuses(token: int) -> bool:
             more = _SPACE if token in self._ends else self._bytes_of(token)
+            if (more[:1] in _INNER) is not inside:
+                return True
             *ended, last = _spelled(start + more).split(_SPACE)
             return not (all(map(self._may_end, ended)) and self._may_go_on(last))
 
