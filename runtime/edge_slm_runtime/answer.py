@@ -5,73 +5,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from edge_slm_runtime.bans import bans_of, is_word
 from edge_slm_runtime.choices import Choices
-from edge_slm_runtime.command import Command, count_words
+from edge_slm_runtime.command import count_words
 from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
-from edge_slm_runtime.lexicon import KnownWords
-from edge_slm_runtime.prompt_syntax import Placer, Shielded
+from edge_slm_runtime.plan import FinishReason, Plan
+from edge_slm_runtime.prompt_syntax import Placer
 from edge_slm_runtime.repeats import Repeats
-from edge_slm_runtime.sampling import Logits, Refusal, Sampler, Sampling, log_probability
+from edge_slm_runtime.sampling import Logits, Refusal, Sampler, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
-
-FinishReason = Literal[
-    "stop", "length", "stop_sequence", "max_tokens", "context", "cancelled", "deadline"
-]
 
 _WORD_TOKENS = 8  # more than most words have
 _HALF = math.log(0.5)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A checked request: the prompt of the model, and the limits of the answer.
+class _Before(NamedTuple):
+    """The state before a token that may be taken back: how many came before, the logits without
+    it, and the model's own where they are needed."""
 
-    texts: those of `keep` that are to be shown in quotation marks.
-    budget: tokens that may be generated; `limit` is the finish reason when they
-    are used up. `words` is None unless the length promise holds. `syntax` is put back into
-    the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
-    they are recorded. `keep`: phrases that it has. `choices`: it is one of these.
-    deadline_ms: None is none. known: the words that it may have, None is any.
-    """
-
-    request: str
-    asked: Command
-    commanded: Command
-    warnings: tuple[str, ...]
-    prompt: tuple[int, ...]
-    budget: int
-    limit: Literal["max_tokens", "context"]
-    words: int | None
-    stop: tuple[str, ...]
-    sampling: Sampling
-    cache_key: str = ""
-    syntax: Shielded | None = None
-    ban: tuple[str, ...] = ()
-    logprobs: bool = False
-    keep: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    deadline_ms: float | None = None
-    no_repeat_words: bool = False
-    texts: tuple[str, ...] = ()
-    known: KnownWords | None = None
-
-
-class _Doubt(NamedTuple):
-    """A token after which the text ends in a banned phrase, unless its last word goes on: the
-    state before it, the logits without it, and the model's own where they are needed."""
-
+    count: int
     text: str
     bytes: tuple[bytes, int]
     logits: Logits
     own: Logits | None
+    word_stays: bool
 
 
 class Step(NamedTuple):
@@ -89,7 +52,8 @@ class Answer:
     `may_end` and feeds `accept`.
 
     `choose` may take back the last tokens, and return one in the place of the first of them:
-    those whose text proves to end in a banned phrase once the next token is known.
+    those whose text proves to end in a banned phrase once the next token is known, and those of
+    a word that cannot well become a known one.
     """
 
     def __init__(self, plan: Plan, codec: TextCodec, started: float) -> None:
@@ -117,7 +81,9 @@ class Answer:
         self._placer = Placer(plan.syntax) if plan.syntax else None
         self._repeats = Repeats(plan.request) if plan.no_repeat_words else None
         self._bans = bans_of(plan.ban) if plan.ban else None
-        self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
+        # Tokens after which the text ends in a banned phrase, unless its last word goes on.
+        self._doubts: list[_Before] = []
+        self._unfinished: _Before | None = None  # the token that began a word that must go on
         self._keeps = Keeps(plan.keep, codec.encode, plan.texts) if plan.keep else None
         self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
@@ -177,12 +143,11 @@ class Answer:
                 logits[[*self.ends]] = -np.inf
         if self._choices:
             token = self._chosen(logits, self._choices)
-        elif self._bans or self._keeps:
+        elif self._bans or self._keeps or self.plan.known:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from = logits
-            again = self._says_again if self._repeats else None
-            token = self._sampler.pick(logits, again, self._unknown())
+            token = self._sampler.pick(logits, self._says_again if self._repeats else None)
         if token in self.ends and self._keeper and self._keeper.in_sentence(self.text):
             token = self._to_sentence_end(self._keeper)
         if self._own is not None:
@@ -199,7 +164,8 @@ class Answer:
         return token
 
     def _constrained(self, logits: Logits) -> int:
-        """A token that brings no banned phrase, or the first of phrases that it is time for."""
+        """A token that brings no banned phrase and no unknown word, or the first of phrases that
+        it is time for."""
         token = self._allowed(logits)
         if not self._keeps or not (missing := self._keeps.missing(self.text)):
             return token
@@ -210,6 +176,7 @@ class Answer:
             return token
         self._word_stays = True
         self._doubts.clear()  # that `token` has begun
+        self._unfinished = None
         self._sampler.take_back()
         for one in self._due:
             self._sampler.note(one)
@@ -260,23 +227,47 @@ class Answer:
 
     def _allowed(self, logits: Logits, *, again: bool = False) -> int:
         """A token that is not refused, and proves no banned phrase; `again` of these logits."""
-        pick = self._sampler.draw if again else self._sampler.pick
-        token = pick(logits, self._refuses, self._unknown())
+        pick, self._from = self._sampler.draw if again else self._sampler.pick, logits
+        anew = self._word_anew if self._unfinished else None
+        token = pick(logits, self._refuses, self._unknown(), anew)
         while self._doubts and self._closes(token) is not None:
-            before = self._doubts.pop()
-            for _ in range(2):  # the token, and the one that began the doubt
-                self._sampler.take_back()
-            self.ids.pop()
-            self.text, self._detokenizer.state, logits, self._own = before
-            token = self._sampler.draw(logits, self._refuses, self._unknown())
-        self._from, self._word_stays = logits, False
-        if self._bans and token not in self.ends and self._bans.open(self._text_with(token)):
-            others = logits.copy()
-            others[token] = -np.inf
-            self._doubts.append(_Doubt(self.text, self._detokenizer.state, others, self._own))
+            self._sampler.take_back()
+            self._go_back(self._doubts.pop())
+            token = self._sampler.draw(self._from, self._refuses, self._unknown())
+        ends = token in self.ends
+        if self._bans and not ends and self._bans.open(self._text_with(token)):
+            self._doubts.append(self._before(token))
         else:
             self._doubts.clear()
+        if not self.plan.known or ends or self.plan.known.is_whole(self._text_with(token)):
+            self._unfinished = None
+        elif not self._unfinished:
+            self._unfinished = self._before(token)
+        self._word_stays = False
         return token
+
+    def _word_anew(self) -> int:
+        """In the place of the word that must go on, where it does not well: a token that leaves
+        none. (So it goes back once at a place.)"""
+        assert self._unfinished
+        assert self.plan.known
+        self._go_back(self._unfinished)
+        self._doubts.clear()
+        pending = self._detokenizer.state[0]
+        avoided = self.plan.known.refusal(self.text, pending, whole=True)
+        return self._sampler.draw(self._from, self._refuses, avoided)
+
+    def _before(self, token: int) -> _Before:
+        others, state = self._from.copy(), self._detokenizer.state
+        others[token] = -np.inf
+        return _Before(len(self.ids), self.text, state, others, self._own, self._word_stays)
+
+    def _go_back(self, before: _Before) -> None:
+        for _ in self.ids[before.count :]:
+            self._sampler.take_back()
+        count, self.text, self._detokenizer.state, self._from, self._own, self._word_stays = before
+        del self.ids[count:]
+        self._unfinished = None
 
     def _refuses(self, token: int) -> bool:
         """Whether a token completes a phrase that the text has not had in doubt, or makes the
@@ -348,8 +339,7 @@ class Answer:
             if self._bans:  # it may have been cut within a word
                 self.text = self._bans.without_open(self.text, self._shown)
             if self.plan.known:
-                whole = max(self.plan.known.whole(self.text), self._shown)
-                self.text = self.text[:whole].rstrip()
+                self.text = self.plan.known.without_torn(self.text, self._shown)
         end = len(self.text) if done else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)
         piece = self.text[shown : self._shown]
@@ -379,11 +369,13 @@ class Answer:
         not what may become a stop sequence, not what a cut may remove."""
         sure = len(self.text) - self._stops.held(self.text)
         if self.plan.known:
-            sure = min(sure, self.plan.known.whole(self.text))
+            sure = len(self.plan.known.without_torn(self.text[:sure], self._shown))
         if self._bans:
             sure = len(self._bans.without_open(self.text[:sure], self._shown))
         if self._doubts:
             sure = min(sure, len(self._doubts[0].text))
+        if self._unfinished:
+            sure = min(sure, len(self._unfinished.text))
         if self._keeper:
             sure = min(sure, self._keeper.sure(self.text))
         return len(self.text[:sure].rstrip())

@@ -12,7 +12,7 @@ from weakref import ref
 
 import numpy as np
 
-from edge_slm_runtime.answer import Answer, Plan, Step
+from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
@@ -27,6 +27,7 @@ from edge_slm_runtime.errors import (
 )
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.planning import plan_of
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
 from edge_slm_runtime.sampling import Logits, not_finite

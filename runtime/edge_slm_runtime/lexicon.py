@@ -66,9 +66,10 @@ class KnownWords:
         self._lists = lexicon, sorted(own)
         self._bytes_of, self._ends = codec.bytes_of, codec.ends
 
-    def refusal(self, text: str, pending: bytes) -> Callable[[int], bool]:
+    def refusal(self, text: str, pending: bytes, *, whole: bool = False) -> Callable[[int], bool]:
         """Whether a token must not follow `text` and the bytes `pending` of its next character:
-        where it begins or ends a word that is not known, or breaks a character."""
+        where it begins or ends a word that is not known, or breaks a character. whole: also
+        where it leaves a word that must go on."""
         start, inside = self._begun(text) + pending, pending != b""
 
         def refuses(token: int) -> bool:
@@ -76,14 +77,22 @@ class KnownWords:
             if (more[:1] in _INNER) is not inside:
                 return True
             *ended, last = _spelled(start + more).split(_SPACE)
-            return not (all(map(self._may_end, ended)) and self._may_go_on(last))
+            last_is_known = self._may_end(last) if whole else self._may_go_on(last)
+            return not (last_is_known and all(map(self._may_end, ended)))
 
         return refuses
 
-    def whole(self, text: str) -> int:
-        """How many characters of a text have no word that must go on."""
+    def is_whole(self, text: str) -> bool:
+        """Whether a text does not end in a word that must go on."""
+        return self._may_end(self._begun(text))
+
+    def without_torn(self, text: str, kept: int = 0) -> str:
+        """The text without a last word that must go on, of which the first `kept` characters
+        stay."""
         begun = self._begun(text)
-        return len(text) - (0 if self._may_end(begun) else len(begun.decode()))
+        if self._may_end(begun):
+            return text
+        return text[: max(kept, len(text) - len(begun.decode()))].rstrip()
 
     def _begun(self, text: str) -> bytes:
         """The letters of the word that a text ends in; _FREE where none could go on with them, as

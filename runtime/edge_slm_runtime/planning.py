@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from edge_slm_runtime.answer import Plan
 from edge_slm_runtime.bans import Bans, bans_of, units
 from edge_slm_runtime.bundle import Manifest
 from edge_slm_runtime.choices import Choices
@@ -16,6 +15,7 @@ from edge_slm_runtime.keeps import Keeps, texts_to_show
 from edge_slm_runtime.languages import reads_as_english
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.lexicon import KnownWords
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.records import Request
 from edge_slm_runtime.request_text import clean_request

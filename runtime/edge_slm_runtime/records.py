@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from edge_slm_runtime.answer import FinishReason
 from edge_slm_runtime.command import Command, python_value
+from edge_slm_runtime.plan import FinishReason
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
 
 

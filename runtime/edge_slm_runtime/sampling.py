@@ -25,7 +25,7 @@ Refusal = Callable[[int], bool]  # of a token
 # (three to four words) is hardly ever meant in a text of at most 160 words.
 NO_REPEAT_NGRAM_SIZE = 5
 _BLOCK = 128  # tokens
-_MARGIN = 4.0  # of logits
+_MARGIN = 4.0  # of logits: a token is about as likely as one of up to 55 times its chance
 _INT_MAX = 2**31 - 1  # the engines count in int32
 
 
@@ -89,21 +89,30 @@ class Sampler:
         ] = {}  # n - 1 tokens → the tokens that followed
 
     def pick(
-        self, logits: Logits, refused: Refusal | None = None, avoided: Refusal | None = None
+        self,
+        logits: Logits,
+        refused: Refusal | None = None,
+        avoided: Refusal | None = None,
+        otherwise: Callable[[], int] | None = None,
     ) -> int:
         """The next token of `logits` [V] that is not refused, and not `avoided` as long as
         another one is left; masked entries are -inf. Changes `logits`.
 
-        Raises EngineError when they are not finite.
+        otherwise: gives the token where all that are about as likely as the likeliest one are
+        to be avoided. Raises EngineError when they are not finite.
         """
         if self._sampling.repetition_penalty != 1:
             penalise(logits, self._seen, self._sampling.repetition_penalty)
         if self._after and (banned := self._after.get(self._last())):
             logits[banned] = -np.inf
-        return self.draw(logits, refused, avoided)
+        return self.draw(logits, refused, avoided, otherwise)
 
     def draw(
-        self, logits: Logits, refused: Refusal | None = None, avoided: Refusal | None = None
+        self,
+        logits: Logits,
+        refused: Refusal | None = None,
+        avoided: Refusal | None = None,
+        otherwise: Callable[[], int] | None = None,
     ) -> int:
         """`pick`, of logits that it has changed before."""
         spare, margin = None, _MARGIN  # the logits before any was avoided
@@ -123,10 +132,13 @@ class Sampler:
                 if spare is not None:
                     spare[token] = -np.inf
             elif avoided is not None and avoided(token):
-                # With it all that are about as likely: where few are left, they come late.
+                # With it those about as likely: the next one may be far down.
                 spare = logits.copy() if spare is None else spare
-                likely = np.flatnonzero(logits > logits[best] - margin)
-                logits[[token, *filter(avoided, likely.tolist())]] = -np.inf
+                least = logits[best] - margin
+                likely = np.flatnonzero(logits > least).tolist()
+                logits[[token, *filter(avoided, likely)]] = -np.inf
+                if otherwise is not None and logits.max() <= least:
+                    return otherwise()
                 margin *= 2
             else:
                 self.note(token)
