@@ -241,8 +241,8 @@ class Answer:
             self._doubts.clear()
         if not self.plan.known or ends or self.plan.known.is_whole(self._text_with(token)):
             self._unfinished = None
-        elif not self._unfinished:
-            self._unfinished = self._before(token)
+        elif not self._unfinished and (before := self._before(token)).logits.max() > -np.inf:
+            self._unfinished = before
         self._word_stays = False
         return token
 

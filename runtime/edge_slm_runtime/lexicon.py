@@ -25,7 +25,7 @@ _LARGEST = 1 << 20  # bytes of a file
 _FILE = re.compile(rb"(?:[a-z\x80-\xbf\xc3-\xc9]{1,%d}\n)+" % LONGEST)  # up to U+024F
 # Other characters, the last of which may lack bytes: letters of other scripts, or by the first
 # byte punctuation and symbols (nearly all of them).
-_OTHER = re.compile(rb"(?:([\xca-\xe1\xe3-\xef])|[\xc0-\xc2\xe2\xf0-\xff])[\x80-\xbf]*")
+_OTHER = re.compile(rb"(?:([\xca-\xe1\xe3-\xef])|[\xc2\xe2\xf0-\xf4])[\x80-\xbf]*")
 _INNER = {bytes([byte]) for byte in range(0x80, 0xC0)}  # which begin no character
 _SPACE, _FREE = b" ", b"0"
 _DIGITS = b"0123456789_"
