@@ -15,6 +15,7 @@ from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import count_words
 from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
+from edge_slm_runtime.lexicon import KnownWords
 from edge_slm_runtime.plan import FinishReason, Plan
 from edge_slm_runtime.prompt_syntax import Placer
 from edge_slm_runtime.repeats import Repeats
@@ -22,12 +23,14 @@ from edge_slm_runtime.sampling import Logits, Refusal, Sampler, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
 _WORD_TOKENS = 8  # more than most words have
+_TRIES = 4  # of words at a place
 _HALF = math.log(0.5)
+_LEAST = float(np.finfo(np.float32).min)  # of a token that is taken where there is no other
 
 
 class _Before(NamedTuple):
-    """The state before a token that may be taken back: how many came before, the logits without
-    it, and the model's own where they are needed."""
+    """The state before a token that may be taken back: how many came before, the logits of the
+    others, and the model's own where they are needed."""
 
     count: int
     text: str
@@ -83,7 +86,8 @@ class Answer:
         self._bans = bans_of(plan.ban) if plan.ban else None
         # Tokens after which the text ends in a banned phrase, unless its last word goes on.
         self._doubts: list[_Before] = []
-        self._unfinished: _Before | None = None  # the token that began a word that must go on
+        self._word: _Before | None = None  # the token that began the last word, if it may go on
+        self._anew = 0, 0  # where the last word was taken back, in characters, and how often
         self._keeps = Keeps(plan.keep, codec.encode, plan.texts) if plan.keep else None
         self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
@@ -176,7 +180,7 @@ class Answer:
             return token
         self._word_stays = True
         self._doubts.clear()  # that `token` has begun
-        self._unfinished = None
+        self._word = None
         self._sampler.take_back()
         for one in self._due:
             self._sampler.note(one)
@@ -228,7 +232,7 @@ class Answer:
     def _allowed(self, logits: Logits, *, again: bool = False) -> int:
         """A token that is not refused, and proves no banned phrase; `again` of these logits."""
         pick, self._from = self._sampler.draw if again else self._sampler.pick, logits
-        anew = self._word_anew if self._unfinished else None
+        anew = self._word_anew if self._word else None
         token = pick(logits, self._refuses, self._unknown(), anew)
         while self._doubts and self._closes(token) is not None:
             self._sampler.take_back()
@@ -236,30 +240,39 @@ class Answer:
             token = self._sampler.draw(self._from, self._refuses, self._unknown())
         ends = token in self.ends
         if self._bans and not ends and self._bans.open(self._text_with(token)):
-            self._doubts.append(self._before(token))
+            self._doubts.append(self._before(token, -np.inf))
         else:
             self._doubts.clear()
-        if not self.plan.known or ends or self.plan.known.is_whole(self._text_with(token)):
-            self._unfinished = None
-        elif not self._unfinished and (before := self._before(token)).logits.max() > -np.inf:
-            self._unfinished = before
+        if self.plan.known:
+            self._word = None if ends else self._before_word(token, self.plan.known)
         self._word_stays = False
         return token
 
+    def _before_word(self, token: int, known: KnownWords) -> _Before | None:
+        """The state before the word that the text ends in with a token; None where it ends in
+        none, or words were taken back there often enough."""
+        size, piece = known.begun(self._text_with(token)), self._detokenizer.peek(token)
+        if not size or size > len(piece):  # the token goes on with the word
+            return self._word if size else None
+        return None if self._anew == (len(self.text), _TRIES) else self._before(token, _LEAST)
+
     def _word_anew(self) -> int:
-        """In the place of the word that must go on, where it does not well: a token that leaves
-        none. (So it goes back once at a place.)"""
-        assert self._unfinished
+        """Another word in the place of the last one, which is not known as the model would go on
+        with it: a token that is a whole one."""
+        assert self._word
         assert self.plan.known
-        self._go_back(self._unfinished)
+        self._go_back(self._word)
         self._doubts.clear()
+        at, times = self._anew
+        self._anew = len(self.text), times + 1 if at == len(self.text) else 1
         pending = self._detokenizer.state[0]
         avoided = self.plan.known.refusal(self.text, pending, whole=True)
         return self._sampler.draw(self._from, self._refuses, avoided)
 
-    def _before(self, token: int) -> _Before:
+    def _before(self, token: int, value: float) -> _Before:
+        """With that value in the place of the token's logit."""
         others, state = self._from.copy(), self._detokenizer.state
-        others[token] = -np.inf
+        others[token] = value
         return _Before(len(self.ids), self.text, state, others, self._own, self._word_stays)
 
     def _go_back(self, before: _Before) -> None:
@@ -267,7 +280,7 @@ class Answer:
             self._sampler.take_back()
         count, self.text, self._detokenizer.state, self._from, self._own, self._word_stays = before
         del self.ids[count:]
-        self._unfinished = None
+        self._word = None
 
     def _refuses(self, token: int) -> bool:
         """Whether a token completes a phrase that the text has not had in doubt, or makes the
@@ -368,14 +381,14 @@ class Answer:
         """Characters that will not be taken back: not the white space at the end,
         not what may become a stop sequence, not what a cut may remove."""
         sure = len(self.text) - self._stops.held(self.text)
-        if self.plan.known:
-            sure = len(self.plan.known.without_torn(self.text[:sure], self._shown))
         if self._bans:
             sure = len(self._bans.without_open(self.text[:sure], self._shown))
         if self._doubts:
             sure = min(sure, len(self._doubts[0].text))
-        if self._unfinished:
-            sure = min(sure, len(self._unfinished.text))
+        if self._word:
+            sure = min(sure, len(self._word.text))
+        elif self.plan.known:
+            sure = min(sure, len(self.plan.known.without_torn(self.text, self._shown)))
         if self._keeper:
             sure = min(sure, self._keeper.sure(self.text))
         return len(self.text[:sure].rstrip())

@@ -63,13 +63,14 @@ class KnownWords:
         own = {word for text in texts for word in words_in(f"{text} {' '.join(words_of(text))}")}
         own |= {word + more for word in own for more in (b"s", b"es")}
         own |= {word[:-1] for word in own if word.endswith(b"s")}
-        self._lists = lexicon, sorted(own)
+        self._lexicon, self._own = lexicon, sorted(own)
+        self._last = "", b""
         self._bytes_of, self._ends = codec.bytes_of, codec.ends
 
     def refusal(self, text: str, pending: bytes, *, whole: bool = False) -> Callable[[int], bool]:
         """Whether a token must not follow `text` and the bytes `pending` of its next character:
         where it begins or ends a word that is not known, or breaks a character. whole: also
-        where it leaves a word that must go on."""
+        where it does not leave a whole word."""
         start, inside = self._begun(text) + pending, pending != b""
 
         def refuses(token: int) -> bool:
@@ -77,14 +78,14 @@ class KnownWords:
             if (more[:1] in _INNER) is not inside:
                 return True
             *ended, last = _spelled(start + more).split(_SPACE)
-            last_is_known = self._may_end(last) if whole else self._may_go_on(last)
-            return not (last_is_known and all(map(self._may_end, ended)))
+            fits = last != b"" and self._may_end(last) if whole else self._may_go_on(last)
+            return not (fits and all(map(self._may_end, ended)))
 
         return refuses
 
-    def is_whole(self, text: str) -> bool:
-        """Whether a text does not end in a word that must go on."""
-        return self._may_end(self._begun(text))
+    def begun(self, text: str) -> int:
+        """How many letters the word has that a text ends in, 0 without one."""
+        return len(self._begun(text).decode())
 
     def without_torn(self, text: str, kept: int = 0) -> str:
         """The text without a last word that must go on, of which the first `kept` characters
@@ -96,18 +97,22 @@ class KnownWords:
 
     def _begun(self, text: str) -> bytes:
         """The letters of the word that a text ends in; _FREE where none could go on with them, as
-        after a step for which there was nothing else."""
-        part = _spelled(text[-LONGEST:].encode()).rpartition(_SPACE)[2]
-        return part if _FREE not in part and self._may_go_on(part) else _FREE
+        after a step for which there was nothing else. Asked for the same text again and again."""
+        last, part = self._last
+        if text != last:
+            part = _spelled(text[-LONGEST:].encode()).rpartition(_SPACE)[2]
+            part = part if _FREE not in part and self._may_go_on(part) else _FREE
+            self._last = text, part
+        return part
 
     def _may_end(self, part: bytes) -> bool:
         word = part.partition(_FREE)[0]
-        return not word or any(_at(words, word) == word for words in self._lists)
+        return not word or word in (_at(self._lexicon, word), _at(self._own, word))
 
     def _may_go_on(self, part: bytes) -> bool:
         if _FREE in part:
             return self._may_end(part)
-        return any(_at(words, part).startswith(part) for words in self._lists)
+        return _at(self._lexicon, part).startswith(part) or _at(self._own, part).startswith(part)
 
 
 def _spelled(text: bytes) -> bytes:
