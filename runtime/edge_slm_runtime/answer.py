@@ -32,7 +32,7 @@ class _Before(NamedTuple):
     """The state before a token that may be taken back: how many came before, the logits of the
     others, and the model's own where they are needed."""
 
-    count: int
+    tokens: int
     text: str
     bytes: tuple[bytes, int]
     logits: Logits
@@ -276,10 +276,10 @@ class Answer:
         return _Before(len(self.ids), self.text, state, others, self._own, self._word_stays)
 
     def _go_back(self, before: _Before) -> None:
-        for _ in self.ids[before.count :]:
+        for _ in self.ids[before.tokens :]:
             self._sampler.take_back()
-        count, self.text, self._detokenizer.state, self._from, self._own, self._word_stays = before
-        del self.ids[count:]
+        tokens, self.text, self._detokenizer.state, self._from, self._own, self._word_stays = before
+        del self.ids[tokens:]
         self._word = None
 
     def _refuses(self, token: int) -> bool:
