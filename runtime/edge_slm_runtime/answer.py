@@ -257,8 +257,8 @@ class Answer:
         return None if self._anew == (len(self.text), _TRIES) else self._before(token, _LEAST)
 
     def _word_anew(self) -> int:
-        """Another word in the place of the last one, which is not known as the model would go on
-        with it: a token that is a whole one."""
+        """Another word or mark in the place of the last word, which is not known as the model
+        would go on with it: a whole one."""
         assert self._word
         assert self.plan.known
         self._go_back(self._word)

@@ -70,7 +70,7 @@ class KnownWords:
     def refusal(self, text: str, pending: bytes, *, whole: bool = False) -> Callable[[int], bool]:
         """Whether a token must not follow `text` and the bytes `pending` of its next character:
         where it begins or ends a word that is not known, or breaks a character. whole: also
-        where it does not leave a whole word."""
+        where it leaves part of a word, or neither a word nor one before it."""
         start, inside = self._begun(text) + pending, pending != b""
 
         def refuses(token: int) -> bool:
@@ -78,7 +78,7 @@ class KnownWords:
             if (more[:1] in _INNER) is not inside:
                 return True
             *ended, last = _spelled(start + more).split(_SPACE)
-            fits = last != b"" and self._may_end(last) if whole else self._may_go_on(last)
+            fits = start + last != b"" and self._may_end(last) if whole else self._may_go_on(last)
             return not (fits and all(map(self._may_end, ended)))
 
         return refuses
