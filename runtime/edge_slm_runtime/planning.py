@@ -92,9 +92,8 @@ def plan_of(
             warnings += (f"the text to show may not be in the answer: {error.problem}",)
     elif manifest.prompt.schema and not reads_as_english(told.text):
         warnings += ("the request does not read as English, the language that training saw",)
-    known = None
-    if request.known_words and lexicon and engine.constrains and not choices:
-        known = KnownWords(lexicon, codec, (request.request, told.text, *keep))
+    limited = request.known_words and lexicon and engine.constrains and not choices
+    own = (request.request, told.text, *keep)
     return Plan(
         request=request.request,
         asked=command.asked,
@@ -115,7 +114,7 @@ def plan_of(
         deadline_ms=deadline,
         no_repeat_words=request.no_repeat_words,
         texts=texts,
-        known=known,
+        known=KnownWords(lexicon, codec, own) if limited else None,
     )
 
 
