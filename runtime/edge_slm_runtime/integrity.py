@@ -91,7 +91,7 @@ def verify_contents(
             if path.endswith(".onnx"):
                 _check_onnx(root, path, manifest)
             if path == WORDS:
-                lexicon_of(root)
+                _check_lexicon(root)
 
 
 @contextmanager
@@ -137,15 +137,6 @@ def _regular_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
                 raise FileUnlisted(f"{path} is not a plain file", "remove it")
 
 
-def lexicon_of(root: Path) -> list[bytes]:
-    """The words of a bundle's lexicon. Raises ManifestInvalid."""
-    try:
-        with reading(root / WORDS):
-            return read_lexicon((root / WORDS).read_bytes())
-    except ValueError as error:
-        raise ManifestInvalid(f"{WORDS} is no lexicon: {error}") from None
-
-
 def _check_onnx(root: Path, path: str, manifest: Manifest) -> None:
     """A graph of the manifest's model, and nothing else (`onnx_check`). Its weights may lie in
     another file; that must be a listed one of the same folder.
@@ -169,3 +160,10 @@ def _check_onnx(root: Path, path: str, manifest: Manifest) -> None:
         check_onnx(model, manifest.model, sizes)
     except ValueError as error:
         raise ManifestInvalid(f"{path} is not a graph of this model: {error}") from None
+
+
+def _check_lexicon(root: Path) -> None:
+    try:
+        read_lexicon((root / WORDS).read_bytes())
+    except ValueError as error:
+        raise ManifestInvalid(f"{WORDS} is no lexicon: {error}") from None

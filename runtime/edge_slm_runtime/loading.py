@@ -28,14 +28,10 @@ from edge_slm_runtime.errors import (
     OutOfMemory,
     shown,
 )
+from edge_slm_runtime.files import reading
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.installed import loading
-from edge_slm_runtime.integrity import (
-    lexicon_of,
-    unchanged,
-    verify_contents,
-    verify_structure,
-)
+from edge_slm_runtime.integrity import unchanged, verify_contents, verify_structure
 from edge_slm_runtime.memory import (
     PREFIX_CACHE_MB,
     memory_errors,
@@ -149,7 +145,10 @@ def _open(
         raise ManifestInvalid(
             f"{TOKENIZER} has {codec.size} tokens, the model {manifest.model.vocab_size}"
         )
-    lexicon = lexicon_of(root) if WORDS in manifest.files else []
+    lexicon = []
+    if WORDS in manifest.files:
+        with reading(root / WORDS):
+            lexicon = (root / WORDS).read_bytes().split()  # it was checked with the weights
     return codec, open_engine(root / variant.path, manifest, variant, options), lexicon
 
 

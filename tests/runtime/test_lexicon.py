@@ -266,6 +266,16 @@ def test_guesses_change_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     assert free.token_ids != answers[0][0].token_ids
 
 
+@given(st.lists(st.binary(min_size=1, max_size=6)).map(lambda parts: b"\n".join(parts)))
+def test_any_bytes_are_a_lexicon_or_none(content: bytes) -> None:
+    try:
+        words = read_lexicon(content)
+    except ValueError:
+        return
+    assert words == sorted({*words})
+    assert file_of(words) == content
+
+
 @pytest.mark.parametrize(
     "content",
     [
