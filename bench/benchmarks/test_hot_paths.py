@@ -27,11 +27,20 @@ from edge_slm_bench.paired import (
 )
 from edge_slm_bench.prompts import request_of
 from edge_slm_converters import convert
+from edge_slm_runtime import read_manifest
+from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.command import Command
+from edge_slm_runtime.lexicon import KnownWords, words_in
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.sampling import Sampler, Sampling
+from edge_slm_runtime.text import TextCodec
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 LONGEST = 160  # words; the length promise keeps an answer from ending early
+SENTENCE = (
+    "an old fisherman mends his nets on the pier at dawn, warm light on weathered hands, gulls "
+    "above the harbour, a small boat with peeling blue paint, soft mist over the water, film grain"
+)
 REFERENCE = Path(__file__).parents[2] / "models/reference"
 
 
@@ -131,5 +140,31 @@ def test_sampler_32_tokens(
         sampler = Sampler(sampling, prompt=range(64))
         for i in range(32):
             sampler.pick(rows[i % 7].copy())
+
+    paired(answer, interpreter)
+
+
+@pytest.mark.parametrize("lexicon", [False, True], ids=["any words", "known words"])
+def test_control_32_tokens(paired: Paired, interpreter: Kernel, lexicon: bool) -> None:
+    """All that happens between the passes of the model, which has the words of a sentence in
+    mind, and every eighth token one that would make a word that is not known."""
+    shipped = edge_slm.shipped_bundle()
+    codec = TextCodec(shipped / "tokenizer.json", read_manifest(shipped).prompt)
+    command, tokens = Command(), codec.encode(SENTENCE)[:32]
+    words = sorted({*words_in(SENTENCE), *(b"%06d" % i for i in range(30_000))})
+    known = KnownWords(words, codec, ["a fisherman"]) if lexicon else None
+    sampling = Sampling(no_repeat_ngram_size=0)
+    plan = Plan("x", command, command, (), (1,), 99, "max_tokens", None, (), sampling, known=known)
+    rows = np.random.default_rng(0).standard_normal((32, codec.size)).astype(np.float32)
+    rows[range(32), tokens] = 20
+    rows[::8, codec.encode("zq")] = 22
+
+    logits = rows[0].copy()
+
+    def answer() -> None:
+        one = Answer(plan, codec, 0.0)
+        for row in rows:
+            logits[:] = row
+            one.accept(one.choose(logits))
 
     paired(answer, interpreter)

@@ -1,4 +1,4 @@
-"""Completes a bundle's folder: the tokenizer, and a manifest that lists every file.
+"""Completes a bundle's folder: the tokenizer, the lexicon, and a manifest that lists every file.
 
 `edge_slm_runtime.bundle` owns the format; this only fills it.
 """
@@ -16,6 +16,7 @@ from edge_slm_runtime.bundle import (
     MANIFEST,
     SIGNATURES,
     TOKENIZER,
+    WORDS,
     Golden,
     Manifest,
     Variant,
@@ -32,8 +33,10 @@ def write_manifest(
     goldens: Sequence[Golden],
     provenance: Mapping[str, Any],
 ) -> Manifest:
-    """Adds the tokenizer to the `variants` that are in `folder`, and writes manifest.json."""
+    """Adds the text side to the `variants` that are in `folder`, and writes manifest.json."""
     (folder / TOKENIZER).write_bytes(source.text.tokenizer)
+    if source.text.lexicon:
+        (folder / WORDS).write_bytes(source.text.lexicon)
     manifest = Manifest(
         name=name,
         model=source.decoder,

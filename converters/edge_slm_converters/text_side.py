@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edge_slm_converters.gguf_tokenizer import tokenizer_json
 from edge_slm_converters.json_files import read_json
 from edge_slm_converters.prompts import prompt_form
+from edge_slm_runtime.bundle import WORDS
 from edge_slm_runtime.command import REQUEST, CommandSchema
 from edge_slm_runtime.errors import CheckpointError, ManifestInvalid
+from edge_slm_runtime.lexicon import read_lexicon
 from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec, open_tokenizer
 
@@ -25,12 +27,14 @@ ENDS_FROM = ("generation_config.json", "config.json")
 @dataclass(frozen=True, slots=True)
 class TextSide:
     """tokenizer: the contents of tokenizer.json. tokens: in id order. files: names of the
-    files that were read, where there is a folder."""
+    files that were read, where there is a folder. lexicon: the contents of words.txt, empty
+    where there is none."""
 
     codec: TextCodec
     tokenizer: bytes
     tokens: tuple[str, ...]
     files: tuple[str, ...] = ()
+    lexicon: bytes = b""
 
 
 def of_folder(path: Path, prompt: str | None = None) -> TextSide:
@@ -48,9 +52,17 @@ def of_folder(path: Path, prompt: str | None = None) -> TextSide:
             form, more = PromptForm.commanded(read_schema(path)), [SCHEMA]
         else:
             form, more = _form_of_folder(path, content, prompt)
-        return _text_side(content, form, (*files, *more))
+        side = _text_side(content, form, (*files, *more))
     except ManifestInvalid as error:
         raise CheckpointError(f"{path}: {error.problem}") from None
+    if not (path / WORDS).is_file():
+        return side
+    lexicon = (path / WORDS).read_bytes()
+    try:
+        read_lexicon(lexicon)
+    except ValueError as error:
+        raise CheckpointError(f"{path / WORDS} is no lexicon: {error}") from None
+    return replace(side, files=(*side.files, WORDS), lexicon=lexicon)
 
 
 def of_gguf(metadata: Mapping[str, Any], prompt: str | None = None) -> TextSide:

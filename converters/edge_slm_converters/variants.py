@@ -67,7 +67,8 @@ def write_variant(name: str, model: Model, folder: Path) -> Variant:
 
 
 def open_variant(folder: Path, source: Checkpoint, variant: Variant) -> SLM:
-    """Opens a variant below `folder`, which is no bundle yet. Raises what `load` raises."""
+    """Opens a variant below `folder`, which is no bundle yet: the bare model, without a lexicon.
+    Raises what `load` raises."""
     manifest = Manifest(
         name=folder.name,
         model=source.decoder,
@@ -80,4 +81,4 @@ def open_variant(folder: Path, source: Checkpoint, variant: Variant) -> SLM:
         variant.precision, default_threads(), cache_bytes=int(PREFIX_CACHE_MB * (1 << 20))
     )
     engine = open_engine(folder / variant.path, manifest, variant, options)
-    return SLM(manifest, variant, source.codec, engine, 0.0)
+    return SLM(manifest, variant, source.codec, engine, [], 0.0)

@@ -294,7 +294,10 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
     **dict.fromkeys(("task", "syntax"), str),  # without the spaces around it
     **dict.fromkeys(("ban", "keep", "choices"), lambda cell: [*map(str.strip, cell.split("|"))]),
-    **dict.fromkeys(("keep_length", "logprobs"), lambda cell: _YES_NO[cell.lower()]),
+    **dict.fromkeys(
+        ("keep_length", "known_words", "logprobs", "no_repeat_words"),
+        lambda cell: _YES_NO[cell.lower()],
+    ),
 }
 _READERS: dict[str, Callable[[IO[bytes]], Iterator[InputLine]]] = {
     "jsonl": _per_line(_json_fields),

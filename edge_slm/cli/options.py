@@ -127,6 +127,12 @@ sampling_options = _together(
         show_default=True,
         help="No run of this many tokens comes twice; 0 allows it.",
     ),
+    click.option(
+        "--known-words/--any-words",
+        default=True,
+        show_default=True,
+        help="Only words of the request and of the bundle's lexicon, where it has one.",
+    ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; repeatable."),
     click.option(
         "--ban",

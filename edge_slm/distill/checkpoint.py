@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm.distill.tokenizer import save_tokenizer
-from edge_slm_runtime.bundle import file_entry
+from edge_slm_runtime.bundle import WORDS, file_entry
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError
 from edge_slm_runtime.files import write_aside, write_folder_aside, write_json
 
 
 def save_checkpoint(
-    model: Any, tokenizer: Any, schema: CommandSchema, facts: dict[str, Any], target: Path
+    model: Any,
+    tokenizer: Any,
+    schema: CommandSchema,
+    facts: dict[str, Any],
+    target: Path,
+    lexicon: bytes = b"",
 ) -> Path:
-    """Writes the folder `target`: fp16 weights, tokenizer, command.json, recipe.json (`facts`).
+    """Writes the folder `target`: fp16 weights, tokenizer, command.json, recipe.json (`facts`)
+    and, where there is a `lexicon`, words.txt.
 
     `model` itself keeps its precision. Raises TargetExists.
     """
@@ -29,6 +35,8 @@ def save_checkpoint(
         save_tokenizer(tokenizer, folder)
         write_json(schema.to_json(), folder / "command.json")
         write_json(facts, folder / "recipe.json")
+        if lexicon:
+            (folder / WORDS).write_bytes(lexicon)
     return target
 
 

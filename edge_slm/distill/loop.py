@@ -350,4 +350,5 @@ class _Training:
             **origin,
             "history": self.history,
         }
-        return save_checkpoint(self.learner.lm, self.tokenizer, self.labelled.schema, about, target)
+        schema, lexicon = self.labelled.schema, self.prepared.lexicon
+        return save_checkpoint(self.learner.lm, self.tokenizer, schema, about, target, lexicon)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from edge_slm.distill.buffer import Buffer
 from edge_slm.distill.hindsight import build_schema, relabel
 from edge_slm.distill.levels import Edges, level_edges
+from edge_slm.distill.lexicon import lexicon_of
 from edge_slm.distill.packing import Encoded, encode_records, encode_text
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.rewards import Reward
@@ -36,6 +37,7 @@ class Prepared:
     held: list[Sample]
     held_rewards: npt.NDArray[np.float32]
     buffer: Buffer
+    lexicon: bytes = b""
     facts: dict[str, Any] = field(default_factory=dict)  # counts, for the model card
 
 
@@ -70,7 +72,8 @@ def prepare(
         "reward": reward.name,
         "mean_reward_by_task": _means(samples, scores[: len(samples)]),
     }
-    return Prepared(recipe, pairs, held, scores[len(samples) :], buffer, facts)
+    words = lexicon_of(pairs + lone)
+    return Prepared(recipe, pairs, held, scores[len(samples) :], buffer, words, facts)
 
 
 def label(prepared: Prepared, tokenizer: Any) -> Labelled:

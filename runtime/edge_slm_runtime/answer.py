@@ -5,71 +5,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from edge_slm_runtime.bans import bans_of, is_word
 from edge_slm_runtime.choices import Choices
-from edge_slm_runtime.command import Command, count_words
+from edge_slm_runtime.command import count_words
 from edge_slm_runtime.keeps import Keeps
 from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
-from edge_slm_runtime.prompt_syntax import Placer, Shielded
+from edge_slm_runtime.lexicon import KnownWords
+from edge_slm_runtime.plan import FinishReason, Plan
+from edge_slm_runtime.prompt_syntax import Placer
 from edge_slm_runtime.repeats import Repeats
-from edge_slm_runtime.sampling import Logits, Sampler, Sampling, log_probability
+from edge_slm_runtime.sampling import Logits, Refusal, Sampler, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
-FinishReason = Literal[
-    "stop", "length", "stop_sequence", "max_tokens", "context", "cancelled", "deadline"
-]
-
 _WORD_TOKENS = 8  # more than most words have
+_TRIES = 4  # of words at a place
 _HALF = math.log(0.5)
+_LEAST = float(np.finfo(np.float32).min)  # of a token that is taken where there is no other
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A checked request: the prompt of the model, and the limits of the answer.
+class _Before(NamedTuple):
+    """The state before a token that may be taken back: how many came before, the logits of the
+    others, and the model's own where they are needed."""
 
-    texts: those of `keep` that are to be shown in quotation marks.
-    budget: tokens that may be generated; `limit` is the finish reason when they
-    are used up. `words` is None unless the length promise holds. `syntax` is put back into
-    the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
-    they are recorded. `keep`: phrases that it has. `choices`: it is one of these.
-    deadline_ms: None is none.
-    """
-
-    request: str
-    asked: Command
-    commanded: Command
-    warnings: tuple[str, ...]
-    prompt: tuple[int, ...]
-    budget: int
-    limit: Literal["max_tokens", "context"]
-    words: int | None
-    stop: tuple[str, ...]
-    sampling: Sampling
-    cache_key: str = ""
-    syntax: Shielded | None = None
-    ban: tuple[str, ...] = ()
-    logprobs: bool = False
-    keep: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    deadline_ms: float | None = None
-    no_repeat_words: bool = False
-    texts: tuple[str, ...] = ()
-
-
-class _Doubt(NamedTuple):
-    """A token after which the text ends in a banned phrase, unless its last word goes on: the
-    state before it, the logits without it, and the model's own where they are needed."""
-
+    tokens: int
     text: str
     bytes: tuple[bytes, int]
     logits: Logits
     own: Logits | None
+    word_stays: bool
 
 
 class Step(NamedTuple):
@@ -87,7 +55,8 @@ class Answer:
     `may_end` and feeds `accept`.
 
     `choose` may take back the last tokens, and return one in the place of the first of them:
-    those whose text proves to end in a banned phrase once the next token is known.
+    those whose text proves to end in a banned phrase once the next token is known, and those of
+    a word that cannot well become a known one.
     """
 
     def __init__(self, plan: Plan, codec: TextCodec, started: float) -> None:
@@ -115,7 +84,10 @@ class Answer:
         self._placer = Placer(plan.syntax) if plan.syntax else None
         self._repeats = Repeats(plan.request) if plan.no_repeat_words else None
         self._bans = bans_of(plan.ban) if plan.ban else None
-        self._doubts: list[_Doubt] = []  # the text from the first of them on may be taken back
+        # Tokens after which the text ends in a banned phrase, unless its last word goes on.
+        self._doubts: list[_Before] = []
+        self._word: _Before | None = None  # the token that began the last word, if it may go on
+        self._anew = 0, 0  # where the last word was taken back, in characters, and how often
         self._keeps = Keeps(plan.keep, codec.encode, plan.texts) if plan.keep else None
         self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
@@ -175,7 +147,7 @@ class Answer:
                 logits[[*self.ends]] = -np.inf
         if self._choices:
             token = self._chosen(logits, self._choices)
-        elif self._bans or self._keeps:
+        elif self._bans or self._keeps or self.plan.known:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from = logits
@@ -196,7 +168,8 @@ class Answer:
         return token
 
     def _constrained(self, logits: Logits) -> int:
-        """A token that brings no banned phrase, or the first of phrases that it is time for."""
+        """A token that brings no banned phrase and no unknown word, or the first of phrases that
+        it is time for."""
         token = self._allowed(logits)
         if not self._keeps or not (missing := self._keeps.missing(self.text)):
             return token
@@ -207,6 +180,7 @@ class Answer:
             return token
         self._word_stays = True
         self._doubts.clear()  # that `token` has begun
+        self._word = None
         self._sampler.take_back()
         for one in self._due:
             self._sampler.note(one)
@@ -242,7 +216,9 @@ class Answer:
         others[[*self.ends]] = -np.inf
         best = int(others.argmax())
         mark = self._detokenizer.peek(best)
+        unknown = self._unknown()
         full_stop = ending(self.text + mark) == SENTENCE and self._fits(mark)
+        full_stop = full_stop and not (unknown and unknown(best))
         if full_stop and log_probability(others, (best,)) > _HALF:
             self._is_last = True
         elif keeper.is_prose(self.text):
@@ -255,23 +231,56 @@ class Answer:
 
     def _allowed(self, logits: Logits, *, again: bool = False) -> int:
         """A token that is not refused, and proves no banned phrase; `again` of these logits."""
-        pick = self._sampler.draw if again else self._sampler.pick
-        token = pick(logits, self._refuses)
+        pick, self._from = self._sampler.draw if again else self._sampler.pick, logits
+        anew = self._word_anew if self._word else None
+        token = pick(logits, self._refuses, self._unknown(), anew)
         while self._doubts and self._closes(token) is not None:
-            before = self._doubts.pop()
-            for _ in range(2):  # the token, and the one that began the doubt
-                self._sampler.take_back()
-            self.ids.pop()
-            self.text, self._detokenizer.state, logits, self._own = before
-            token = self._sampler.draw(logits, self._refuses)
-        self._from, self._word_stays = logits, False
-        if self._bans and token not in self.ends and self._bans.open(self._text_with(token)):
-            others = logits.copy()
-            others[token] = -np.inf
-            self._doubts.append(_Doubt(self.text, self._detokenizer.state, others, self._own))
+            self._sampler.take_back()
+            self._go_back(self._doubts.pop())
+            token = self._sampler.draw(self._from, self._refuses, self._unknown())
+        ends = token in self.ends
+        if self._bans and not ends and self._bans.open(self._text_with(token)):
+            self._doubts.append(self._before(token, -np.inf))
         else:
             self._doubts.clear()
+        if self.plan.known:
+            self._word = None if ends else self._before_word(token, self.plan.known)
+        self._word_stays = False
         return token
+
+    def _before_word(self, token: int, known: KnownWords) -> _Before | None:
+        """The state before the word that the text ends in with a token; None where it ends in
+        none, or words were taken back there often enough."""
+        size, piece = known.begun(self._text_with(token)), self._detokenizer.peek(token)
+        if not size or size > len(piece):  # the token goes on with the word
+            return self._word if size else None
+        return None if self._anew == (len(self.text), _TRIES) else self._before(token, _LEAST)
+
+    def _word_anew(self) -> int:
+        """Another word or mark in the place of the last word, which is not known as the model
+        would go on with it: a whole one."""
+        assert self._word
+        assert self.plan.known
+        self._go_back(self._word)
+        self._doubts.clear()
+        at, times = self._anew
+        self._anew = len(self.text), times + 1 if at == len(self.text) else 1
+        pending = self._detokenizer.state[0]
+        avoided = self.plan.known.refusal(self.text, pending, whole=True)
+        return self._sampler.draw(self._from, self._refuses, avoided)
+
+    def _before(self, token: int, value: float) -> _Before:
+        """With that value in the place of the token's logit."""
+        others, state = self._from.copy(), self._detokenizer.state
+        others[token] = value
+        return _Before(len(self.ids), self.text, state, others, self._own, self._word_stays)
+
+    def _go_back(self, before: _Before) -> None:
+        for _ in self.ids[before.tokens :]:
+            self._sampler.take_back()
+        tokens, self.text, self._detokenizer.state, self._from, self._own, self._word_stays = before
+        del self.ids[tokens:]
+        self._word = None
 
     def _refuses(self, token: int) -> bool:
         """Whether a token completes a phrase that the text has not had in doubt, or makes the
@@ -282,6 +291,11 @@ class Answer:
             return True
         end = self._closes(token) if self._bans else None
         return end is not None and not (self._doubts and end <= len(self.text))
+
+    def _unknown(self) -> Refusal | None:
+        """Whether a token makes a word that is not known."""
+        known = self.plan.known
+        return known.refusal(self.text, self._detokenizer.state[0]) if known else None
 
     def _says_again(self, token: int) -> bool:
         if self._repeats is None:
@@ -337,6 +351,8 @@ class Answer:
             self.text = self.text.rstrip()
             if self._bans:  # it may have been cut within a word
                 self.text = self._bans.without_open(self.text, self._shown)
+            if self.plan.known:
+                self.text = self.plan.known.without_torn(self.text, self._shown)
         end = len(self.text) if done else self._sure()
         shown, self._shown = self._shown, max(end, self._shown)
         piece = self.text[shown : self._shown]
@@ -369,6 +385,10 @@ class Answer:
             sure = len(self._bans.without_open(self.text[:sure], self._shown))
         if self._doubts:
             sure = min(sure, len(self._doubts[0].text))
+        if self._word:
+            sure = min(sure, len(self._word.text))
+        elif self.plan.known:
+            sure = min(sure, len(self.plan.known.without_torn(self.text, self._shown)))
         if self._keeper:
             sure = min(sure, self._keeper.sure(self.text))
         return len(self.text[:sure].rstrip())

@@ -3,6 +3,7 @@
     manifest.json   model, prompt form, variants, goldens, provenance, digests
     manifest.sig    who made it, where it is signed
     tokenizer.json
+    words.txt       the lexicon (see `lexicon`), where it has one
     numba-int8/…, onnx-int8/…, ctranslate2-int8/…   one folder per variant
 
 This module owns the format for readers and writers alike; `integrity` compares a
@@ -41,6 +42,7 @@ from edge_slm_runtime.prompt import PromptForm
 MANIFEST = "manifest.json"
 SIGNATURES = "manifest.sig"  # not listed, for it is made of the manifest: see `signatures`
 TOKENIZER = "tokenizer.json"
+WORDS = "words.txt"
 SCHEMA_VERSION = 1
 
 _LARGEST_NUMBER = 1 << 53
@@ -99,9 +101,10 @@ class Manifest:
         return str(self.to_json()["digest"])
 
     def files_of(self, variant: Variant) -> list[str]:
-        """The listed files that loading `variant` reads, the tokenizer included."""
+        """The listed files that loading `variant` reads, those of the text side included."""
         below = f"{variant.path}/"
-        return [path for path in self.files if path == TOKENIZER or path.startswith(below)]
+        common = (TOKENIZER, WORDS)
+        return [path for path in self.files if path in common or path.startswith(below)]
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {

@@ -12,7 +12,7 @@ from weakref import ref
 
 import numpy as np
 
-from edge_slm_runtime.answer import Answer, Plan, Step
+from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
@@ -27,6 +27,7 @@ from edge_slm_runtime.errors import (
 )
 from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.planning import plan_of
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
 from edge_slm_runtime.sampling import Logits, not_finite
@@ -55,14 +56,17 @@ class SLM:
         variant: Variant,
         codec: TextCodec,
         engine: Engine,
+        lexicon: Sequence[bytes],
         load_ms: float,
         most_rows: int | None = None,
     ) -> None:
-        """most_rows: of a batch, by memory; None is any."""
+        """lexicon: see `KnownWords`; empty where the bundle has none. most_rows: of a batch, by
+        memory; None is any."""
         self.manifest = manifest
         self.variant = variant
         self._codec = codec
         self._engine = engine
+        self._lexicon = lexicon
         self._load_ms = load_ms
         self._most_rows = most_rows
         self._under_way: list[ref[_Rows]] = []
@@ -144,12 +148,12 @@ class SLM:
 
         Raises as `generate`. The Plan says what the model would be given.
         """
-        return plan_of(Request.of(request), self.manifest, self._codec, self._engine)
+        return plan_of(Request.of(request), self.manifest, self._codec, self._engine, self._lexicon)
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
         """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
         settings = {**command.as_dict(), "no_repeat_ngram_size": 0, "keep_length": False}
-        settings["syntax"] = "none"
+        settings |= {"known_words": False, "syntax": "none"}
         return self.generate(request, max_new_tokens=max_new_tokens, **settings).token_ids
 
     def logits(self, ids: Sequence[int]) -> Logits:

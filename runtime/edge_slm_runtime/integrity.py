@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from edge_slm_runtime.bundle import (
     MANIFEST,
     SIGNATURES,
+    WORDS,
     Manifest,
     file_entry,
     plain_path,
@@ -30,6 +31,7 @@ from edge_slm_runtime.errors import (
 )
 from edge_slm_runtime.files import reading
 from edge_slm_runtime.installed import find_bundle
+from edge_slm_runtime.lexicon import read_lexicon
 from edge_slm_runtime.onnx_check import check_onnx
 from edge_slm_runtime.onnx_paths import external_locations
 
@@ -77,7 +79,7 @@ def verify_structure(bundle: str | os.PathLike[str]) -> Manifest:
 def verify_contents(
     root: Path, manifest: Manifest, paths: Iterable[str], *, hashes: bool = True
 ) -> None:
-    """The sha256 sums of the listed files `paths`, and the graphs of the ONNX ones.
+    """The sha256 sums of the listed files `paths`, the graphs of the ONNX ones, and the lexicon.
 
     Raises FileAltered, FileMissing, PathEscape, ManifestInvalid, and BundleError when
     a file cannot be read.
@@ -88,6 +90,8 @@ def verify_contents(
                 raise FileAltered(f"{path} is not the file that was listed", "get the bundle again")
             if path.endswith(".onnx"):
                 _check_onnx(root, path, manifest)
+            if path == WORDS:
+                _check_lexicon(root)
 
 
 @contextmanager
@@ -156,3 +160,10 @@ def _check_onnx(root: Path, path: str, manifest: Manifest) -> None:
         check_onnx(model, manifest.model, sizes)
     except ValueError as error:
         raise ManifestInvalid(f"{path} is not a graph of this model: {error}") from None
+
+
+def _check_lexicon(root: Path) -> None:
+    try:
+        read_lexicon((root / WORDS).read_bytes())
+    except ValueError as error:
+        raise ManifestInvalid(f"{WORDS} is no lexicon: {error}") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from time import perf_counter
 
-from edge_slm_runtime.bundle import TOKENIZER, Manifest, Variant
+from edge_slm_runtime.bundle import TOKENIZER, WORDS, Manifest, Variant
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.cores import default_threads
 from edge_slm_runtime.engines import engine_class
@@ -28,6 +28,7 @@ from edge_slm_runtime.errors import (
     OutOfMemory,
     shown,
 )
+from edge_slm_runtime.files import reading
 from edge_slm_runtime.generate import SLM
 from edge_slm_runtime.installed import loading
 from edge_slm_runtime.integrity import unchanged, verify_contents, verify_structure
@@ -109,27 +110,27 @@ def load(
                     variant.precision, threads, cache, speculate, int(prefill_tokens)
                 )
                 try:
-                    codec, loaded = _open(root, manifest, variant, options, hashes=verify)
+                    opened = _open(root, manifest, variant, options, hashes=verify)
                 except EngineNotInstalled as error:
                     if other is None:
                         raise
                     _warn(f"{error.problem}; using {other.engine} instead")
                 else:
                     break
-    return SLM(manifest, variant, codec, loaded, (perf_counter() - started) * 1e3, most_rows)
+    return SLM(manifest, variant, *opened, (perf_counter() - started) * 1e3, most_rows)
 
 
 def load_variant(path: Path, manifest: Manifest, variant: Variant) -> SLM:
     """A variant of a bundle that was verified. Raises as `load`."""
     options = EngineOptions(variant.precision, default_threads())
-    codec, engine = _open(path, manifest, variant, options, hashes=False)
-    return SLM(manifest, variant, codec, engine, 0.0)
+    opened = _open(path, manifest, variant, options, hashes=False)
+    return SLM(manifest, variant, *opened, 0.0)
 
 
 def _open(
     root: Path, manifest: Manifest, variant: Variant, options: EngineOptions, *, hashes: bool
-) -> tuple[TextCodec, Engine]:
-    """Raises as `load`."""
+) -> tuple[TextCodec, Engine, list[bytes]]:
+    """With the words of its lexicon. Raises as `load`."""
     refuse_little_room(variant, options.threads)
     weights = [path for path in manifest.files_of(variant) if path != TOKENIZER]
     verified = _run_in_background(partial(verify_contents, root, manifest, weights, hashes=hashes))
@@ -144,7 +145,11 @@ def _open(
         raise ManifestInvalid(
             f"{TOKENIZER} has {codec.size} tokens, the model {manifest.model.vocab_size}"
         )
-    return codec, open_engine(root / variant.path, manifest, variant, options)
+    lexicon = []
+    if WORDS in manifest.files:
+        with reading(root / WORDS):
+            lexicon = (root / WORDS).read_bytes().split()  # it was checked with the weights
+    return codec, open_engine(root / variant.path, manifest, variant, options), lexicon
 
 
 def _warn(text: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from edge_slm_runtime.answer import Plan
 from edge_slm_runtime.bans import Bans, bans_of, units
 from edge_slm_runtime.bundle import Manifest
 from edge_slm_runtime.choices import Choices
@@ -15,6 +14,8 @@ from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine, RequestToo
 from edge_slm_runtime.keeps import Keeps, texts_to_show
 from edge_slm_runtime.languages import reads_as_english
 from edge_slm_runtime.length import tolerance
+from edge_slm_runtime.lexicon import KnownWords
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.records import Request
 from edge_slm_runtime.request_text import clean_request
@@ -29,16 +30,22 @@ _DEADLINE_MAX = 1e9  # ms
 _TOKENS_PER_WORD = 1.5  # of English under a small vocabulary; for the check beforehand only
 
 
-def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engine) -> Plan:
+def plan_of(
+    request: Request,
+    manifest: Manifest,
+    codec: TextCodec,
+    engine: Engine,
+    lexicon: Sequence[bytes] = (),
+) -> Plan:
     """What the model is given for a request, and the limits of its answer.
 
-    Raises as `SLM.generate`.
+    lexicon: of the bundle; empty where it has none. Raises as `SLM.generate`.
     """
     command = manifest.prompt.check(request.command)
     sampling = request.sampling
     engine.check(sampling)
     stop, ban, keep, choices = _wording(request)
-    for name in ("keep_length", "logprobs", "no_repeat_words"):
+    for name in ("keep_length", "logprobs", "no_repeat_words", "known_words"):
         if not isinstance(value := getattr(request, name), bool):
             raise BadSetting(f"{name} is {shown(value)}", "allowed: True or False")
     if (ban or keep or choices or request.logprobs) and not engine.constrains:
@@ -85,6 +92,8 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
             warnings += (f"the text to show may not be in the answer: {error.problem}",)
     elif manifest.prompt.schema and not reads_as_english(told.text):
         warnings += ("the request does not read as English, the language that training saw",)
+    limited = request.known_words and lexicon and engine.constrains and not choices
+    own = (request.request, told.text, *keep)
     return Plan(
         request=request.request,
         asked=command.asked,
@@ -105,6 +114,7 @@ def plan_of(request: Request, manifest: Manifest, codec: TextCodec, engine: Engi
         deadline_ms=deadline,
         no_repeat_words=request.no_repeat_words,
         texts=texts,
+        known=KnownWords(lexicon, codec, own) if limited else None,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from edge_slm_runtime.answer import FinishReason
 from edge_slm_runtime.command import Command, python_value
+from edge_slm_runtime.plan import FinishReason
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE, Sampling
 
 
@@ -16,15 +16,16 @@ class Request:
 
     request: the text. task, words, relevance: the command; None leaves it to the model.
     temperature … seed: see `Sampling`. no_repeat_words: no word twice in a row, no item twice in a
-    list (see `repeats`; not with ctranslate2). stop: the text ends before the first of these.
-    max_new_tokens: None is what the context holds. keep_length: keep the length promise (see
-    `length`). cache_key: keys and values of a prompt are used again only under the same one, so
-    that one user of an app cannot learn from timings and `cached_tokens` what another asked for.
-    syntax: `keep` that of image tools (see `prompt_syntax`), or `none`: it is text like any other.
-    ban: words and phrases that the answer does not have (see `bans`). logprobs: see `Generation`.
-    keep: phrases that it has, as they are. choices: the answer is one of these texts, whatever
-    `words`. deadline_ms: from the call on; the answer then ends with the pass of the model that is
-    under way.
+    list (see `repeats`; not with ctranslate2). known_words: only words of the bundle's lexicon and
+    of the request, where it has a lexicon (see `lexicon`; not with ctranslate2). stop: the text
+    ends before the first of these. max_new_tokens: None is what the context holds. keep_length:
+    keep the length promise (see `length`). cache_key: keys and values of a prompt are used again
+    only under the same one, so that one user of an app cannot learn from timings and
+    `cached_tokens` what another asked for. syntax: `keep` that of image tools (see
+    `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the answer
+    does not have (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as they are.
+    choices: the answer is one of these texts, whatever `words`. deadline_ms: from the call on; the
+    answer then ends with the pass of the model that is under way.
     """
 
     request: str
@@ -37,6 +38,7 @@ class Request:
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE
     no_repeat_words: bool = True
+    known_words: bool = True
     seed: int | None = None
     stop: tuple[str, ...] | list[str] | str = ()
     max_new_tokens: int | None = None

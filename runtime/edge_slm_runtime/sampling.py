@@ -25,6 +25,7 @@ Refusal = Callable[[int], bool]  # of a token
 # (three to four words) is hardly ever meant in a text of at most 160 words.
 NO_REPEAT_NGRAM_SIZE = 5
 _BLOCK = 128  # tokens
+_MARGIN = 4.0  # of logits: a token is about as likely as one of up to 55 times its chance
 _INT_MAX = 2**31 - 1  # the engines count in int32
 
 
@@ -87,32 +88,61 @@ class Sampler:
             tuple[int, ...], list[int]
         ] = {}  # n - 1 tokens → the tokens that followed
 
-    def pick(self, logits: Logits, refused: Refusal | None = None) -> int:
-        """The next token of `logits` [V] that is not refused; masked entries are -inf. Changes
-        `logits`.
+    def pick(
+        self,
+        logits: Logits,
+        refused: Refusal | None = None,
+        avoided: Refusal | None = None,
+        otherwise: Callable[[], int] | None = None,
+    ) -> int:
+        """The next token of `logits` [V] that is not refused, and not `avoided` as long as
+        another one is left; masked entries are -inf. Changes `logits`.
 
-        Raises EngineError when they are not finite.
+        otherwise: gives the token where all that are about as likely as the likeliest one are
+        to be avoided. Raises EngineError when they are not finite.
         """
         if self._sampling.repetition_penalty != 1:
             penalise(logits, self._seen, self._sampling.repetition_penalty)
         if self._after and (banned := self._after.get(self._last())):
             logits[banned] = -np.inf
-        return self.draw(logits, refused)
+        return self.draw(logits, refused, avoided, otherwise)
 
-    def draw(self, logits: Logits, refused: Refusal | None = None) -> int:
+    def draw(
+        self,
+        logits: Logits,
+        refused: Refusal | None = None,
+        avoided: Refusal | None = None,
+        otherwise: Callable[[], int] | None = None,
+    ) -> int:
         """`pick`, of logits that it has changed before."""
+        spare, margin = None, _MARGIN  # the logits before any was avoided
         while True:
             best = int(logits.argmax())  # of what is not a number, if there is any
+            if spare is not None and logits[best] == -np.inf:
+                logits[:], spare, avoided = spare, None, None
+                continue
             if not math.isfinite(logits[best]):
                 raise not_finite()
             if self._random is None:
                 token = best
             else:
                 token = drawn(probabilities(logits, self._sampling), self._random.random())
-            if refused is None or not refused(token):
+            if refused is not None and refused(token):
+                logits[token] = -np.inf
+                if spare is not None:
+                    spare[token] = -np.inf
+            elif avoided is not None and avoided(token):
+                # With it those about as likely: the next one may be far down.
+                spare = logits.copy() if spare is None else spare
+                least = logits[best] - margin
+                likely = np.flatnonzero(logits > least).tolist()
+                logits[[token, *filter(avoided, likely)]] = -np.inf
+                if otherwise is not None and logits.max() <= least:
+                    return otherwise()
+                margin *= 2
+            else:
                 self.note(token)
                 return token
-            logits[token] = -np.inf
 
     def take_back(self) -> None:
         """Forgets the last token, but not the random numbers that it took."""

@@ -176,6 +176,12 @@ def test_broken_text_files(copy: Path, name: str, content: str | None) -> None:
         read_checkpoint(copy)
 
 
+def test_a_broken_lexicon(copy: Path) -> None:
+    (copy / "words.txt").write_text("snow\nfox\n")
+    with pytest.raises(CheckpointError, match=r"words.txt is no lexicon: .* not sorted"):
+        read_checkpoint(copy)
+
+
 def test_broken_weights(copy: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         read_checkpoint(copy / "absent")

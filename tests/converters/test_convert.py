@@ -21,11 +21,13 @@ from edge_slm_converters import (
     gate,
     random_checkpoint,
 )
+from edge_slm_converters.distribution import write_reduced
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import CheckpointError, GateRefused, TargetExists
 from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
+from edge_slm_runtime.selftest import golden_answers
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -92,6 +94,21 @@ def test_reference_is_dropped_when_not_asked_for(tiny_checkpoint: Path, tmp_path
         "onnx-int8",
         "tokenizer.json",
     ]
+
+
+def test_a_lexicon_goes_into_the_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    (source / "words.txt").write_text("a\nfox\nsnow\n")
+    manifest = convert(source, tmp_path / "b", ("onnx-fp32",), accept=True)
+    assert (tmp_path / "b/words.txt").read_text() == "a\nfox\nsnow\n"
+    assert {"words.txt"} <= {*manifest.files} & {*manifest.provenance["checkpoint"]}
+    reduced = write_reduced(tmp_path / "b", tmp_path / "c", ["onnx-fp32"])
+    for bundle in (tmp_path / "b", reduced):
+        with edge_slm_runtime.load(bundle) as slm:
+            assert slm.check("a fox").known
+            assert not slm.check(edge_slm_runtime.Request("a fox", known_words=False)).known
+            for golden, ids in golden_answers(slm):
+                assert ids == golden.ids["onnx-fp32"]
 
 
 def test_gate_refuses_with_figures_and_records_acceptance(

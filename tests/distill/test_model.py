@@ -136,8 +136,9 @@ def test_a_model_that_cannot_be_converted_is_not_trained(tmp_path: Path) -> None
 
 def test_what_is_saved_is_what_the_converters_read(any_foreign: Path, tmp_path: Path) -> None:
     model, tokenizer = grown_model(ModelRecipe(init=str(any_foreign), positions=64), SCHEMA, 3)
-    out = save_checkpoint(model, tokenizer, SCHEMA, {}, tmp_path / "checkpoint")
+    out = save_checkpoint(model, tokenizer, SCHEMA, {}, tmp_path / "checkpoint", b"fox\nsnow\n")
     checkpoint = read_checkpoint(out)
+    assert checkpoint.text.lexicon == b"fox\nsnow\n"
     shape = GPT2 if model.config.model_type == "gpt2" else LLAMA
     assert checkpoint.decoder.traits == shape.decoder().traits
     assert checkpoint.decoder.kv_heads == shape.decoder().kv_heads

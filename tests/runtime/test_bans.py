@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_slm_runtime import SLM, Command, Request, load
-from edge_slm_runtime.answer import Answer, Plan
+from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.bans import Bans, units
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
 

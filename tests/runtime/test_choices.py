@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_slm_runtime import SLM, Request
-from edge_slm_runtime.answer import Answer, Plan
+from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from edge_slm_converters import convert
 from edge_slm_runtime import SLM, Command, Request, load
-from edge_slm_runtime.answer import Answer, Plan
+from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.command import count_words
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine
 from edge_slm_runtime.keeps import Keeps, texts_to_show
 from edge_slm_runtime.length import tolerance
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
 

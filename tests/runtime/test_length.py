@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_slm_runtime.answer import Answer, Plan
+from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.command import Command, count_words
 from edge_slm_runtime.length import LengthKeeper, tolerance
+from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
 

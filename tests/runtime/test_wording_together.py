@@ -6,11 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from edge_slm_runtime import SLM, Request, load
 from edge_slm_runtime.errors import EdgeSlmError
 
 from .test_bans import holds
 from .test_keeps import has
+from .test_lexicon import file_of, with_lexicon, words_of_tokens
 
 WORDS = "a in the snow e s n , . F ion gen ji half 36".split()
 PHRASES = ("golden hour", "35mm", "the fox", "n x")
@@ -42,11 +45,15 @@ def can_be_asked(slm: SLM, request: Request) -> bool:
     return True
 
 
-def test_all_promises_hold_at_once(tiny_bundle: Path) -> None:
-    rng = random.Random(11)
+@pytest.mark.parametrize("lexicon", [False, True])
+def test_all_promises_hold_at_once(tiny_bundle: Path, tmp_path: Path, lexicon: bool) -> None:
+    rng, bundle = random.Random(11), tiny_bundle
+    if lexicon:
+        words = file_of(words_of_tokens(tiny_bundle))
+        bundle = with_lexicon(tiny_bundle, tmp_path / "bundle", words)
     with (
-        load(tiny_bundle, "numba", "int8", threads=1) as slm,
-        load(tiny_bundle, "numba", "int8", threads=1, speculate=True) as guessing,
+        load(bundle, "numba", "int8", threads=1) as slm,
+        load(bundle, "numba", "int8", threads=1, speculate=True) as guessing,
     ):
         asked = [one for one in (drawn(rng) for _ in range(90)) if can_be_asked(slm, one)]
         assert len(asked) > 60
