@@ -2,12 +2,13 @@
 
     python recipes/curate.py samples/ more-samples/ out/
 
-Answers teach their faults, so rows whose texts nobody would paste are left out, by rules that were
-made by reading: test prompts of image models (negations, causes), lists of artists' sites, lines of
-writing where no one asked for any (small models then write signs into every picture).
+Answers teach their faults, so rows whose texts nobody would paste are left out, by rules that
+were made by reading: test prompts of image models (negations, causes), lists of artists' sites,
+lines of writing where no one asked for any (small models then write signs into every picture).
 
-The image task has few good pairs. Whoever expands an idea for a video describes its picture first, so
-the sentences of a video prompt that move neither camera nor time are an image prompt for its request.
+The image task has few good pairs. Whoever expands an idea for a video describes its picture
+first, so the sentences of a video prompt that move neither camera nor time are an image prompt
+for its request.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def grown_model(
     from transformers import GenerationConfig
 
     from_file = recipe.init.endswith(".gguf")
-    model, old_tokenizer = (_from_gguf if from_file else _from_transformers)(recipe)
+    model, old_tokenizer = (gguf_model if from_file else _from_transformers)(recipe)
     config = model.config
     if config.max_position_embeddings < recipe.positions:
         raise CheckpointError(
@@ -117,8 +117,8 @@ def _from_transformers(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
     return model, tokenizer
 
 
-def _from_gguf(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
-    """(model, its tokenizer.json)."""
+def gguf_model(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
+    """(model, its tokenizer.json) of the GGUF file `recipe.init`. Raises CheckpointError."""
     import torch
 
     from edge_slm_converters.gguf_reader import read_gguf
