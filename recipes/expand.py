@@ -19,7 +19,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,24 @@ WEIGHTS = {  # of sources of requests, by the beginning of their names; 1 for al
 }
 
 
-def requests(path: Path, task: str, count: int, seed: int) -> list[str]:
-    """Up to `count` distinct requests for the task, drawn by the weights of their sources."""
+def requests(
+    path: Path, task: str, count: int, seed: int, things: Set[str] = frozenset()
+) -> list[str]:
+    """Up to `count` distinct requests for the task, drawn by the weights of their sources.
+
+    things: words that may be asked of a scene.
+    """
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     rng = random.Random(f"{seed}/{task}")
     if task == "tags":  # things, as their names are
         rows = [row for row in rows if "wordnet" in row["source"] and row["task"] == "image"]
         texts = {re.sub(r"^(?:an?|the) ", "", row["request"]): 1.0 for row in rows}
-    elif task == "scene":  # content words of captions, in any order
+    elif task == "scene":  # words of captions, in any order
         rows = [row for row in rows if "COCO" in row["source"]]
         texts = {}
         for row in rows:
-            words = sorted(set(words_of(row["request"])) - COMMON, key=lambda _: rng.random())
+            words = sorted(set(words_of(row["request"])) & things)
+            rng.shuffle(words)
             if len(words) >= 3:
                 texts[", ".join(words[: rng.choice((3, 3, 4, 4, 5))])] = 1.0
     else:
@@ -86,13 +92,6 @@ def requests(path: Path, task: str, count: int, seed: int) -> list[str]:
     # Weighted sampling without replacement (Efraimidis and Spirakis, 2006).
     order = sorted(texts, key=lambda text: -(rng.random() ** (1 / texts[text])))
     return [text for text in order if not held_out(text, HELD_PERCENT)][:count]
-
-
-COMMON = set(  # words of captions that name nothing
-    "a an the of in on at to and or with by is are be it its his her their this that there as for "
-    "from into over under up down out off near next some two three one people very while who has "
-    "have being sitting standing top front back side view close photo picture".split()
-)
 
 
 def faultless(task: str, request: str, text: str, known: Counter[str]) -> bool:
@@ -168,11 +167,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     given = parser.parse_args()
     known: Counter[str] = Counter()
+    things: Counter[str] = Counter()
     for folder in given.samples:
         for file in folder.glob("*.jsonl"):
             for line in file.read_text("utf-8").splitlines():
                 row = json.loads(line)
-                known.update(words_of(row["response"]) + words_of(row["request"] or ""))
+                asked = words_of(row["request"] or "")
+                known.update(words_of(row["response"]) + asked)
+                things.update(asked if row["task"] == "scene" else ())
+    often = {word for word, times in things.items() if times > 3}
     places = [given.out / "best", given.out / "more"]
     for place in places:
         place.mkdir(parents=True, exist_ok=True)
@@ -182,7 +185,7 @@ def main() -> None:
     for task, count in (each.split("=") for each in given.each):
         if (places[-1] / f"{task}.jsonl").exists():
             continue
-        asked = requests(given.requests, task, int(count), given.seed)
+        asked = requests(given.requests, task, int(count), given.seed, often)
         rows: list[dict[str, Any]] = []
         for start in range(0, len(asked), 512):
             rows += expand(
@@ -219,7 +222,7 @@ def expand(
     if not good:
         return []
     scores = reward.score(good)
-    if task not in ("tags", "scene"):
+    if task != "tags":
         scores = scores + COHERENCE * np.array(base.score([(s.request, s.response) for s in good]))
     ranks: Counter[str] = Counter()
     rows = []
