@@ -62,13 +62,14 @@ def requests(
 ) -> list[str]:
     """Up to `count` distinct requests for the task, drawn by the weights of their sources.
 
-    things: words that may be asked of a scene.
+    things: words that may be asked of a scene, or have tags.
     """
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     rng = random.Random(f"{seed}/{task}")
     if task == "tags":  # things, as their names are
         rows = [row for row in rows if "wordnet" in row["source"] and row["task"] == "image"]
-        texts = {re.sub(r"^(?:an?|the) ", "", row["request"]): 1.0 for row in rows}
+        names = [re.sub(r"^(?:an?|the) ", "", row["request"]) for row in rows]
+        texts = {name: 1.0 for name in names if things.issuperset(words_of(name))}
     elif task == "scene":  # words of captions, in any order
         rows = [row for row in rows if "COCO" in row["source"]]
         texts = {}
@@ -102,13 +103,15 @@ def faultless(task: str, request: str, text: str, known: Counter[str]) -> bool:
         return False
     if task == "tags":
         items = [item.strip() for item in text.lower().split(",")]
-        return len(set(items)) == len(items) and max(Counter(words).values()) <= 2
+        distinct = len(set(items)) == len(items) and max(Counter(words).values()) <= 2
+        return distinct and request.lower() not in items
     if invented(request, text) or unfinished(text) or repeats(text):
         return False
     if task == "lettering":
         return quoted(request, text) and text.count('"') == 2
-    if task == "scene":
-        return coverage(request, text) == 1
+    if task == "scene":  # short, so that a word said twice is a loop
+        said = Counter(word for word in words if len(word) > 3)
+        return coverage(request, text) == 1 and max(said.values(), default=1) == 1
     return task == "design" or bool(WRITING.search(request)) or not WRITING.search(text)
 
 

@@ -63,8 +63,9 @@ def test_a_prompt_for_a_video_gives_the_image_that_it_shows(
         ("lettering", "Fox", 'A sign in the snow reads "Red".', False),
         ("scene", "fox, snow", "A fox stands in the snow.", True),
         ("scene", "fox, snow", "A fox stands.", False),
-        ("tags", "fox", "fox, snow, red", True),
-        ("tags", "fox", "fox, snow, fox", False),
+        ("tags", "fox", "foxes, snow, red", True),
+        ("tags", "fox", "red, snow, red", False),
+        ("tags", "fox", "fox, snow, red", False),
     ],
 )
 def test_answers_without_a_fault_are_kept(
