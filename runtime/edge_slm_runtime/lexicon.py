@@ -62,7 +62,6 @@ class KnownWords:
         """lexicon: sorted. texts: their words are known too, and the plurals of these."""
         own = {word for text in texts for word in words_in(f"{text} {' '.join(words_of(text))}")}
         own |= {word + more for word in own for more in (b"s", b"es")}
-        own |= {word[:-1] for word in own if word.endswith(b"s")}
         self._lexicon, self._own = lexicon, sorted(own)
         self._last = "", b""
         self._bytes_of, self._ends = codec.bytes_of, codec.ends

@@ -115,7 +115,7 @@ class Sampler:
         otherwise: Callable[[], int] | None = None,
     ) -> int:
         """`pick`, of logits that it has changed before."""
-        spare, margin = None, _MARGIN  # the logits before any was avoided
+        spare = None  # the logits before any was avoided
         while True:
             best = int(logits.argmax())  # of what is not a number, if there is any
             if spare is not None and logits[best] == -np.inf:
@@ -132,14 +132,13 @@ class Sampler:
                 if spare is not None:
                     spare[token] = -np.inf
             elif avoided is not None and avoided(token):
-                # With it those about as likely: the next one may be far down.
+                # With it those about as likely as the best: the next one may be far down.
                 spare = logits.copy() if spare is None else spare
-                least = logits[best] - margin
+                least = logits[best] - _MARGIN
                 likely = np.flatnonzero(logits > least).tolist()
                 logits[[token, *filter(avoided, likely)]] = -np.inf
                 if otherwise is not None and logits.max() <= least:
                     return otherwise()
-                margin *= 2
             else:
                 self.note(token)
                 return token
