@@ -6,7 +6,7 @@
 One step of expert iteration: answers are sampled (in bf16 where that is faster), those with a
 fault that a reader sees at once are left out, and the rest is ranked by reward plus COHERENCE ×
 mean log-probability under the model that the checkpoint was trained from, which knows English
-and none of the prompts. The first of every request goes to out/best/, up to KEEP - 1 others to
+and none of the prompts. The first of a request goes to out/best/, up to KEEP - 1 others to
 out/more/, for smaller models, which need more text. Goes on where it was stopped: one file a
 task.
 """
@@ -40,6 +40,7 @@ from edge_slm_runtime.files import write_jsonl
 from edge_slm_runtime.keywords import coverage, words_of
 
 CANDIDATES, KEEP, TEMPERATURE = 4, 3, 0.75
+LEAST = 0.58  # score
 HELD_PERCENT = 6  # of requests, which the recipes hold out
 COHERENCE = 0.15  # of the reward, per nat
 WORDS = {  # asked for, at least and at most
@@ -195,6 +196,7 @@ def main() -> None:
                 task, asked[start : start + 512], generate, reward, base, known, given.seed
             )
             print(task, min(start + 512, len(asked)), "of", len(asked), "→", len(rows), flush=True)
+        rows = [row for row in rows if row["score"] >= LEAST]
         for ranks, place in zip((range(1), range(1, KEEP)), places, strict=True):
             write_jsonl([row for row in rows if row["rank"] in ranks], place / f"{task}.jsonl")
 

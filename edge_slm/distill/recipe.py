@@ -69,7 +69,7 @@ class DataRecipe(_Section):
     holdout_percent: int = Field(default=HOLDOUT_PERCENT, ge=0, le=50)
     dev_percent: int = Field(default=0, ge=0, le=50)  # besides; 0: the held-out ones are
     max_request_words: int = Field(default=40, ge=1)
-    max_response_words: int = Field(default=WORD_EDGES[-1] - 1, ge=1)
+    max_response_words: int = Field(default=WORD_EDGES[-1] - 1, ge=1, lt=WORD_EDGES[-1])
     sentences: tuple[TaskName, ...] = ()  # tasks whose responses end in a full stop
     whole: bool = False  # without requests and responses that are not whole: see `Reading`
     leave_out: tuple[str, ...] = ()  # sources of rows, by the beginning of their "source"
