@@ -153,7 +153,7 @@ class SLM:
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
         """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
         settings = {**command.as_dict(), "no_repeat_ngram_size": 0, "keep_length": False}
-        settings |= {"known_words": False, "syntax": "none"}
+        settings |= {"known_words": False, "no_repeat_words": False, "syntax": "none"}
         return self.generate(request, max_new_tokens=max_new_tokens, **settings).token_ids
 
     def logits(self, ids: Sequence[int]) -> Logits:
