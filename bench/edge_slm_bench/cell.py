@@ -97,14 +97,14 @@ KINDS: Mapping[str, Callable[[Any, Job], dict[str, Any]]] = {
 
 def main() -> None:
     job, started = json.load(sys.stdin), time.perf_counter()
-    from edge_slm_runtime.errors import EdgeSlmError, EngineError
+    from edge_slm_runtime.errors import EdgeSlmError, OutOfMemory
 
     try:
         result = run(job, started)
     except EdgeSlmError as error:
         result = {"error": [type(error).__name__, error.problem, error.hint]}
     except MemoryError:
-        result = {"error": [EngineError.__name__, "no memory left", ""]}
+        result = {"error": [OutOfMemory.__name__, "no memory left", ""]}
     print(f"\n{json.dumps(result)}")
 
 

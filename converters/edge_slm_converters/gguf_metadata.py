@@ -44,7 +44,8 @@ class Metadata:
         value = self.of_model(key)
         value = default if value is None else value
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
+            allowed = f"a positive number up to {most:.7g}"
             raise CheckpointError(
-                f"GGUF: {self.architecture}.{key} must be a positive number, got {shown(value)}"
+                f"GGUF: {self.architecture}.{key} must be {allowed}, got {shown(value)}"
             )
         return float(value)

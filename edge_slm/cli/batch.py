@@ -103,7 +103,7 @@ def _encoding(context: click.Context, option: click.Parameter, given: str | None
     show_default=True,
     help="Lines that are generated together.",
 )
-@click.option("--strict", is_flag=True, help="Exit 9 when any line failed, not only when all did.")
+@click.option("--strict", is_flag=True, help="Exit 13 when any line failed, not only when all did.")
 @click.option(
     "--retry-errors",
     is_flag=True,

@@ -37,10 +37,11 @@ Exit codes:
     6  a checkpoint that cannot be converted
     7  a variant outside its budget
     8  training or batch data that cannot be used
-    9  an output that exists already; a batch of which every line failed
+    9  an output that exists already
    10  a teacher or judge that does not answer
    11  a benchmark that became worse (bench --compare)
    12  what does not fit into the memory
+   13  a batch of which every line failed (any, with batch --strict)
   130  interrupted with Ctrl-C
 """
 

@@ -10,7 +10,7 @@ from edge_slm.cli.console import emit_json, examples, json_option, note, say
 from edge_slm.cli.options import bundle_argument
 from edge_slm_runtime import verify as verify_files
 from edge_slm_runtime.bundle import Manifest, Variant
-from edge_slm_runtime.errors import BundleError, EngineNotInstalled
+from edge_slm_runtime.errors import EngineError, EngineNotInstalled, SelfTestFailed
 from edge_slm_runtime.loading import load_variant
 from edge_slm_runtime.selftest import golden_answers
 
@@ -56,16 +56,17 @@ def _run_goldens(bundle: Path, manifest: Manifest, variant: Variant) -> int | No
     name = variant.name
     count = 0
     try:
-        slm = load_variant(bundle, manifest, variant)
+        with load_variant(bundle, manifest, variant) as slm:
+            for golden, got in golden_answers(slm):
+                count += 1
+                if got != golden.ids[name]:
+                    raise SelfTestFailed(
+                        f"{name} no longer gives its golden tokens for {golden.request!r}",
+                        "the files are unaltered: look at the engine's version and the CPU",
+                    )
     except EngineNotInstalled as error:
         note(f"{name} skipped: {error}")
         return None
-    with slm:
-        for golden, got in golden_answers(slm):
-            count += 1
-            if got != golden.ids[name]:
-                raise BundleError(
-                    f"{name} no longer gives its golden tokens for {golden.request!r}",
-                    "the files are unaltered: look at the engine's version and the CPU",
-                )
+    except EngineError as error:
+        raise SelfTestFailed(f"{name} cannot run here: {error.problem}") from None
     return count

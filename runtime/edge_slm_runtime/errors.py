@@ -18,10 +18,10 @@
     ├── GateRefused                 exit 7   a variant outside its budget
     ├── DataError                   exit 8   training or batch data
     ├── TargetExists                exit 9   what would be overwritten
-    ├── BatchFailed                 exit 9   a batch whose lines failed
     ├── TeacherError                exit 10  a teacher or judge that does not answer
     ├── BenchRegression             exit 11  a benchmark that became worse
-    └── OutOfMemory                 exit 12  what does not fit into the memory
+    ├── OutOfMemory                 exit 12  what does not fit into the memory
+    └── BatchFailed                 exit 13  a batch whose lines failed
 
 `code` is stable: programs may match on it. `str(error)` is one line: what is
 wrong and where, then what to do about it.
@@ -326,7 +326,7 @@ class BatchFailed(EdgeSlmError):
     """Every line of a batch failed; with --strict, any of them. The others are written."""
 
     code = "batch_failed"
-    exit_code = 9
+    exit_code = 13
 
 
 class TeacherError(EdgeSlmError):

@@ -42,9 +42,10 @@ from edge_slm_runtime.text import TextCodec
 
 _THREADS_MAX = 1024
 _ROWS_MAX = 1 << 16
+_NO_MEMORY = "there is no memory to load the bundle", "choose a smaller variant"
 
 
-@memory_errors("there is no memory to load the bundle", "choose a smaller variant")
+@memory_errors(*_NO_MEMORY)
 def load(
     path: str | os.PathLike[str],
     engine: str = "auto",
@@ -120,6 +121,7 @@ def load(
     return SLM(manifest, variant, *opened, (perf_counter() - started) * 1e3, most_rows)
 
 
+@memory_errors(*_NO_MEMORY)
 def load_variant(path: Path, manifest: Manifest, variant: Variant) -> SLM:
     """A variant of a bundle that was verified. Raises as `load`."""
     options = EngineOptions(variant.precision, default_threads())

@@ -161,7 +161,7 @@ def test_lines_that_failed_decide_the_exit_code(tiny_bundle: Path, tmp_path: Pat
     assert run(*settings, stdin="").exit_code == 0
     for lines, options in ((bad * 2, ()), (good + bad, ("--strict",))):
         result = run(*settings, *options, stdin=lines)
-        assert result.exit_code == 9
+        assert result.exit_code == 13
         last = result.stderr.splitlines()[-1]
         assert last.startswith("error[batch_failed]: ")
         assert "unknown task 'poem'" in last

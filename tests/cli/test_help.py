@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import edge_slm
 from edge_slm.cli import console, main
 from edge_slm_converters.convert import chosen_variants
-from edge_slm_runtime import read_manifest
+from edge_slm_runtime import errors, read_manifest
 from edge_slm_runtime.errors import CheckpointError
 
 from .test_commands import EDGE_SLM, REPOSITORY, error_of, run
@@ -41,6 +42,21 @@ def test_an_example_can_be_parsed(example: str, monkeypatch: pytest.MonkeyPatch)
     parent = click.Context(main, **main.context_settings)
     with main.commands[name].make_context(name, arguments, parent=parent):
         pass
+
+
+def test_the_exit_codes_are_those_of_the_errors() -> None:
+    listed = [int(code) for code in re.findall(r"^ +(\d+)  ", console.EXIT_CODES, re.MULTILINE)]
+    raised = {getattr(errors, name).exit_code for name in errors.__all__}
+    assert listed == sorted({0, 2, 130} | raised)  # 2 and 130 are click's and the shell's
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
+def test_what_does_not_fit_into_the_memory_has_its_exit_code(tiny_bundle: Path) -> None:
+    asked = f"generate fox --bundle {tiny_bundle} --engine onnxruntime --threads 500"
+    limited = f"ulimit -v 3000000; exec {shlex.join(EDGE_SLM)} {asked}"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (12, "")
+    assert done.stderr.startswith("error[out_of_memory]: the limit leaves ")
 
 
 def completions(*words: str) -> list[str]:

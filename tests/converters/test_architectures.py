@@ -66,6 +66,7 @@ def test_a_llamas_traits() -> None:
         ({"num_attention_heads": 5}, "not a multiple of num_attention_heads"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 1 << 21}, "a positive number up to 1048576, got 2097152"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
     ],
 )

@@ -88,6 +88,15 @@ def test_evaluate_beside_other_answers_and_bundles(foxes: Path) -> None:
     assert rows["big"]["scores"] == rows["references"]["scores"]  # the same texts
 
 
+def test_a_server_that_does_not_answer_has_its_exit_code(foxes: Path) -> None:
+    arguments = ["evaluate", "--data", str(foxes), "--task", "image", "--requests", "2"]
+    with ChatServer() as server:
+        server.troubles.append(401)
+        result = CliRunner().invoke(main, [*arguments, "--answers", f"chatty={server.url}"])
+    assert (result.exit_code, result.stdout) == (10, "")
+    assert result.stderr.splitlines()[-1].startswith(f"error[teacher_failed]: {server.url}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from edge_slm_runtime import Request, load, read_manifest
 from edge_slm_runtime.bundle import Variant
 from edge_slm_runtime.decoder import gpt2
+from edge_slm_runtime.engines.base import native_error
 from edge_slm_runtime.errors import BadSetting, OutOfMemory
 from edge_slm_runtime.memory import memory_estimate
 
@@ -122,6 +124,29 @@ def test_it_bounds_the_rows_of_all_callers(tiny_bundle: Path) -> None:
         assert slm.generate("a cat", max_new_tokens=3).token_ids
         del stream, streams
         assert len(list(slm.generate_batch([Request("a cat", max_new_tokens=3)] * 4, 3))) == 4
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "numba"])
+def test_rows_for_which_there_is_no_memory(tiny_bundle: Path, engine: str) -> None:
+    with load(tiny_bundle, engine, "int8", threads=1) as slm:
+        with pytest.raises(OutOfMemory, match=r"no memory for .* \(choose a smaller batch_size\)"):
+            list(slm.generate_batch([Request("a cat")], 10**12))
+        assert slm.generate("a cat", max_new_tokens=3).token_ids
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("std::bad_alloc"), "out_of_memory"),
+        (RuntimeError("mkl_malloc: failed to allocate memory"), "out_of_memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory"),
+        (RuntimeError("Failed to allocate memory for requested buffer"), "out_of_memory"),
+        (RuntimeError("no such allocator"), "engine"),
+    ],
+)
+def test_how_libraries_say_that_there_is_no_memory(error: Exception, code: str) -> None:
+    assert native_error("it failed", error).code == code
 
 
 @pytest.mark.parametrize("size", [-1, float("nan"), True, "16"])

@@ -19,7 +19,7 @@ from edge_slm_runtime import SLM, Request, load
 from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.engines.kv_cache import KVCache, PrefixCache
 from edge_slm_runtime.engines.stepping import SteppingEngine
-from edge_slm_runtime.errors import BadSetting, EmptyRequest, EngineError
+from edge_slm_runtime.errors import BadSetting, EmptyRequest, OutOfMemory
 
 from .conftest import STEPPED
 
@@ -306,5 +306,5 @@ def test_memory_is_taken_as_positions_are_written() -> None:
 
 
 def test_more_than_there_are_addresses() -> None:
-    with pytest.raises(EngineError, match="no memory for the cache of 2 answers"):
+    with pytest.raises(OutOfMemory, match="no memory for the cache of 2 answers"):
         KVCache((2, 2, 64, 10**18, 64), KIND)

@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_slm_bench.runners.base import Float32, Spec
 from edge_slm_bench.runners.greedy import GreedyRunner, Int64
-from edge_slm_runtime.errors import DependencyMissing, EngineError
+from edge_slm_runtime.errors import DependencyMissing, EngineError, OutOfMemory
 
 _kept: list[Any] = []  # the log callback: llama.cpp holds its bare address
 
@@ -94,7 +94,7 @@ class LlamaCppRunner(GreedyRunner):
         settings.no_perf = True
         self._context = self._library.llama_init_from_model(self._model, settings)
         if not self._context:
-            raise EngineError(f"llama.cpp has no memory for {rows} sequences")
+            raise OutOfMemory(f"llama.cpp has no memory for {rows} sequences")
         self._rows = rows
 
     def _close_context(self) -> None:

@@ -153,8 +153,10 @@ def positive(config: Config, key: str, *, kind: Any = int, default: float | None
     """A number above zero, not too large; null means the default. Raises CheckpointError."""
     value: Any = default if config.get(key) is None else config[key]
     number = isinstance(value, kind) and not isinstance(value, bool)
-    if not number or not 0 < value <= (LARGEST if kind is int else sys.float_info.max):
-        raise CheckpointError(f"config.json: {key} must be a positive number, got {shown(value)}")
+    most = LARGEST if kind is int else sys.float_info.max
+    if not number or not 0 < value <= most:
+        allowed = f"a positive number up to {most:.7g}"
+        raise CheckpointError(f"config.json: {key} must be {allowed}, got {shown(value)}")
     return value
 
 

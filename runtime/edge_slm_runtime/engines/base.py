@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ import numpy as np
 
 from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.errors import EngineError, UsedAfterFork
+from edge_slm_runtime.errors import EdgeSlmError, EngineError, OutOfMemory, UsedAfterFork
 from edge_slm_runtime.sampling import Logits, Sampling
 
 Result = TypeVar("Result")
@@ -80,8 +81,8 @@ class Engine(ABC):
     def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
         """Loads the variant in `folder`.
 
-        Raises EngineError when the engine refuses it, ManifestInvalid when it is not the model
-        of `decoder`, ImportError when the engine's package is not there.
+        Raises EngineError when the engine refuses it, OutOfMemory, ManifestInvalid when it is not
+        the model of `decoder`, ImportError when the engine's package is not there.
         """
 
     @classmethod
@@ -116,7 +117,7 @@ class Engine(ABC):
         answers interleaved.
 
         Answers are drawn as places get free, at most `batch_size` at a time.
-        Raises UsedAfterFork, EngineError.
+        Raises UsedAfterFork, EngineError, OutOfMemory.
         """
 
     @abstractmethod
@@ -222,6 +223,18 @@ def _after_fork() -> None:
 atexit.register(_end_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+_NO_MEMORY = re.compile("bad.alloc|(failed to|cannot) allocate", re.IGNORECASE)
+
+
+def native_error(what: str, error: Exception) -> EdgeSlmError:
+    """What a native library or the system raised as ours: OutOfMemory where it was for want of
+    memory, which each says in its own way, otherwise EngineError."""
+    line = f"{what}: {first_line(error)}"
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(line):
+        return OutOfMemory(line, "choose a smaller batch_size, or a smaller variant")
+    return EngineError(line)
 
 
 def first_line(error: BaseException) -> str:

@@ -30,7 +30,13 @@ import numpy as np
 
 from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.engines.base import Engine, EngineOptions, Native, first_line
+from edge_slm_runtime.engines.base import (
+    Engine,
+    EngineOptions,
+    Native,
+    first_line,
+    native_error,
+)
 from edge_slm_runtime.engines.ct2_file import check_model
 from edge_slm_runtime.errors import (
     EngineError,
@@ -79,9 +85,7 @@ class CTranslate2Engine(Engine):
                 intra_threads=options.threads,
             )
         except Exception as error:  # ctranslate2 raises bare RuntimeError
-            raise EngineError(
-                f"ctranslate2 cannot load {folder.name}: {first_line(error)}"
-            ) from None
+            raise native_error(f"ctranslate2 cannot load {folder.name}", error) from None
         self.threads = options.threads
         self._native = Native(generator)
         self._worker = 0  # the native thread that hands tokens over
@@ -211,7 +215,7 @@ def _start(generator: Any, tokens: Sequence[str], **options: Any) -> Any:
     try:
         (run,) = generator.generate_batch([tokens], asynchronous=True, **options)
     except Exception as error:
-        raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+        raise native_error("ctranslate2 failed", error) from error
     return run
 
 
@@ -220,14 +224,14 @@ def _raise_failure(run: Any) -> None:
     try:
         run.result()
     except Exception as error:
-        raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+        raise native_error("ctranslate2 failed", error) from error
 
 
 def _forward(generator: Any, ids: Sequence[Sequence[int]]) -> Any:
     try:
         return generator.forward_batch(ids)
-    except RuntimeError as error:
-        raise EngineError(f"ctranslate2 failed: {first_line(error)}") from error
+    except Exception as error:
+        raise native_error("ctranslate2 failed", error) from error
 
 
 def _sampling_options(sampling: Sampling, vocab_size: int) -> dict[str, float]:

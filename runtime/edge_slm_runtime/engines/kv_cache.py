@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_slm_runtime.errors import EngineError
+from edge_slm_runtime.errors import OutOfMemory
 
 # [2 × layers, rows, heads, positions, head size]; a layer's keys come before its values.
 Shape = tuple[int, int, int, int, int]
@@ -35,7 +35,7 @@ class KVCache:
     block: positions whose keys lie together, and are copied together."""
 
     def __init__(self, shape: Shape, dtype: Any, block: int = 1) -> None:
-        """Raises EngineError when there is no memory for it."""
+        """Raises OutOfMemory when there is no memory for it."""
         self.array = _pages(shape, np.dtype(dtype))
         self.prompts: list[tuple[int, ...]] = [()] * shape[1]
         self.keys = [""] * shape[1]
@@ -97,7 +97,7 @@ class PrefixCache:
         """A cache for an answer to `prompt`; `begin` finds the part of it that is cached, by
         callers of the same `key`.
 
-        Raises EngineError when there is no memory for another one.
+        Raises OutOfMemory when there is no memory for another one.
         """
         best = self._take(prompt, key)
         if best is None:
@@ -153,7 +153,7 @@ def _pages(shape: Shape, dtype: np.dtype[Any]) -> Array:
         else:
             pages = mmap.mmap(-1, size)
     except (OSError, OverflowError, ValueError, MemoryError):
-        raise EngineError(
+        raise OutOfMemory(
             f"no memory for the cache of {shape[1]} answers of {shape[3]} positions",
             "choose a smaller batch_size",
         ) from None

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.engines.base import EngineOptions, Native, first_line
+from edge_slm_runtime.engines.base import EngineOptions, Native, native_error
 from edge_slm_runtime.engines.kv_cache import Array
 from edge_slm_runtime.engines.stepping import SteppingEngine
-from edge_slm_runtime.errors import EngineError, ManifestInvalid
+from edge_slm_runtime.errors import ManifestInvalid
 from edge_slm_runtime.sampling import Logits
 
 
@@ -54,9 +54,7 @@ class OnnxEngine(SteppingEngine):
             outputs = {item.name: item for item in session.get_outputs()}
             vocab_size = int(outputs["logits"].shape[-1])
         except Exception as error:  # onnxruntime has one exception class per status code
-            raise EngineError(
-                f"onnxruntime cannot load {folder.name}: {first_line(error)}"
-            ) from None
+            raise native_error(f"onnxruntime cannot load {folder.name}", error) from None
         found = (layers, int(heads), int(head_width), vocab_size)
         expected = (decoder.layers, decoder.kv_heads, decoder.head_width, decoder.vocab_size)
         if found != expected:
@@ -112,4 +110,4 @@ def _run(session: Any, binding: Any) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        raise EngineError(f"onnxruntime failed: {first_line(error)}") from error
+        raise native_error("onnxruntime failed", error) from error

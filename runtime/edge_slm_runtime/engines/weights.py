@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.decoder import ACTIVATIONS, Decoder
-from edge_slm_runtime.errors import EngineError, ManifestInvalid, shown
+from edge_slm_runtime.engines.base import native_error
+from edge_slm_runtime.errors import ManifestInvalid, shown
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.panels import ALIGNMENT, LANES, STRIP, UNIT, file_metadata, stored_name
 
@@ -30,14 +31,14 @@ class Weights:
     """
 
     def __init__(self, path: Path, decoder: Decoder) -> None:
-        """Raises EngineError, ManifestInvalid."""
+        """Raises EngineError, OutOfMemory, ManifestInvalid."""
         try:
             self._header, self._data = _read(path)
             settings = self._header["__metadata__"]
             activation = ACTIVATIONS.index(settings["activation"])
             epsilon = _share(settings["layer_norm_epsilon"])
         except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError) as error:
-            raise EngineError(f"{path.parent.name} cannot be read: {error}") from None
+            raise native_error(f"{path.parent.name} cannot be read", error) from None
         for name, value in file_metadata(decoder).items():
             if name not in _OF_THE_FILE and settings.get(name) != value:
                 raise ManifestInvalid(
