@@ -11,9 +11,11 @@ from collections.abc import Iterator
 
 _DOUBLED = re.compile(r"\b(\w+)(?:,? (?:and|or|&))?,? (?=\1\b)", re.IGNORECASE)
 _LAST_WORD = re.compile(r"(?<!\w)(\w+)(?:,? (?:and|or|&)|,)?$")
+_LETTERS = re.compile(r"(?<!\w)[^\W\d_]+$")
 _TAIL = 48  # characters that may hold the last word and what joins it to the next
 # English doubles these.
 _IDIOMS = frozenset("again and blah had less more never on over round so that up very".split())
+_SHORT = 3  # letters: "as a" is no plural
 _ITEM = re.compile(r"[^,.;:!?…\n]+")
 _MARKS = (",", ".", ";", ":", "!", "?")
 
@@ -25,15 +27,21 @@ class Repeats:
         self._free = _IDIOMS | {match[1].lower() for match in _DOUBLED.finditer(request)}
 
     def refuses(self, text: str, piece: str) -> bool:
-        """Whether `piece` says again what the text has just said: its last word, or, by ending
-        it, an item of a list."""
+        """Whether `piece` says again what the text has just said: its last word, also in the
+        plural, or, by ending it, an item of a list."""
         if piece.startswith(_MARKS):
             return self.refuses_end(text) if piece[0] == "," else False
+        tail = text[-_TAIL:]
+        if piece[:1] != " ":  # it goes on with a word
+            begun = _LETTERS.search(tail)
+            if begun is None:
+                return False
+            tail, piece = tail[: begun.start()].rstrip(" "), f" {begun[0]}{piece}"
         word = piece[1:].lower()
-        if piece[:1] != " " or not word.isalpha() or word in self._free:
+        if not word.isalpha() or word in self._free:
             return False
-        last = _LAST_WORD.search(text, max(0, len(text) - _TAIL))
-        return last is not None and last[1].lower() == word
+        last = _LAST_WORD.search(tail)
+        return last is not None and _singular(last[1].lower()) == _singular(word)
 
     def refuses_end(self, text: str) -> bool:
         """Whether the text ends in an item of a list that it has listed before."""
@@ -41,6 +49,10 @@ class Repeats:
             return False
         items = list(_items(text))
         return items[-1:] != [] and items[-1] in items[:-1]
+
+
+def _singular(word: str) -> str:
+    return word.removesuffix("s") if len(word) > _SHORT else word
 
 
 def _items(text: str) -> Iterator[str]:

@@ -22,6 +22,11 @@ from edge_slm_runtime.repeats import Repeats
         ("very,", " very", False),
         ("room 12", " 12", False),
         ("a sub", "sub", False),  # within a word
+        ("purples and purp", "les", True),
+        ("purples and purp", "le", True),
+        ("a tree and trees", "hade", False),
+        ("a house,", " houses", True),
+        ("as", " a", False),
         ("tower. Tower", ",", False),
         ("red, blue, Red", ",", True),
         ("red, blue, reddish", ",", False),
