@@ -146,6 +146,8 @@ def batch(
     """
     if retry_errors and output is None:
         raise click.UsageError("--retry-errors needs the --output of an earlier run")
+    if output is not None and output.exists() and source.exists() and output.samefile(source):
+        raise click.UsageError("the --output is the INPUT itself")
     with (
         edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm,
         open_input(source, copy_to=output and output.parent) as stream,

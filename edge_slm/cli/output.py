@@ -112,7 +112,10 @@ class ResumableOutput:
 
     @property
     def _start_afresh(self) -> str:
-        return f"give another output, or remove {self._output.name}*"
+        files = (self._output, self._record_file, self._part, self._sums)
+        ours = [file for file in files if file.is_file() and file != self._just_made()]
+        there = " and ".join(file.name for file in ours)
+        return f"give another output{there and f', or remove {there}'}"
 
     def _keep_sound_groups(self) -> int:
         """The answers of the groups at the beginning whose sums fit; the rest is cut off."""
@@ -131,9 +134,12 @@ class ResumableOutput:
         self._sums_file.truncate(sound * (2 * self._digest.digest_size + 1))
         return self._journal.count
 
+    def _just_made(self) -> Path | None:
+        """The part, when it was only made to be locked."""
+        return self._part if self._part.exists() and _is_empty(self._part) else None
+
     def _discard(self) -> None:
-        """Removes a part that was only made to be locked."""
-        if _is_empty(self._part):
+        if self._just_made():
             self._part.unlink()
             self._sums.unlink(missing_ok=True)
         self.close()

@@ -80,7 +80,7 @@ def distill(
     accelerate = _accelerate()
     out = Path(out)
     if (finished := out / "checkpoint").exists():
-        if _recipe_digest(finished / "recipe.json") != recipe.digest():
+        if _recipe_digest(finished) != recipe.digest():
             raise TargetExists(f"{out} holds a run of another recipe", "give another --out")
         return finished
     if any(stage.kind == "text" for stage in recipe.stages) and not text:
@@ -113,12 +113,16 @@ def distill(
         return training.run()
 
 
-def _recipe_digest(file: Path) -> str:
-    """Of the recipe that a finished run was made by. Raises DataError."""
+def _recipe_digest(checkpoint: Path) -> str:
+    """Of the recipe that a finished run was made by. Raises DataError when what it left cannot
+    be read, or its weights were cut."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        return str(json.loads(file.read_text("utf-8"))["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{file} is damaged", "give another --out") from None
+        with safe_open(checkpoint / "model.safetensors", "np"):  # its header tells its size
+            return str(json.loads((checkpoint / "recipe.json").read_text("utf-8"))["digest"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        raise DataError(f"{checkpoint} is damaged", "remove it: it is written again") from None
 
 
 def _accelerate() -> Any:

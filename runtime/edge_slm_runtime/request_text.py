@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from edge_slm_runtime.errors import ControlTokenInRequest, EmptyRequest, RequestNotText
+from edge_slm_runtime.errors import (
+    ControlTokenInRequest,
+    EmptyRequest,
+    RequestNotText,
+    RequestTooLong,
+)
+
+_LONGEST = 1 << 20  # characters; what a model's context holds is counted once it is clean
 
 _CONTROL = re.compile(r"<\|[a-z_]+(?::[A-Za-z0-9_-]+)?\|>")
 _BLANK = re.compile(
@@ -15,9 +22,15 @@ _BLANK = re.compile(
 
 
 def valid_request(request: str) -> str:
-    """The request without white space at its ends. Raises RequestNotText, EmptyRequest."""
+    """The request without white space at its ends. Raises RequestNotText, EmptyRequest,
+    RequestTooLong."""
     if not isinstance(request, str):
         raise RequestNotText(f"the request must be str, got {type(request).__name__}")
+    if len(request) > _LONGEST:  # to clean it takes 20 times its memory
+        raise RequestTooLong(
+            f"the request has {len(request)} characters, more than {_LONGEST}",
+            "shorten the request",
+        )
     try:
         request.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -44,7 +57,7 @@ def is_visible(char: str) -> bool:
 def clean_request(request: str) -> str:
     """The request as a commanded model sees it: stripped, white space folded.
 
-    Raises RequestNotText, EmptyRequest, ControlTokenInRequest.
+    Raises RequestNotText, EmptyRequest, RequestTooLong, ControlTokenInRequest.
     """
     text = valid_request(request)
     if smuggled := _CONTROL.search(text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -327,6 +328,22 @@ def test_a_file_of_something_else_is_refused(tiny_bundle: Path, tmp_path: Path) 
     assert output.read_text() == "precious"
     missing = run("batch", tmp_path / "none", "-o", tmp_path / "b", "--bundle", tiny_bundle)
     error_of(missing, "data", 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+def test_files_to_remove_are_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    """None that are not of the run, above all not the input."""
+    source, output = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("a\n")
+    command = ("batch", source, "--bundle", tiny_bundle, "--max-new-tokens", 2, "-o")
+    run(*command, output)
+    (tmp_path / "out.notes").write_text("")
+    changed = error_of(run(*command, output, "--seed", 1), "data", 8)
+    assert changed.endswith("(give another output, or remove out and out.run.json)\n")
+    assert "is the INPUT itself" in error_of(run(*command, source), "usage", 2)
+    os.mkfifo(tmp_path / "pipe")
+    pipe = error_of(run(*command, tmp_path / "pipe"), "target_exists", 9)
+    assert pipe.endswith("pipe exists already (give another output)\n")
 
 
 def test_two_writers_are_one_too_many(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,16 @@ def test_a_finished_run_is_returned_and_never_overwritten(
     assert distill(recipe, [data_file], undisturbed.parent) == undisturbed
     with pytest.raises(TargetExists, match="another recipe"):
         distill(recipe.plain(), [data_file], undisturbed.parent)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "recipe.json"])
+def test_a_finished_run_that_was_damaged_is_not_returned(
+    name: str, recipe: Recipe, data_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    file = Path(shutil.copytree(undisturbed, tmp_path / "checkpoint")) / name
+    os.truncate(file, file.stat().st_size - 2)
+    with pytest.raises(DataError, match="checkpoint is damaged"):
+        distill(recipe, [data_file], tmp_path)
 
 
 def test_a_round_learns_from_what_the_model_achieved(undisturbed: Path) -> None:

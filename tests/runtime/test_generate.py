@@ -209,6 +209,9 @@ def test_context_is_used_up_and_never_overrun(slm: SLM) -> None:
         slm.generate("word " * positions)
     with pytest.raises(RequestTooLong):
         slm.generate(REQUEST, words=150)
+    assert slm.check(f"{REQUEST}{' ' * 10**6}").prompt == slm.check(REQUEST).prompt
+    with pytest.raises(RequestTooLong, match="characters, more than 1048576"):
+        slm.generate(f"{REQUEST}{' ' * (1 << 20)}")
 
 
 def test_control_tokens_never_come_out(stepped_slm: SLM) -> None:

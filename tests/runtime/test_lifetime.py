@@ -102,6 +102,27 @@ for wait in (0.001, 0.004, 0.0071, 0.012):
     assert out.split() == ["engine"] * 4
 
 
+def test_a_pass_keeps_the_model_that_it_uses(tiny_bundle: Path) -> None:
+    """Whoever closes the model may do so while a pass is prepared."""
+    out = python(
+        LOAD
+        + """
+import weakref
+slm = load()
+engine = slm._engine
+model = weakref.ref(engine.native.get())
+prepared = engine.new_pass(engine.new_cache(1).array, 1, 1)
+slm.close()
+print(model() is not None)
+del prepared
+print(model() is None)
+""",
+        str(tiny_bundle),
+        "onnxruntime",
+    )
+    assert out.split() == ["True", "True"]
+
+
 def test_a_forked_child_may_load_but_not_ctranslate2(tiny_bundle: Path) -> None:
     for engine in ENGINES:
         out = python(

@@ -73,7 +73,10 @@ class _Pass:
     def __init__(self, engine: OnnxEngine, cache: Array, width: int) -> None:
         rows = cache.shape[1]
         self._native = engine.native
-        self._binding = engine.native.get().io_binding()
+        # Kept, since the binding of onnxruntime 1.23 does not keep it: whoever closes the model
+        # meanwhile would free what the next call uses.
+        self._session = engine.native.get()
+        self._binding = self._session.io_binding()
         self._ids = np.zeros((rows, width), np.int64)
         self._positions = np.zeros((rows, width), np.int64)
         self._seqlens_k = np.zeros(rows, np.int32)
