@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_slm_runtime.address_space import room_mb
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.engines import engine_class
 from edge_slm_runtime.engines.base import PREFILL
@@ -50,20 +50,12 @@ def peak_rss_mb() -> float:
 def refuse_little_room(variant: Variant, threads: int) -> None:
     """Where the address space is limited (`ulimit -v`): without room to load `variant`, engines
     and the C library hang or end the process. Raises OutOfMemory."""
-    try:
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * mmap.PAGESIZE
-    except (ImportError, OSError):
-        return
-    room = (limit - used) / _MB
+    room = room_mb()
     needed = (threads + 1) * engine_class(variant.engine).thread_room_mb
     needed += _LOADING_MB + 2 * variant.bytes // _MB
-    if limit != resource.RLIM_INFINITY and room < needed:
+    if room < needed:
         raise OutOfMemory(
-            f"the limit leaves {max(0, room):.0f} MiB of address space, "
-            f"{variant.name} needs {needed}",
+            f"the limit leaves {room:.0f} MiB of address space, {variant.name} needs {needed}",
             "raise it (ulimit -v), or choose fewer threads",
         )
 

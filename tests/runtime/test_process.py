@@ -103,6 +103,28 @@ print(time.process_time() - start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
+def test_nothing_is_compiled_where_the_address_space_is_too_small(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out = python(
+        """
+import resource, sys
+from edge_slm_runtime import EdgeSlmError, load
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (270 << 20), -1))
+try:
+    load(sys.argv[1], "numba", "int8", threads=1)
+except EdgeSlmError as error:
+    print(error.code, "512 MiB of address space" in str(error))
+""",
+        str(tiny_bundle),
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert out.split() == ["engine_not_installed", "True"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_address_space_that_is_too_small(tiny_bundle: Path, engine: str) -> None:
     """Refused as such, or enough: no other error, no signal, no hang, and nothing on stdout."""

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_slm_runtime.address_space import room_mb
 from edge_slm_runtime.decoder import Traits
 from edge_slm_runtime.files import write_aside
 from edge_slm_runtime.kernels.elf import flat_image
@@ -31,6 +32,7 @@ from edge_slm_runtime.kernels.elf import flat_image
 _NAME = "entry"
 _DIGEST = 32  # bytes
 _LONGEST_WAIT = 300.0  # seconds
+_COMPILING = 512  # MiB of address space; 390 were measured, numba's import among them
 
 Entry = Callable[[int, int], int]
 _first_use = [RLock()]  # functools.cache lets simultaneous first calls all compile
@@ -149,6 +151,10 @@ def _compile(traits: Traits) -> bytes:
     """Raises ImportError when numba is not there or does not work."""
     from logging import getLogger
 
+    if (room := room_mb()) < _COMPILING:  # LLVM ends the process when it gets none
+        raise ImportError(
+            f"compiling takes {_COMPILING} MiB of address space, the limit leaves {room:.0f}"
+        )
     try:
         import numba  # noqa: F401 - is it there?
 
