@@ -373,9 +373,12 @@ class Answer:
                 self.text = self._cut(finished=False)
 
     def _cut(self, *, finished: bool = True) -> str:
+        """The text within its length; prose that the model went on with gets its full stop."""
         assert self._keeper
         least = self._keeps.end(self.text) if self._keeps else 0
-        return self._keeper.cut(self.text, finished=finished, least=least)
+        self.text = self._keeper.cut(self.text, finished=finished, least=least)
+        stopped = finished and self._keeper.lacks_stop(self.text) and self._fits(".")
+        return f"{self.text}." if stopped else self.text
 
     def _sure(self) -> int:
         """Characters that will not be taken back: not the white space at the end,

@@ -58,6 +58,11 @@ class LengthKeeper:
         """Whether there is a sentence before the last one."""
         return _SENTENCE_BREAK.search(text) is not None
 
+    def lacks_stop(self, text: str) -> bool:
+        """Whether prose ends with a word that may end a sentence, without a full stop."""
+        open_quote = text.count('"') % 2 or text.count("“") > text.count("”")
+        return self.is_prose(text) and ending(text) == 1 and not open_quote
+
     def is_full(self, text: str) -> bool:
         """True when the next word would be, or already is, one too many."""
         words = self._words_of(text)

@@ -186,3 +186,18 @@ def test_the_end_within_a_sentence_gets_its_full_stop(codec: TextCodec) -> None:
     long = " a" * 5
     text, finish, _ = ended(codec, 10, "a b c d. e f g h i. j", *long)
     assert (text, finish) == ("a b c d. e f g h i.", "length")
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        ("A fox. Its eyes scan the snow", True),
+        ("A fox. Its eyes scan the snow.", False),
+        ("A fox. Its eyes scan the", False),  # within a phrase
+        ("A fox. Its eyes, bright,", False),
+        ('A fox. A sign reads "Fox', False),
+        ("fox, snow, winter", False),  # no prose
+    ],
+)
+def test_prose_that_is_cut_may_lack_its_full_stop(text: str, lacks: bool) -> None:
+    assert LengthKeeper(20).lacks_stop(text) is lacks
