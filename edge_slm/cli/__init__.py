@@ -11,6 +11,7 @@ from edge_slm.cli.bench import bench
 from edge_slm.cli.completion import completion
 from edge_slm.cli.convert import convert
 from edge_slm.cli.demo import demo
+from edge_slm.cli.dequantise import dequantise
 from edge_slm.cli.distill import distill
 from edge_slm.cli.evaluate import evaluate
 from edge_slm.cli.generate import generate
@@ -28,7 +29,7 @@ __all__ = ["main"]
     cls=console.Commands,
     epilog=f"{console.EXAMPLES}\n\n{console.EXIT_CODES}",
     commands=[
-        *(demo, distill, convert, package, verify, info),
+        *(demo, distill, convert, dequantise, package, verify, info),
         *(install, rollback, prune, pack, sign, trust),
         *(generate, batch, serve, profile, bench, evaluate, completion),
     ],
