@@ -105,4 +105,5 @@ def _values(levels: Array, scale: Array, zero: Any) -> Array:
 def _apart(pairs: Array) -> Array:
     """Two values of 4 bits a byte, the first in the lower half, along the last axis."""
     both = np.stack((pairs & 15, pairs >> 4), -1)
-    return both.reshape(*pairs.shape[:-1], -1)
+    apart: Array = both.reshape(*pairs.shape[:-1], -1)
+    return apart
