@@ -93,7 +93,8 @@ def _matrix(constants: Mapping[str, Array], name: str) -> Array:
     if f"{name}.zero" in constants:
         weight = _apart(weight)
         zero = _apart(constants[f"{name}.zero"])[:, : scale.shape[1], None].astype(np.float32)
-    return _values(weight, scale, zero).T
+    values: Array = _values(weight, scale, zero).T
+    return values
 
 
 def _values(levels: Array, scale: Array, zero: Any) -> Array:
