@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edge_slm_runtime.files import write_jsonl
+
 SOURCES_LEFT_OUT = {
     "image": (
         "CodeGoat24/UniGenBench",  # tests of image models
@@ -68,10 +70,6 @@ WRITING = re.compile(
     r"inscriptions?|slogans?|words?|labell?ed|in english)\b",
     re.IGNORECASE,
 )
-ODD = re.compile(  # of tests: causes, negations
-    r"\b(because|therefore|due to|so the|no one|nobody|not|no|without|please|in english)\b",
-    re.IGNORECASE,
-)
 SENTENCE = re.compile(r"[^.!?]+[.!?]+[\"”’]?\s*")
 TEMPLATE = re.compile(r"\. (?:Realistic|Animated|CG|Cartoon|Indoor|Outdoor)[^.]*$")
 
@@ -91,6 +89,7 @@ def still(text: str) -> str:
 
 
 def good(row: dict[str, Any]) -> bool:
+    """Whether its text is one to learn from."""
     task, source = row["task"], row["source"]
     if source.startswith(SOURCES_LEFT_OUT.get(task, ())):
         return False
@@ -102,7 +101,7 @@ def good(row: dict[str, Any]) -> bool:
     return not (task == "video" and TEMPLATE.search(response) and len(response.split()) < 20)
 
 
-def stood(row: dict[str, Any]) -> str:
+def image_of(row: dict[str, Any]) -> str:
     """The image prompt in a prompt for a video; empty if there is none."""
     if row["task"] != "video" or not row["request"] or MOVES.search(row["request"]):
         return ""
@@ -117,7 +116,7 @@ def rows(folders: list[Path]) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 if good(row):
                     yield row
-                    if text := stood(row):
+                    if text := image_of(row):
                         image = {"id": f"{row['id']}-still", "task": "image", "kind": "derived"}
                         if good(picture := row | image | {"response": text}):
                             yield picture
@@ -126,9 +125,7 @@ def rows(folders: list[Path]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     *folders, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True)
-    with (out / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows(folders):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_jsonl(rows(folders), out / "samples.jsonl")
 
 
 if __name__ == "__main__":

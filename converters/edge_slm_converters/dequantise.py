@@ -17,9 +17,9 @@ from edge_slm_converters.arrays import Array, Float32
 from edge_slm_converters.blocks import BYTE_ZERO
 from edge_slm_converters.hugging_face import write_weights
 from edge_slm_converters.onnx_writer import MODEL_FILE, import_onnx
+from edge_slm_converters.text_side import OWN_SETTINGS, SCHEMA, SETTINGS
 from edge_slm_runtime import verify
 from edge_slm_runtime.bundle import TOKENIZER, WORDS, Manifest, Variant
-from edge_slm_runtime.command import END
 from edge_slm_runtime.errors import CheckpointError
 from edge_slm_runtime.files import write_folder_aside, write_json
 from edge_slm_runtime.panels import stored_name
@@ -45,12 +45,11 @@ def write_checkpoint_of(bundle: Path, target: Path) -> Variant:
             f"{bundle} obeys no commands", "start from the model's own checkpoint"
         )
     tensors = _tensors(bundle / variant.path / MODEL_FILE, manifest)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": END}
     with write_folder_aside(target) as folder:
         write_weights(folder, manifest.model, tensors, np.float16)
         (folder / TOKENIZER).write_bytes((bundle / TOKENIZER).read_bytes())
-        write_json(settings, folder / "tokenizer_config.json")
-        write_json(schema.to_json(), folder / "command.json")
+        write_json(OWN_SETTINGS, folder / SETTINGS)
+        write_json(schema.to_json(), folder / SCHEMA)
         if (bundle / WORDS).is_file():
             (folder / WORDS).write_bytes((bundle / WORDS).read_bytes())
         if recipe := manifest.provenance.get("recipe"):

@@ -12,7 +12,7 @@ from edge_slm_converters.gguf_tokenizer import tokenizer_json
 from edge_slm_converters.json_files import read_json
 from edge_slm_converters.prompts import prompt_form
 from edge_slm_runtime.bundle import WORDS
-from edge_slm_runtime.command import REQUEST, CommandSchema
+from edge_slm_runtime.command import END, REQUEST, CommandSchema
 from edge_slm_runtime.errors import CheckpointError, ManifestInvalid
 from edge_slm_runtime.lexicon import read_lexicon
 from edge_slm_runtime.prompt import PromptForm
@@ -21,6 +21,8 @@ from edge_slm_runtime.text import TextCodec, open_tokenizer
 TOKENIZER, SCHEMA = "tokenizer.json", "command.json"
 # Beside these: the files that say how a model trained elsewhere is prompted, and how its texts end.
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+# Contents of SETTINGS for a tokenizer of ours, so that transformers' AutoTokenizer reads it.
+OWN_SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": END}
 ENDS_FROM = ("generation_config.json", "config.json")
 
 

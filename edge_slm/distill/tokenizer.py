@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_slm_runtime.command import END, CommandSchema
+from edge_slm_converters.text_side import OWN_SETTINGS, SETTINGS
+from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import CheckpointError
+from edge_slm_runtime.files import write_json
 
 
 def train_tokenizer(texts: Iterable[str], schema: CommandSchema, vocab_size: int) -> Any:
@@ -37,8 +39,7 @@ def train_tokenizer(texts: Iterable[str], schema: CommandSchema, vocab_size: int
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes tokenizer.json, and the config that the AutoTokenizer of transformers reads."""
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_json(OWN_SETTINGS, folder / SETTINGS)
 
 
 def with_control_tokens(

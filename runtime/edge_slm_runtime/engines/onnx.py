@@ -73,8 +73,8 @@ class _Pass:
     def __init__(self, engine: OnnxEngine, cache: Array, width: int) -> None:
         rows = cache.shape[1]
         self._native = engine.native
-        # Kept, since the binding of onnxruntime 1.23 does not keep it: whoever closes the model
-        # meanwhile would free what the next call uses.
+        # In onnxruntime 1.23 a binding holds no reference to its session. Without this one,
+        # closing the model in another thread would free the session while it is in use.
         self._session = engine.native.get()
         self._binding = self._session.io_binding()
         self._ids = np.zeros((rows, width), np.int64)
