@@ -27,6 +27,7 @@ from edge_slm.cli.console import (
 from edge_slm.cli.options import command_options, model_options, n_option, sampling_options
 from edge_slm.cli.output import ResumableOutput, complete_output, put_in_place
 from edge_slm_runtime.errors import BatchFailed, DataError, NotSupportedByEngine
+from edge_slm_runtime.ranking import MOST
 
 
 @dataclass(slots=True)
@@ -94,6 +95,13 @@ def _encoding(context: click.Context, option: click.Parameter, given: str | None
 @model_options
 @command_options
 @sampling_options
+@click.option(
+    "--best-of",
+    type=click.IntRange(1, MOST),
+    default=1,
+    show_default=True,
+    help="Compute so many answers to a line, drawn at --temperature, or at 0.5, and keep the best.",
+)
 @n_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of lines without their own.")
 @click.option(

@@ -290,7 +290,7 @@ def _whole(cell: str) -> int:
 _YES_NO = {"true": True, "false": False}
 _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("words", "relevance", "top_k", "no_repeat_ngram_size", "seed"), _whole),
-    **dict.fromkeys(("max_new_tokens", "n"), _whole),
+    **dict.fromkeys(("max_new_tokens", "n", "best_of"), _whole),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
     **dict.fromkeys(("task", "syntax"), str),  # without the spaces around it
     **dict.fromkeys(("ban", "keep", "choices"), lambda cell: [*map(str.strip, cell.split("|"))]),

@@ -12,7 +12,7 @@ import edge_slm
 from edge_slm.cli.batch_input import SETTINGS, InputLine, read_input
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.errors import BadSetting, DataError, EdgeSlmError, shown
-from edge_slm_runtime.variations import MOST
+from edge_slm_runtime.ranking import MOST
 
 # Keys of output records, beside the id, the request and its settings.
 _OF_ANSWERS = (
@@ -91,7 +91,9 @@ class BatchRun:
             n = self.n if row.fields.get("n") is None else row.fields["n"]
             if not is_count(n) or not 1 <= n <= MOST:
                 raise BadSetting(f"n is {shown(n)}", f"allowed: 1 … {MOST}, whole")
-            if settings["seed"] is None and (settings["temperature"] or n > 1):
+            if settings["seed"] is None and (
+                settings["temperature"] or n > 1 or settings["best_of"] != 1
+            ):
                 settings["seed"] = _seed_of(self.seed, row.line)
             request = edge_slm.Request(**settings)
             self.slm.check(request if n == 1 else replace(request, logprobs=True))

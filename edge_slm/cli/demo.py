@@ -24,6 +24,7 @@ from edge_slm.cli.console import (
 from edge_slm.cli.convert import convert_with_bar
 from edge_slm.cli.options import folder, threads_option
 from edge_slm_runtime.bundle import Manifest, read_manifest
+from edge_slm_runtime.engines import engine_class
 from edge_slm_runtime.errors import DependencyMissing, EngineNotInstalled
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ REQUESTS = (
     ("tags", "lighthouse", 6),
 )
 ASKED = 4  # of a model
+BEST_OF = 8  # answers to a request; the best one is shown
 NEXT = (
     'edge-slm generate "a red fox in the snow" --task image --words 24',
     "edge-slm batch requests.csv --task image -o prompts.jsonl",
@@ -63,7 +65,7 @@ def demo(checkpoint: Path | None, threads: int | None, as_json: bool) -> None:
     """Ask each installed model for prompts of several tasks and lengths; convert the
     reference checkpoint to every variant in a temporary folder, and ask these too.
     Print the texts of the installed models, or without one those of the reference
-    model, then the figures of all variants.
+    model, each the best of eight; then the figures of all variants, for one answer each.
 
     Each variant runs in a fresh process. Where there is no checkpoint, or the
     [convert] extra is missing, the bundle that comes with the package is used.
@@ -123,16 +125,24 @@ def _measured(bundle: Path, threads: int | None) -> list[Cell]:
     from edge_slm_bench.runners.edge_slm import spec_of
 
     manifest = read_manifest(bundle)
-    job = {"kind": "answers", "threads": threads, "requests": _requests(manifest)}
+    requests = _requests(manifest)
+    best = [{**request, "best_of": BEST_OF} for request in requests]
     cells = []
     with progress_bar() as progress:
         task = progress.add_task("generating", total=len(manifest.variants))
         for variant in manifest.variants:
             progress.update(task, description=f"generating with {variant.name}")
             spec = spec_of(bundle, variant).as_dict()
+            asked = [*requests, *best] if engine_class(variant.engine).constrains else requests
+            job = {"kind": "answers", "threads": threads, "requests": asked, "spec": spec}
             try:
-                answered = launch({**job, "spec": spec})
-                cells.append({"model": manifest.name, **spec, **answered})
+                answered = launch(job)
+                (answers,) = answered.pop("answers")
+                texts = answers[-len(requests) :]
+                answers = answers[: len(requests)]
+                cells.append(
+                    {"model": manifest.name, **spec, **answered, "answers": answers, "best": texts}
+                )
             except EngineNotInstalled as error:
                 note(f"{variant.name} skipped: {error}")
             progress.advance(task)
@@ -156,7 +166,7 @@ def _print_answers(console: Console, cells: Sequence[Cell]) -> None:
 
     shown = next((cell for cell in cells if cell["precision"] == "int8"), cells[0])
     console.print(f"[bold]{escape(shown['model'])}[/bold] ({escape(shown['variant'])}) answers")
-    for answer in shown["answers"][0]:
+    for answer in shown["best"]:
         asked = answer["asked"]
         console.print(
             f"\n[bold]{escape(asked['task'])}[/bold], {asked['words']} words: "
@@ -178,7 +188,7 @@ def _table(cells: Sequence[Cell]) -> Table:
     for heading in ("load ms", "TTFT ms", "ms/token", "tokens/s", "peak RSS MB", "disk MB"):
         table.add_column(heading, justify="right")
     for cell in cells:
-        (answers,) = cell["answers"]
+        answers = cell["answers"]
         stats = [answer["stats"] for answer in answers]
         per_token = median(s["tpot_ms"] for s in stats if s["tpot_ms"])
         table.add_row(

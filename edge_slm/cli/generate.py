@@ -1,4 +1,4 @@
-"""`edge-slm generate`: one request, streamed to the terminal."""
+"""`edge-slm generate`: one request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from edge_slm.cli.console import (
     read_request,
     warn,
 )
-from edge_slm.cli.options import command_options, model_options, n_option, sampling_options
+from edge_slm.cli.options import (
+    command_options,
+    model_options,
+    n_option,
+    sampling_options,
+)
+from edge_slm_runtime.engines import engine_class
+from edge_slm_runtime.ranking import MOST
+
+_BEST_OF = 8
 
 
 @click.command(
@@ -34,6 +43,12 @@ from edge_slm.cli.options import command_options, model_options, n_option, sampl
 @model_options
 @command_options
 @sampling_options
+@click.option(
+    "--best-of",
+    type=click.IntRange(1, MOST),
+    help="Compute so many answers, drawn at --temperature, or at 0.5, and print the best; 1 prints "
+    f"one as it comes.  [default: {_BEST_OF}; 1 with ctranslate2, choices or a deadline]",
+)
 @n_option
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--deadline-ms", type=float, help="End after so long, with the text until then.")
@@ -46,30 +61,40 @@ def generate(
     precision: str,
     threads: int | None,
     n: int,
+    best_of: int | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Write one prompt for REQUEST, or for the text on stdin when it is '-'."""
     text = read_request(request)
     with edge_slm.load(bundle, engine=engine, precision=precision, threads=threads) as slm:
+        if best_of is None:
+            one = settings["choices"] or settings["deadline_ms"] is not None
+            able = engine_class(slm.variant.engine).constrains
+            best_of = _BEST_OF if able and not one else 1
         if n > 1:
-            _print_variations(slm.variations(text, n, **settings), as_json)
+            _print_variations(slm.variations(text, n, best_of=best_of, **settings), as_json)
             return
         if as_json:
-            emit_json(slm.generate(text, **settings).as_dict())
+            emit_json(slm.generate(text, best_of=best_of, **settings).as_dict())
             return
-        stream = slm.stream(text, **settings)
-        for piece in stream:
-            click.echo(_shown(piece), nl=False)
-        click.echo()
-        result = stream.result
+        if best_of > 1:
+            result = slm.generate(text, best_of=best_of, **settings)
+            click.echo(_shown(result.text))
+        else:
+            stream = slm.stream(text, **settings)
+            for piece in stream:
+                click.echo(_shown(piece), nl=False)
+            click.echo()
+            result = stream.result
     for warning in result.warnings:
         warn(warning)
     stats = result.stats
     asked = f" of {result.asked.words} asked" if result.asked.words else ""
     tpot = f", {stats.tpot_ms:.1f} ms/token" if stats.tpot_ms is not None else ""
+    best = f"the best of {best_of} in {stats.total_ms:.0f} ms, " if best_of > 1 else ""
     note(
-        f"{result.words} words{asked}, ended by {result.finish_reason}; "
+        f"{best}{result.words} words{asked}, ended by {result.finish_reason}; "
         f"{stats.engine} {stats.precision}, {stats.threads} threads: load {stats.load_ms:.0f} ms, "
         f"TTFT {stats.ttft_ms:.0f} ms{tpot}, {stats.tokens_per_second:.0f} tokens/s, "
         f"peak {stats.peak_rss_mb:.0f} MB"

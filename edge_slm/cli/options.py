@@ -16,8 +16,8 @@ from edge_slm_runtime.bundle import read_manifest
 from edge_slm_runtime.engines import ENGINES
 from edge_slm_runtime.errors import EdgeSlmError
 from edge_slm_runtime.installed import find_bundle
+from edge_slm_runtime.ranking import MOST
 from edge_slm_runtime.sampling import NO_REPEAT_NGRAM_SIZE
-from edge_slm_runtime.variations import MOST
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -37,8 +37,9 @@ def grown_model(
     init: a folder in the Hugging Face layout, its name on the hub, or a GGUF file. Tokens keep
     their embeddings; those of new tokens are drawn from the mean and standard deviation of
     all (as in Quark, Lu et al., arXiv 2205.13636), those of neighbouring values alike. With
-    `recipe.trim`, only so many tokens are kept, those that `texts` use. Positions beyond the
-    recipe's are cut off. Raises CheckpointError.
+    `recipe.trim`, only so many tokens are kept, those that `texts` use; with
+    `recipe.keep_layers`, only those layers. Positions beyond the recipe's are cut off. Raises
+    CheckpointError.
     """
     import torch
     from tokenizers import Tokenizer
@@ -73,6 +74,8 @@ def grown_model(
         table().weight.data.copy_(values)
     model.get_input_embeddings().padding_idx = None  # a padding row would not be trained
     _cut_positions(model, recipe.positions)
+    if recipe.keep_layers:
+        _keep_layers(model, recipe)
     config.update({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None})
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
     return model, Tokenizer.from_str(json.dumps(tokenizer))
@@ -189,6 +192,23 @@ def _cut_positions(model: Any, positions: int) -> None:
         model.base_model.wpe = kept
     # Masks and tables of the size of the context are rebuilt from the config on loading.
     model.config.update({"max_position_embeddings": positions})
+
+
+def _keep_layers(model: Any, recipe: ModelRecipe) -> None:
+    count = model.config.num_hidden_layers
+    if recipe.keep_layers[-1] >= count:
+        raise CheckpointError(
+            f"{recipe.init} has {count} layers and no layer {recipe.keep_layers[-1]}",
+            "change model.keep_layers",
+        )
+    body = model.base_model
+    name = "h" if hasattr(body, "h") else "layers"
+    kept = [getattr(body, name)[number] for number in recipe.keep_layers]
+    for number, layer in enumerate(kept):  # which finds its keys and values by its number
+        attention = next(part for part in layer.children() if hasattr(part, "layer_idx"))
+        attention.layer_idx = number
+    setattr(body, name, type(getattr(body, name))(kept))
+    model.config.num_hidden_layers = len(kept)
 
 
 def _set_dropout(config: Any, recipe: ModelRecipe) -> None:

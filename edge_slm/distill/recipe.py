@@ -127,11 +127,12 @@ class HindsightRecipe(_Section):
 
 
 class ModelRecipe(_Section):
-    """The shape of a fresh model; with `init`, only `positions` and `dropout` count. With a
-    teacher checkpoint, the vocabulary is its own."""
+    """The shape of a fresh model; with `init`, only `trim`, `keep_layers`, `positions` and
+    `dropout` count. With a teacher checkpoint, the vocabulary is its own."""
 
     init: str = ""  # to start from: a checkpoint's folder or hub name, or a GGUF file
     trim: int = Field(default=0, ge=0)  # with `init`: tokens to keep, those that the data uses
+    keep_layers: tuple[int, ...] = ()  # with `init`: the layers to keep, from 0; (): all
     architecture: Literal["gpt2", "llama"] = "gpt2"
     vocab_size: int = Field(default=6144, ge=512)
     layers: int = Field(default=6, ge=1)
@@ -144,6 +145,8 @@ class ModelRecipe(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelRecipe:
+        if list(self.keep_layers) != sorted({n for n in self.keep_layers if n >= 0}):
+            raise ValueError("keep_layers must be numbers from 0 on, in rising order")
         if self.width % self.heads:
             raise ValueError("width must be a multiple of heads")
         if self.kv_heads and self.heads % self.kv_heads:

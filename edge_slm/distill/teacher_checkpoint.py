@@ -174,6 +174,7 @@ def _computed(
     length = recipe.model.positions
     rows = max(1, (t.micro_tokens or t.batch_tokens) // length)
     packer = Packer(records, schema, rows=rows, length=length, dropout=0.0, seed=recipe.seed)
+    body = torch.compile(lm.base_model) if t.compile else lm.base_model
     done: list[Encoded] = []
     ids: list[Any] = []
     log_p: list[Any] = []
@@ -182,7 +183,7 @@ def _computed(
         batch = tensors(packer.batch(0, number, plan), device)
         bf16 = use_bf16(t.precision)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            _, logits = predictions(lm, lm.base_model, batch)
+            _, logits = predictions(lm, body, batch)
         ends = np.cumsum([len(record.response) for record in packed])[:-1]
         top = _top(logits, settings)
         ids += np.split(top[0].cpu().numpy(), ends)

@@ -127,7 +127,7 @@ class _Api:
                     headers={"cache-control": "no-cache"},
                     background=BackgroundTask(_left, streams),
                 )
-            return json_response(told.whole(await _results(request, streams)))
+            return json_response(told.whole(asked.best(await _results(request, streams))))
 
         return endpoint
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from edge_slm_runtime import Request
+from edge_slm_runtime import Generation, Request
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.errors import BadSetting, EmptyRequest, RequestNotText, shown
+from edge_slm_runtime.ranking import candidates
 from edge_slm_runtime.variations import TEMPERATURE
 
 CHOICES_MAX = 16  # answers to one HTTP request
@@ -22,7 +23,6 @@ _RENAMED = {  # OpenAI's names of our settings
 _OURS = {"model", "n", "stream", "stream_options", "metadata"}
 # OpenAI's fields that we do not have, with the values that ask for nothing.
 _NOTHING: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
@@ -43,12 +43,23 @@ _NOTHING: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """requests: one for each answer. warnings: of what was not read."""
+    """requests: one for each answer that is computed. n, best_of: answers to a text, and those
+    that they are chosen from. warnings: of what was not read."""
 
     requests: list[Request]
+    n: int
+    best_of: int
     stream: bool
     usage: bool
     warnings: tuple[str, ...] = ()
+
+    def best(self, results: Sequence[Generation]) -> list[Generation]:
+        """Of the answers to each text the n best, the best first where they were chosen."""
+        if self.best_of == self.n:
+            return [*results]
+        groups = (results[at : at + self.best_of] for at in range(0, len(results), self.best_of))
+        ranked = (sorted(one, key=lambda each: each.score or 0.0, reverse=True) for one in groups)
+        return [each for one in ranked for each in one[: self.n]]
 
 
 def prompts_body(body: Mapping[str, Any]) -> Asked:
@@ -96,18 +107,25 @@ def _asked(
     count = 1 if count is None else count
     if not is_count(count) or not 1 <= count * len(texts) <= CHOICES_MAX:
         raise BadSetting(f"n is {shown(count)}", f"allowed: 1 … {CHOICES_MAX} answers in all")
+    best_of = settings.pop("best_of", count)
+    if not is_count(best_of) or not count <= best_of <= CHOICES_MAX // len(texts):
+        told = f"allowed: n … {CHOICES_MAX} answers in all"
+        raise BadSetting(f"best_of is {shown(best_of)}", told)
+    options = body.get("stream_options") or {}
+    usage = isinstance(options, dict) and options.get("include_usage") is True
+    stream = _flag(body, "stream")
+    if best_of > count:
+        if stream:
+            raise BadSetting("best_of is above n in a stream", "leave one out")
+        asked = [Request(text, **settings, best_of=best_of) for text in texts]
+        requests = [one for text in asked for one in candidates(text)]
+        return Asked(requests, count, best_of, stream, usage, warnings)
     if count > 1 and not settings.get("temperature"):
         settings["temperature"] = TEMPERATURE
         told = f"temperature 0 has one answer; {count} were drawn at {TEMPERATURE}"
         warnings = (*warnings, told)
-    options = body.get("stream_options") or {}
-    usage = isinstance(options, dict) and options.get("include_usage") is True
-    return Asked(
-        [_request(text, settings, number) for text in texts for number in range(count)],
-        _flag(body, "stream"),
-        usage,
-        warnings,
-    )
+    requests = [_request(text, settings, number) for text in texts for number in range(count)]
+    return Asked(requests, count, count, stream, usage, warnings)
 
 
 def _request(text: str, settings: Mapping[str, Any], number: int) -> Request:

@@ -65,6 +65,7 @@ class Answer:
         self.ids: list[int] = []
         self.logprobs: list[float] = []  # of `ids`, and of the end
         self.text = ""
+        self.torn = False  # its length cut it within a sentence
         self.finish: FinishReason | None = None
         # Tokens of the prompt that the engine did not have to compute; tokens it guessed right.
         self.cached = self.guessed = 0
@@ -93,6 +94,7 @@ class Answer:
         self._due: list[int] = []  # tokens of phrases to keep, which come next
         self._word_stays = False  # the next token must not make the last word another one
         self._is_last = False  # the next token ends the answer
+        self._held_back = False  # the model would end the answer here, which is too short
         self._from: Logits = np.empty(0, np.float32)  # what the last token was chosen from
         self._shown = 0
         self._logits: Logits | None = None
@@ -144,6 +146,7 @@ class Answer:
             if self.may_end():
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
+                self._held_back = bool(logits[[*self.ends]].max() == logits.max())
                 logits[[*self.ends]] = -np.inf
         if self._choices:
             token = self._chosen(logits, self._choices)
@@ -151,7 +154,8 @@ class Answer:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from = logits
-            token = self._sampler.pick(logits, self._says_again if self._repeats else None)
+            unfit = self._repeats or self._held_back
+            token = self._sampler.pick(logits, self._is_unfit if unfit else None)
         if token in self.ends and self._keeper and self._keeper.in_sentence(self.text):
             token = self._to_sentence_end(self._keeper)
         if self._own is not None:
@@ -285,7 +289,7 @@ class Answer:
     def _refuses(self, token: int) -> bool:
         """Whether a token completes a phrase that the text has not had in doubt, or makes the
         last word another one that must stay."""
-        if self._says_again(token):
+        if self._is_unfit(token):
             return True
         if self._word_stays and token not in self.ends and self._goes_on(token):
             return True
@@ -296,6 +300,13 @@ class Answer:
         """Whether a token makes a word that is not known."""
         known = self.plan.known
         return known.refusal(self.text, self._detokenizer.state[0]) if known else None
+
+    def _is_unfit(self, token: int) -> bool:
+        """Whether a token repeats what came before, or goes on without a space behind the full
+        stop at which the model would end: it has seen no text go on there."""
+        if self._held_back and self.text and ending(self.text) == SENTENCE:
+            return token not in self.ends and self._detokenizer.peek(token)[:1].isalpha()
+        return self._says_again(token)
 
     def _says_again(self, token: int) -> bool:
         if self._repeats is None:
@@ -377,6 +388,7 @@ class Answer:
         assert self._keeper
         least = self._keeps.end(self.text) if self._keeps else 0
         self.text = self._keeper.cut(self.text, finished=finished, least=least)
+        self.torn = ending(self.text) != SENTENCE
         stopped = finished and self._keeper.lacks_stop(self.text) and self._fits(".")
         return f"{self.text}." if stopped else self.text
 

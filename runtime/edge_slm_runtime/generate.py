@@ -29,12 +29,13 @@ from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.memory import memory_errors, peak_rss_mb
 from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.planning import plan_of
+from edge_slm_runtime.ranking import candidates, score
 from edge_slm_runtime.records import Generation, Request, Stats, Trace
 from edge_slm_runtime.sampling import Logits, not_finite
 from edge_slm_runtime.session import Session
 from edge_slm_runtime.stream import Stream
 from edge_slm_runtime.text import TextCodec
-from edge_slm_runtime.variations import score, variations
+from edge_slm_runtime.variations import variations
 
 _NO_MEMORY = "there is no memory for the answer", "close other streams, or ask for less"
 
@@ -94,11 +95,12 @@ class SLM:
         RelevanceOutOfRange, NoCommandGrammar, BadSetting) before anything is computed,
         NotSupportedByEngine, UsedAfterFork; TypeError for a setting that does not exist.
         """
-        return next(self._batch([self._answer(Request.of(request, **settings))], 1))
+        asked = self._answers(Request.of(request, **settings))
+        return next(self._batch([asked], min(len(asked), self._most_together)))
 
     def stream(self, request: str | Request, **settings: Any) -> Stream:
         """`generate`, piece by piece: never a broken character, never part of a
-        stop sequence, never a word that the length promise may take back."""
+        stop sequence, never a word that the length promise may take back. Without `best_of`."""
         answer = self._answer(Request.of(request, **settings))
         return Stream(self, answer, Closable(self._decode([answer], 1)))
 
@@ -134,8 +136,7 @@ class SLM:
         with a warning, where drawing three times does not give as many. At temperature 0 they
         are drawn at 0.8, with a warning. Raises as `generate`, BadSetting, NotSupportedByEngine.
         """
-        rows = min(8, self._most_rows or 8)
-        return variations(self, Request.of(request, **settings), n, rows)
+        return variations(self, Request.of(request, **settings), n, self._most_together)
 
     def plan(self, request: str | Request, **settings: Any) -> Fit:
         """The longest answer that fits the request's `deadline_ms` on this device, by a
@@ -219,9 +220,27 @@ class SLM:
             )
         return int(rows)
 
-    def _answer(self, request: str | Request) -> Answer:
+    @property
+    def _most_together(self) -> int:
+        """Rows that the answers to one request have at a time."""
+        return min(8, self._most_rows or 8)
+
+    def _answer(self, request: Request) -> Answer:
+        if request.best_of != 1:
+            raise BadSetting(
+                f"best_of is {shown(request.best_of)}, and this is one answer as it comes",
+                "use generate or generate_batch",
+            )
         started = perf_counter()
         return Answer(self.check(request), self._codec, started)
+
+    def _answers(self, request: Request) -> tuple[Answer, ...]:
+        """What is decoded for a request: its candidates where it asks for the best of them."""
+        if request.best_of == 1:
+            return (self._answer(request),)
+        started = perf_counter()
+        self.check(request)
+        return tuple(Answer(self.check(one), self._codec, started) for one in candidates(request))
 
     def _decode(self, answers: Iterable[Answer], rows: int) -> Generator[Step, None, None]:
         return ended_at_exit(self._bounded(answers, rows))
@@ -254,27 +273,34 @@ class SLM:
 
     def _drawn(
         self, requests: Iterable[str | Request], settings: dict[str, Any]
-    ) -> Iterator[Answer]:
+    ) -> Iterator[tuple[Answer, ...]]:
         for index, request in enumerate(requests):
             try:
-                answer = self._answer(Request.of(request, **settings))
+                answers = self._answers(Request.of(request, **settings))
             except EdgeSlmError as error:
                 raise error.at(f"request {index} of the batch") from None
-            yield answer
+            yield answers
 
     def _batch(
-        self, answers: Iterable[Answer], batch_size: int
+        self, requests: Iterable[tuple[Answer, ...]], batch_size: int
     ) -> Generator[Generation, None, None]:
-        order: deque[Answer] = deque()
+        order: deque[tuple[Answer, ...]] = deque()
 
         def drawn() -> Iterator[Answer]:
-            for answer in answers:
-                order.append(answer)
-                yield answer
+            for answers in requests:
+                order.append(answers)
+                yield from answers
 
         for step in self._decode(drawn(), batch_size):
-            while step.done and order and order[0].finish:
-                yield self._result_of(order.popleft())
+            while step.done and order and all(answer.finish for answer in order[0]):
+                yield self._best_of(order.popleft())
+
+    def _best_of(self, answers: tuple[Answer, ...]) -> Generation:
+        if len(answers) == 1:
+            return self._result_of(answers[0])
+        best = max(answers, key=_score_of)
+        best.ended = max(answer.ended for answer in answers)
+        return self._result_of(best)
 
     def _result_of(self, answer: Answer, cancelled: int | None = None) -> Generation:
         """cancelled: characters that its reader got of an answer that he left; None: all."""
@@ -286,7 +312,6 @@ class SLM:
         low, high = tolerance(plan.asked.words) if plan.asked.words else (0, 0)
         seed = answer.seed if self._engine.seeds else None
         logprobs = tuple(answer.logprobs[:count]) if plan.logprobs else None
-        about = plan.syntax.text if plan.syntax else plan.request
         stats = Stats(
             engine=self.variant.engine,
             precision=self.variant.precision,
@@ -315,5 +340,13 @@ class SLM:
             warnings=(*plan.warnings, *answer.warnings()),
             stats=stats,
             logprobs=logprobs,
-            score=None if logprobs is None else score(logprobs, about, answer.text),
+            score=_score_of(answer) if plan.logprobs else None,
         )
+
+
+def _score_of(answer: Answer) -> float:
+    plan = answer.plan
+    about = plan.syntax.text if plan.syntax else plan.request
+    shown = bool(plan.texts)
+    logprobs = answer.logprobs[: len(answer.ids)]
+    return score(logprobs, about, answer.text, torn=answer.torn, shows_text=shown)

@@ -62,6 +62,15 @@ def content_stems(text: str) -> list[str]:
     return [s for s in dict.fromkeys(stems) if s not in _ASKING]
 
 
+def repeated_share(request: str, text: str) -> float:
+    """Share of the content words of `text` that say again, in any inflection, what it has said;
+    words of the request may come again."""
+    stems = [stem(word) for word in words_of(text) if word not in _STOP]
+    own = set(content_stems(request))
+    repeated = sum(one not in own and one in stems[:at] for at, one in enumerate(stems))
+    return repeated / len(stems) if stems else 0.0
+
+
 def coverage(request: str, response: str) -> float:
     """Share of the content words of the request that the response has, in any inflection.
 

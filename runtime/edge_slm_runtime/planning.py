@@ -17,6 +17,7 @@ from edge_slm_runtime.length import tolerance
 from edge_slm_runtime.lexicon import KnownWords
 from edge_slm_runtime.plan import Plan
 from edge_slm_runtime.prompt_syntax import Shielded, shield
+from edge_slm_runtime.ranking import MOST
 from edge_slm_runtime.records import Request
 from edge_slm_runtime.request_text import clean_request
 from edge_slm_runtime.sampling import Sampling
@@ -45,25 +46,13 @@ def plan_of(
     sampling = request.sampling
     engine.check(sampling)
     stop, ban, keep, choices = _wording(request)
-    for name in ("keep_length", "logprobs", "no_repeat_words", "known_words"):
-        if not isinstance(value := getattr(request, name), bool):
-            raise BadSetting(f"{name} is {shown(value)}", "allowed: True or False")
-    if (ban or keep or choices or request.logprobs) and not engine.constrains:
+    _check_settings(request)
+    logprobs = request.logprobs or request.best_of > 1
+    if (ban or keep or choices or logprobs) and not engine.constrains:
         what = "ban, keep or choose words" if ban or keep or choices else "report logprobs"
         raise NotSupportedByEngine(
             f"{engine.name} cannot {what}", "load engine onnxruntime or numba"
         )
-    if not isinstance(request.cache_key, str):
-        raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
-    deadline = request.deadline_ms
-    if deadline is not None and not (
-        isinstance(deadline, int | float)
-        and not isinstance(deadline, bool)
-        and 0 < deadline <= _DEADLINE_MAX
-    ):
-        raise BadSetting(f"deadline_ms is {shown(deadline)}", "allowed: above 0, up to 1e9")
-    if request.syntax not in ("keep", "none"):
-        raise BadSetting(f"syntax is {shown(request.syntax)}", "allowed: keep, none")
     told = Shielded(request.request)
     if request.syntax == "keep" and manifest.prompt.schema:
         told = shield(clean_request(request.request))
@@ -108,14 +97,34 @@ def plan_of(
         cache_key=request.cache_key,
         syntax=told if (told.slots or told.tail) and not choices else None,
         ban=ban,
-        logprobs=request.logprobs,
+        logprobs=logprobs,
         keep=keep,
         choices=choices,
-        deadline_ms=deadline,
+        deadline_ms=request.deadline_ms,
         no_repeat_words=request.no_repeat_words,
         texts=texts,
         known=KnownWords(lexicon, codec, own) if limited else None,
     )
+
+
+def _check_settings(request: Request) -> None:
+    """Those that need neither the model nor another setting. Raises BadSetting."""
+    for name in ("keep_length", "logprobs", "no_repeat_words", "known_words"):
+        if not isinstance(value := getattr(request, name), bool):
+            raise BadSetting(f"{name} is {shown(value)}", "allowed: True or False")
+    if not is_count(request.best_of) or not 1 <= request.best_of <= MOST:
+        raise BadSetting(f"best_of is {shown(request.best_of)}", f"allowed: 1 … {MOST}, whole")
+    deadline = request.deadline_ms
+    if not isinstance(request.cache_key, str):
+        raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
+    if deadline is not None and not (
+        isinstance(deadline, int | float)
+        and not isinstance(deadline, bool)
+        and 0 < deadline <= _DEADLINE_MAX
+    ):
+        raise BadSetting(f"deadline_ms is {shown(deadline)}", "allowed: above 0, up to 1e9")
+    if request.syntax not in ("keep", "none"):
+        raise BadSetting(f"syntax is {shown(request.syntax)}", "allowed: keep, none")
 
 
 def _wording(request: Request) -> tuple[tuple[str, ...], ...]:

@@ -25,7 +25,10 @@ class Request:
     `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the answer
     does not have (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as they are.
     choices: the answer is one of these texts, whatever `words`. deadline_ms: from the call on; the
-    answer then ends with the pass of the model that is under way.
+    answer then ends with the pass of the model that is under way. best_of: the answer is the
+    best by `ranking.score` of so many, decoded together and drawn at 0.5 where the temperature is
+    0 (the first of them then is the greedy one); not in streams and sessions, nor with
+    ctranslate2.
     """
 
     request: str
@@ -50,6 +53,7 @@ class Request:
     keep: tuple[str, ...] | list[str] | str = ()
     choices: tuple[str, ...] | list[str] = ()
     deadline_ms: float | None = None
+    best_of: int = 1
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -135,8 +139,9 @@ class Generation:
     seed: reproduces a sampled answer; None when it was greedy, or when the
     engine has no seed. token_ids: all that the model generated, without
     end-of-text; a cut text has fewer. logprobs: the natural logarithm of the probability that
-    the model itself gave each of them (at temperature 1, nothing held back), and score what
-    `variations` ranks by; None unless asked for.
+    the model itself gave each of them (at temperature 1, nothing held back), score what
+    `variations` and `best_of` rank by (`ranking.score`); None unless they or logprobs were asked
+    for.
     """
 
     text: str

@@ -175,6 +175,20 @@ def test_prompts(server: Server, slm: SLM) -> None:
     assert (texts, done) == (expected, "[DONE]")
 
 
+def test_the_best_of_several(server: Server, client: openai.OpenAI, slm: SLM) -> None:
+    asked = {**ASKED, "temperature": 0.9, "seed": 5}
+    ranked = slm.variations("a red fox", n=4, **asked)
+    body = json.loads(
+        server.call("POST", "/v1/prompts", {"request": "a red fox", **asked, "best_of": 4})[2]
+    )
+    assert [one["text"] for one in body["prompts"]] == [ranked[0].text]
+    two = client.completions.create(
+        model=NAME, prompt=["a red fox", "a dog"], n=2, best_of=4, extra_body=asked
+    )
+    assert [one.text for one in two.choices[:2]] == [one.text for one in ranked[:2]]
+    assert len(two.choices) == 4
+
+
 def test_a_deadline(server: Server) -> None:
     body = json.loads(server.call("POST", "/v1/prompts", {**LONG, "deadline_ms": 1e-3})[2])
     assert body["prompts"][0]["finish_reason"] == "deadline"
@@ -210,6 +224,10 @@ def test_what_is_wrong_is_told_in_openais_shape(client: openai.OpenAI, server: S
         ({"request": "a", "tools": [{}]}, "bad_setting"),
         ({"request": "a", "n": 17}, "bad_setting"),
         ({"request": "a", "n": 10**400}, "bad_setting"),
+        ({"request": "a", "n": 3, "best_of": 2}, "bad_setting"),
+        ({"request": "a", "best_of": 17}, "bad_setting"),
+        ({"request": "a", "best_of": 2, "stream": True}, "bad_setting"),
+        ({"request": "a", "best_of": 2, "seed": "x"}, "bad_setting"),
         ({"request": "a", "stream": "yes"}, "bad_setting"),
         ({"request": "a", "temperature": float("nan")}, "bad_setting"),
         ({"request": "a", "metadata": {"words": "many"}}, "bad_setting"),

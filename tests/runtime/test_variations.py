@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,7 @@ import pytest
 
 from edge_slm_runtime import SLM, Request, load
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine, RequestTooLong
-from edge_slm_runtime.keywords import coverage
-from edge_slm_runtime.variations import score
+from edge_slm_runtime.ranking import score
 
 ASKED = Request("a red fox in the snow", max_new_tokens=12, temperature=1.0, seed=5)
 
@@ -27,7 +25,7 @@ def test_logprobs_are_those_of_the_model(stepped_slm: SLM, settings: dict[str, o
     # Prompts and steps differ by the order of sums, in onnxruntime's int4 by its rounding.
     atol = 0.5 if stepped_slm.variant.name == "onnx-int4" else 0.01
     np.testing.assert_allclose(out.logprobs, expected, atol=atol)
-    assert out.score == pytest.approx(sum(out.logprobs) / 12 + coverage(ASKED.request, out.text))
+    assert out.score == pytest.approx(score(out.logprobs, ASKED.request, out.text))
     assert out.as_dict()["logprobs"] == list(out.logprobs)
 
 
@@ -67,9 +65,3 @@ def test_what_cannot_be_drawn_is_said(tiny_bundle: Path) -> None:
                 slm.variations("a fox", bad)  # type: ignore[arg-type]
         with pytest.raises(RequestTooLong, match=r"^the prompt"):
             slm.variations(ASKED, max_new_tokens=1000)
-
-
-def test_the_score_is_likelihood_and_coverage() -> None:
-    assert score((-1.0, -2.0), "a red fox", "the foxes") == -1.5 + 0.5
-    assert score((), "a red fox", "") == 0
-    assert math.isclose(score((-0.5,), "it is", "x"), 0.5)
