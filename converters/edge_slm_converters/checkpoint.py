@@ -9,7 +9,7 @@ as float32 numpy arrays whatever they were stored as. Pickled weights are never 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from edge_slm_converters.json_files import read_json
 from edge_slm_converters.text_side import TOKENIZER, TextSide, of_folder, of_gguf
 from edge_slm_runtime.bundle import file_entry
 from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.deltas import base_digest
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing, OutOfMemory
 from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.text import TextCodec
@@ -38,6 +39,7 @@ class Checkpoint:
 
     path: of its folder or GGUF file. tensors: the canonical ones of `decoder`. parameters:
     how many values are stored, those of a tied embedding once. files: all that were read.
+    merged: adapters that are in the weights (`deltas`), by `Delta.path`, with their sha256.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     parameters: int
     text: TextSide
     files: tuple[Path, ...]
+    merged: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def codec(self) -> TextCodec:
@@ -66,8 +69,13 @@ class Checkpoint:
         return self.tensors["embedding" if self.decoder.tied else "head.weight"]
 
     def digests(self) -> dict[str, str]:
-        """sha256 of every file that the conversion reads."""
-        return {file.name: file_entry(file).sha256 for file in self.files}
+        """sha256 of every file that the conversion reads, and of adapters that were merged."""
+        return {file.name: file_entry(file).sha256 for file in self.files} | dict(self.merged)
+
+    @property
+    def base(self) -> str:
+        """The digest of the weights that adapters are made for."""
+        return base_digest(self.digests())
 
 
 def read_checkpoint(
@@ -158,8 +166,9 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_tensors(file: Path, skipped: tuple[str, ...]) -> Iterator[tuple[str, Float32]]:
-    """skipped: endings of names."""
+def read_tensors(file: Path, skipped: tuple[str, ...] = ()) -> Iterator[tuple[str, Float32]]:
+    """Of a safetensors file. skipped: endings of names. Raises CheckpointError, DependencyMissing,
+    OutOfMemory."""
     try:
         from safetensors import SafetensorError, deserialize
     except ImportError:
@@ -193,7 +202,7 @@ def _stored_tensors(path: Path, architecture: Architecture, layout: Layout) -> d
     everything that is wrong with them."""
     tensors: dict[str, Float32] = {}
     for file in weight_files(path):
-        for name, tensor in _read_tensors(file, architecture.BUFFERS):
+        for name, tensor in read_tensors(file, architecture.BUFFERS):
             tensors[name.removeprefix(architecture.PREFIX)] = tensor
     _drop_tied_head(tensors, layout)
     shapes = {

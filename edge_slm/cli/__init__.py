@@ -6,6 +6,7 @@ import click
 
 import edge_slm
 from edge_slm.cli import console
+from edge_slm.cli.adapter import adapter
 from edge_slm.cli.batch import batch
 from edge_slm.cli.bench import bench
 from edge_slm.cli.completion import completion
@@ -29,7 +30,7 @@ __all__ = ["main"]
     cls=console.Commands,
     epilog=f"{console.EXAMPLES}\n\n{console.EXIT_CODES}",
     commands=[
-        *(demo, distill, convert, dequantise, package, verify, info),
+        *(demo, distill, convert, adapter, dequantise, package, verify, info),
         *(install, rollback, prune, pack, sign, trust),
         *(generate, batch, serve, profile, bench, evaluate, completion),
     ],

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     short_help="Convert a checkpoint to a bundle.",
     epilog=examples(
         "convert models/reference my-bundle",
+        "convert models/base my-bundle --adapter my-lora",
         "convert SmolLM2-135M-Instruct.Q4_1.gguf my-chat --variants onnx-int8 --accept",
     ),
 )
@@ -66,6 +67,14 @@ if TYPE_CHECKING:
     help="Longest prompt and answer together, in tokens: what memory is needed for.  "
     "[default: what the model has]",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Adapter to merge into the weights first: a LoRA folder of Hugging Face's peft, or a file "
+    "of 'edge-slm adapter'; repeatable.",
+)
 @click.option("--accept", is_flag=True, help="Ship variants outside their budget too.")
 @json_option
 def convert(
@@ -77,6 +86,7 @@ def convert(
     data: tuple[Path, ...],
     prompt: str | None,
     context: int | None,
+    adapters: tuple[Path, ...],
     accept: bool,
     as_json: bool,
 ) -> None:
@@ -90,9 +100,11 @@ def convert(
     """
     from edge_slm_converters import read_checkpoint
     from edge_slm_converters.convert import chosen_variants
+    from edge_slm_converters.deltas import merged, read_adapter
 
     chosen_variants(variants)  # before the data is read, which may take long
     source = read_checkpoint(checkpoint, prompt, context)
+    source = merged(source, [read_adapter(path, source) for path in adapters])
     evaluation = held_out_examples(source, data) if data else None
     judge = judge_of(source, data) if data else None
     manifest = convert_with_bar(

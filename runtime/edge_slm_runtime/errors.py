@@ -8,7 +8,8 @@
     ├── BundleError                 exit 4   the model folder
     │   ├── BundleNotFound, ManifestInvalid, ManifestAltered, SchemaVersionUnsupported
     │   ├── FileMissing, FileTruncated, FileAltered, FileUnlisted, SymlinkRefused, PathEscape
-    │   └── Untrusted, DowngradeRefused, SelfTestFailed, DownloadFailed, StoreNotWritable
+    │   ├── Untrusted, DowngradeRefused, SelfTestFailed, DownloadFailed, StoreNotWritable
+    │   └── AdapterInvalid
     ├── EngineError                 exit 5   what runs the model
     │   ├── EngineNotInstalled, VariantNotFound, NotSupportedByEngine
     │   └── UsedAfterFork
@@ -32,6 +33,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "AdapterInvalid",
     "BadSetting",
     "BatchFailed",
     "BenchRegression",
@@ -245,6 +247,12 @@ class StoreNotWritable(BundleError):
     """The store of installed models cannot be changed: no permission, no space left."""
 
     code = "store_not_writable"
+
+
+class AdapterInvalid(BundleError):
+    """An adapter whose file is damaged, or that was made for another model."""
+
+    code = "adapter_invalid"
 
 
 class EngineError(EdgeSlmError):
