@@ -154,7 +154,7 @@ class Answer:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from = logits
-            unfit = self._repeats or self._held_back
+            unfit = self._repeats or self._keeper
             token = self._sampler.pick(logits, self._is_unfit if unfit else None)
         if token in self.ends and self._keeper and self._keeper.in_sentence(self.text):
             token = self._to_sentence_end(self._keeper)
@@ -222,6 +222,7 @@ class Answer:
         mark = self._detokenizer.peek(best)
         unknown = self._unknown()
         full_stop = ending(self.text + mark) == SENTENCE and self._fits(mark)
+        full_stop = full_stop and not keeper.breaks_off(self.text, mark)
         full_stop = full_stop and not (unknown and unknown(best))
         if full_stop and log_probability(others, (best,)) > _HALF:
             self._is_last = True
@@ -302,11 +303,17 @@ class Answer:
         return known.refusal(self.text, self._detokenizer.state[0]) if known else None
 
     def _is_unfit(self, token: int) -> bool:
-        """Whether a token repeats what came before, or goes on without a space behind the full
-        stop at which the model would end: it has seen no text go on there."""
-        if self._held_back and self.text and ending(self.text) == SENTENCE:
-            return token not in self.ends and self._detokenizer.peek(token)[:1].isalpha()
-        return self._says_again(token)
+        """Whether a token repeats what came before, ends a sentence that must go on, or goes on
+        without a space behind the full stop at which the model would end: it has seen no text
+        go on there."""
+        if self._says_again(token):
+            return True
+        if token in self.ends or not self._keeper or not self.text:
+            return False
+        piece = self._detokenizer.peek(token)
+        if self._held_back and ending(self.text) == SENTENCE:
+            return piece[:1].isalpha()
+        return self._keeper.breaks_off(self.text, piece)
 
     def _says_again(self, token: int) -> bool:
         if self._repeats is None:

@@ -14,7 +14,7 @@ import math
 import re
 
 from edge_slm_runtime.command import count_words
-from edge_slm_runtime.words import UNFINISHED_ANSWER
+from edge_slm_runtime.words import NEVER_LAST, UNFINISHED_ANSWER
 
 # `\S+` finds exactly the words of str.split: both follow str.isspace.
 _WORD = re.compile(r"\S+")
@@ -62,6 +62,13 @@ class LengthKeeper:
         """Whether prose ends with a word that may end a sentence, without a full stop."""
         open_quote = text.count('"') % 2 or text.count("“") > text.count("”")
         return self.is_prose(text) and ending(text) == 1 and not open_quote
+
+    def breaks_off(self, text: str, piece: str) -> bool:
+        """Whether `piece` ends the sentence behind a word that must go on ("with a side of.")."""
+        if not piece.startswith(_SENTENCE_ENDS):
+            return False
+        last = text.rsplit(maxsplit=1)[-1:]
+        return last != [] and last[0].lower() in NEVER_LAST
 
     def is_full(self, text: str) -> bool:
         """True when the next word would be, or already is, one too many."""

@@ -188,6 +188,28 @@ def test_the_end_within_a_sentence_gets_its_full_stop(codec: TextCodec) -> None:
     assert (text, finish) == ("a b c d. e f g h i.", "length")
 
 
+def test_no_sentence_ends_behind_a_word_that_must_go_on(codec: TextCodec) -> None:
+    stop, word = codec.encode(".")[0], codec.encode(" x")[0]
+    for text, allowed in {"x with": False, "x of the": False, "x behind": True, "x": True}.items():
+        answer = Answer(plan(10), codec, 0.0)
+        for i in codec.encode(text):
+            answer.accept(i)
+        logits = np.zeros(codec.size, np.float32)
+        logits[stop], logits[word] = 3, 2
+        assert answer.choose(logits) == (stop if allowed else word)
+
+
+def test_an_end_that_is_held_back_is_not_glued_to_the_next_word(codec: TextCodec) -> None:
+    letter, word = codec.encode("x")[0], codec.encode(" x")[0]
+    for end, wanted in ((5, word), (1, letter)):
+        answer = Answer(plan(10), codec, 0.0)
+        for i in codec.encode("a b."):
+            answer.accept(i)
+        logits = np.zeros(codec.size, np.float32)
+        logits[letter], logits[word], logits[codec.ends[0]] = 3, 2, end
+        assert answer.choose(logits) == wanted
+
+
 @pytest.mark.parametrize(
     ("text", "lacks"),
     [
