@@ -11,7 +11,7 @@
     │   └── Untrusted, DowngradeRefused, SelfTestFailed, DownloadFailed, StoreNotWritable
     ├── EngineError                 exit 5   what runs the model
     │   ├── EngineNotInstalled, VariantNotFound, NotSupportedByEngine
-    │   └── UsedAfterFork
+    │   └── UsedAfterFork, BoundToProcess
     ├── SessionFull                 exit 1   more requests at a time than may wait
     ├── DependencyMissing           exit 5   an extra that is not installed
     ├── CheckpointError             exit 6   what is converted (raised by the converters)
@@ -35,6 +35,7 @@ __all__ = [
     "BadSetting",
     "BatchFailed",
     "BenchRegression",
+    "BoundToProcess",
     "BundleError",
     "BundleNotFound",
     "CheckpointError",
@@ -273,6 +274,12 @@ class UsedAfterFork(EngineError):
     spawn."""
 
     code = "used_after_fork"
+
+
+class BoundToProcess(EngineError):
+    """A loaded model, its session or a stream was to be pickled or copied."""
+
+    code = "bound_to_process"
 
 
 class SessionFull(EdgeSlmError):
