@@ -6,12 +6,13 @@ from collections.abc import Generator, Iterator
 from threading import Lock
 from typing import TypeVar
 
+from edge_slm_runtime.bound import Bound
 from edge_slm_runtime.errors import EngineError
 
 Item = TypeVar("Item")
 
 
-class Closable(Iterator[Item]):
+class Closable(Bound, Iterator[Item]):
     """A generator with one reader at a time that may be closed at any time: from another thread,
     or by a signal handler that has interrupted the reader. What is being computed then is the
     last, and the reader's loop ends.

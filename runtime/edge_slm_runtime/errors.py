@@ -12,7 +12,7 @@
     │   └── AdapterInvalid
     ├── EngineError                 exit 5   what runs the model
     │   ├── EngineNotInstalled, VariantNotFound, NotSupportedByEngine
-    │   └── UsedAfterFork
+    │   └── UsedAfterFork, BoundToProcess
     ├── SessionFull                 exit 1   more requests at a time than may wait
     ├── DependencyMissing           exit 5   an extra that is not installed
     ├── CheckpointError             exit 6   what is converted (raised by the converters)
@@ -37,6 +37,7 @@ __all__ = [
     "BadSetting",
     "BatchFailed",
     "BenchRegression",
+    "BoundToProcess",
     "BundleError",
     "BundleNotFound",
     "CheckpointError",
@@ -281,6 +282,12 @@ class UsedAfterFork(EngineError):
     spawn."""
 
     code = "used_after_fork"
+
+
+class BoundToProcess(EngineError):
+    """A loaded model, its session or a stream was to be pickled or copied."""
+
+    code = "bound_to_process"
 
 
 class SessionFull(EdgeSlmError):

@@ -13,6 +13,7 @@ from weakref import ref
 import numpy as np
 
 from edge_slm_runtime.answer import Answer, Step
+from edge_slm_runtime.bound import Bound
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
@@ -48,7 +49,7 @@ class _Rows:
         self.count = count
 
 
-class SLM:
+class SLM(Bound):
     """A loaded bundle; made by `load`. Its calls may come from several threads."""
 
     def __init__(

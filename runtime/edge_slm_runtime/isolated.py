@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from edge_slm_runtime import errors
+from edge_slm_runtime.bound import Bound
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.records import Generation, Request
@@ -55,7 +56,7 @@ class _Failed(NamedTuple):
         return made
 
 
-class IsolatedSLM:
+class IsolatedSLM(Bound):
     """A bundle loaded in another process; made by `edge_slm.load(isolate=True)`.
 
     Answers one caller at a time; others wait. After a crash, the call that saw it raises

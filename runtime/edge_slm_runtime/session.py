@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edge_slm_runtime.answer import Answer, Step
+from edge_slm_runtime.bound import Bound
 from edge_slm_runtime.errors import EngineError, SessionFull
 from edge_slm_runtime.records import Generation, Request
 from edge_slm_runtime.wakeup import Wakeup
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from edge_slm_runtime.generate import SLM
 
 
-class SessionStream(Iterator[str], AsyncIterator[str]):
+class SessionStream(Bound, Iterator[str], AsyncIterator[str]):
     """The answer to a submitted request: its text piece by piece, with `for` or `async for`, and
     `result`, or `await` of it. The pieces joined are exactly `result.text`; who reads slowly gets
     longer ones.
@@ -132,7 +133,7 @@ class SessionStream(Iterator[str], AsyncIterator[str]):
             self._news()
 
 
-class Session:
+class Session(Bound):
     """Made by `SLM.session`. `submit` may be called from anywhere; left with `with`, the session
     waits for all answers, or cancels them when an error leaves it."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edge_slm_runtime.answer import Answer, Step
+from edge_slm_runtime.bound import Bound
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.records import Generation
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from edge_slm_runtime.generate import SLM
 
 
-class Stream(Iterator[str]):
+class Stream(Bound, Iterator[str]):
     """Yields text as it becomes sure; `result` is the Generation afterwards, of a stream that
     was left before its end with the text until then.
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_slm_runtime import SLM, Request, load
-from edge_slm_runtime.errors import BadSetting, UnknownTask
+from edge_slm_runtime.errors import BadSetting, BoundToProcess, UnknownTask
+from edge_slm_runtime.isolated import IsolatedSLM
 
 REQUEST = "a cosy cabin in the snow"
 
@@ -46,3 +51,32 @@ def test_a_model_describes_itself(plain_slm: SLM) -> None:
     assert lines["tasks"] == "image, video, title"
     assert lines["words"] == "1 … 160"
     assert lines["loaded"] == "onnx-int8 (onnxruntime, int8) on 1 threads"
+
+
+def send(thing: object) -> None:
+    multiprocessing.get_context("spawn").Process(target=print, args=(thing,)).start()
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy, send])
+def test_a_loaded_model_can_be_neither_copied_nor_sent(
+    way: Callable[[Any], object], plain_slm: SLM
+) -> None:
+    with plain_slm.session() as session:
+        for thing in (
+            *(plain_slm, session, session.submit(REQUEST, words=2), plain_slm.stream(REQUEST)),
+            plain_slm.generate_batch([REQUEST]),
+            IsolatedSLM.__new__(IsolatedSLM),
+        ):
+            told = f"a {type(thing).__name__} can .*load the model in the process"
+            with pytest.raises(BoundToProcess, match=told):
+                way(thing)
+
+
+def test_requests_answers_and_errors_can_be_sent(plain_slm: SLM) -> None:
+    request = Request(REQUEST, words=3)
+    assert pickle.loads(pickle.dumps(request)) == request
+    answer = plain_slm.generate(request)
+    assert copy.deepcopy(answer) == pickle.loads(pickle.dumps(answer)) == answer
+    error = UnknownTask("unknown task", "choose another")
+    sent = pickle.loads(pickle.dumps(error))
+    assert (str(sent), sent.problem, sent.hint) == (str(error), error.problem, error.hint)

@@ -227,11 +227,15 @@ FAULTS = {
 compiled._processor = lambda: "model name: old\\nflags: sse2 sse4_2"
 """,
     "package": "",
+    "setting": "",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_auto_falls_back_and_says_so(fault: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    settings = {}
+    if fault == "setting":
+        settings["NUMBA_CPU_NAME"] = "generic"
     if fault == "package":
         (tmp_path / "numba").mkdir()
         (tmp_path / "numba/__init__.py").write_text("raise ImportError('another numpy')")
@@ -252,10 +256,43 @@ except edge_slm_runtime.EdgeSlmError as error:
 """
     path = os.pathsep.join([str(tmp_path), *sys.path])
     cache = str(tmp_path / "cache")
-    out = python(script, str(tiny_bundle), PYTHONPATH=path, XDG_CACHE_HOME=cache).splitlines()
+    settings |= {"PYTHONPATH": path, "XDG_CACHE_HOME": cache}
+    out = python(script, str(tiny_bundle), **settings).splitlines()
     assert "numba cannot be used" in out[0]
     assert "using onnxruntime instead" in out[0]
     assert out[1:] == ["onnxruntime 3", "engine_not_installed"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        # Over the first ones LLVM ends the process.
+        *("CPU_NAME=generic", "CPU_NAME=ivybridge", "ENABLE_AVX=0", "CPU_NAME=haswell"),
+        *("CPU_FEATURES=-f16c", "DISABLE_JIT=1", "BOUNDSCHECK=1", "OPT=max", "OPT=0"),
+        *("LOOP_VECTORIZE=0", "SLP_VECTORIZE=1", "LLVM_REFPRUNE_PASS=0"),
+    ],
+)
+def test_numba_is_not_used_with_settings_that_change_its_code(setting: str, tmp_path: Path) -> None:
+    script = """
+from edge_slm_runtime.decoder import Traits
+from edge_slm_runtime.errors import EngineNotInstalled
+from edge_slm_runtime.kernels import compiled
+try:
+    compiled.kernels(Traits("layer", "learned", "plain"))
+except EngineNotInstalled as error:
+    print(error)
+"""
+    name, _, value = setting.partition("=")
+    out = python(script, XDG_CACHE_HOME=str(tmp_path), **{f"NUMBA_{name}": value})
+    assert out.startswith("numba cannot be used: ")
+    assert f"NUMBA_{name}" in out.partition("(unset ")[2]
+
+
+def test_settings_that_change_nothing_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    llvm, _ = compiled._target()
+    for name, value in {"CPU_NAME": llvm.get_host_cpu_name(), "BOUNDSCHECK": "0"}.items():
+        monkeypatch.setenv(f"NUMBA_{name}", value)
+    compiled._refuse_settings()
 
 
 @needs_images

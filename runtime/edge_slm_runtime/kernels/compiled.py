@@ -26,6 +26,7 @@ import numpy as np
 
 from edge_slm_runtime.address_space import room_mb
 from edge_slm_runtime.decoder import Traits
+from edge_slm_runtime.errors import EngineNotInstalled
 from edge_slm_runtime.files import write_aside
 from edge_slm_runtime.kernels.elf import flat_image
 
@@ -33,6 +34,11 @@ _NAME = "entry"
 _DIGEST = 32  # bytes
 _LONGEST_WAIT = 300.0  # seconds
 _COMPILING = 512  # MiB of address space; 390 were measured, numba's import among them
+# Settings of numba (`numba.config`) that change the code it makes, and their usual values.
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    **{"DISABLE_JIT": (0,), "BOUNDSCHECK": (None, 0), "OPT": (3,)},
+    **{"LOOP_VECTORIZE": (1,), "SLP_VECTORIZE": (0,), "LLVM_REFPRUNE_PASS": (1,)},
+}
 
 Entry = Callable[[int, int], int]
 _first_use = [RLock()]  # functools.cache lets simultaneous first calls all compile
@@ -46,7 +52,7 @@ def kernels(traits: Traits) -> Entry:
     process, one compiles it and the others wait.
 
     Raises ImportError when there is no code yet and numba cannot make it, or when this
-    processor cannot run it.
+    processor cannot run it; EngineNotInstalled when numba is set to make other code.
     """
     with _first_use[0]:
         return _kernels(traits)
@@ -148,7 +154,8 @@ def _function(address: int) -> Entry:
 
 
 def _compile(traits: Traits) -> bytes:
-    """Raises ImportError when numba is not there or does not work."""
+    """Raises ImportError when numba is not there or does not work, EngineNotInstalled when it is
+    set to make other code."""
     from logging import getLogger
 
     if (room := room_mb()) < _COMPILING:  # LLVM ends the process when it gets none
@@ -156,15 +163,42 @@ def _compile(traits: Traits) -> bytes:
             f"compiling takes {_COMPILING} MiB of address space, the limit leaves {room:.0f}"
         )
     try:
-        import numba  # noqa: F401 - is it there?
-
+        _refuse_settings()
         getLogger("edge_slm").warning(
             "compiling the kernels for this processor, once: 10 to 15 seconds, "
             "about a minute on older processors"
         )
         return _object_file(traits)
+    except EngineNotInstalled:
+        raise
     except Exception as error:
         raise ImportError(f"the kernels cannot be compiled: {error}") from error
+
+
+def _refuse_settings() -> None:
+    """Raises EngineNotInstalled when numba, by its environment, its file or the program, makes code
+    in another way than by default, or for another processor than this: LLVM may end the process
+    over it or take minutes, and the code would be kept for all that have the defaults."""
+    import llvmlite.binding as llvm
+    from numba import config
+    from numba.core.registry import cpu_target
+
+    config.reload_config()  # numba does so before it compiles
+    usual = {**_SETTINGS, "CPU_NAME": (None, llvm.get_host_cpu_name())}
+    for name, values in usual.items():
+        found = getattr(config, name, values[0])
+        if found not in values or getattr(found, "is_opt_max", False):  # "max" equals 3
+            raise EngineNotInstalled(
+                f"numba cannot be used: NUMBA_{name} is set",
+                f"unset NUMBA_{name} for the first load, which compiles",
+            )
+    # Those of the target may come of earlier settings, or of numba's list of processors.
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    if features != llvm.get_host_cpu_features().flatten():
+        raise EngineNotInstalled(
+            "numba cannot be used: it compiles for other features than this processor's",
+            "unset NUMBA_CPU_NAME, NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX, if they are set",
+        )
 
 
 def _object_file(traits: Traits) -> bytes:

@@ -16,7 +16,10 @@ FLOAT, HALF = ir.FloatType(), ir.HalfType()
 
 # Sums may be taken in another order than written, so that they become vectors. The order is
 # fixed when the code is compiled, and depends on nothing but the number of terms.
-FAST = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nnan", "nsz"}}
+FAST = {
+    **{"nogil": True, "error_model": "numpy", "debug": False},
+    "fastmath": {"reassoc", "contract", "nnan", "nsz"},
+}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
