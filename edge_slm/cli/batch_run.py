@@ -91,9 +91,7 @@ class BatchRun:
             n = self.n if row.fields.get("n") is None else row.fields["n"]
             if not is_count(n) or not 1 <= n <= MOST:
                 raise BadSetting(f"n is {shown(n)}", f"allowed: 1 … {MOST}, whole")
-            if settings["seed"] is None and (
-                settings["temperature"] or n > 1 or settings["best_of"] != 1
-            ):
+            if settings["seed"] is None and (settings["temperature"] or n > 1):
                 settings["seed"] = _seed_of(self.seed, row.line)
             request = edge_slm.Request(**settings)
             self.slm.check(request if n == 1 else replace(request, logprobs=True))

@@ -91,13 +91,16 @@ def generate(
         warn(warning)
     stats = result.stats
     asked = f" of {result.asked.words} asked" if result.asked.words else ""
-    tpot = f", {stats.tpot_ms:.1f} ms/token" if stats.tpot_ms is not None else ""
-    best = f"the best of {best_of} in {stats.total_ms:.0f} ms, " if best_of > 1 else ""
+    if best_of > 1:  # of a row among others, whose speed is no one's
+        head, speed = f"the best of {best_of} in {stats.total_ms:.0f} ms, ", ""
+    else:
+        tpot = f", {stats.tpot_ms:.1f} ms/token" if stats.tpot_ms is not None else ""
+        head = ""
+        speed = f"TTFT {stats.ttft_ms:.0f} ms{tpot}, {stats.tokens_per_second:.0f} tokens/s, "
     note(
-        f"{best}{result.words} words{asked}, ended by {result.finish_reason}; "
+        f"{head}{result.words} words{asked}, ended by {result.finish_reason}; "
         f"{stats.engine} {stats.precision}, {stats.threads} threads: load {stats.load_ms:.0f} ms, "
-        f"TTFT {stats.ttft_ms:.0f} ms{tpot}, {stats.tokens_per_second:.0f} tokens/s, "
-        f"peak {stats.peak_rss_mb:.0f} MB"
+        f"{speed}peak {stats.peak_rss_mb:.0f} MB"
     )
 
 

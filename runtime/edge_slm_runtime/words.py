@@ -7,9 +7,7 @@ that a recipe gives the same samples and rewards again only while they stay as t
 from __future__ import annotations
 
 NEVER_LAST = frozenset("a an the and or but very of with into".split())  # of a sentence
-_ALWAYS = NEVER_LAST | frozenset(
-    "as that which who his its their is are was were at from".split()
-)
+_ALWAYS = NEVER_LAST | frozenset("as that which who his its their is are was were at from".split())
 # Of a phrase: what follows its head.
 AFTER_A_NOUN = frozenset(
     "in on at with of and or from to into under over near by beside behind between through "

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from edge_slm.cli.output import ResumableOutput
-from edge_slm_runtime import files
+from edge_slm_runtime import files, load
 from edge_slm_runtime.errors import DataError, TargetExists
 
 from .test_commands import EDGE_SLM, error_of, run
@@ -134,7 +134,8 @@ def test_lines_ban_words_of_their_own(tiny_bundle: Path) -> None:
     listed = json.loads(run("batch", "-", *options, stdin=rows).stdout)
     table = f"request,ban\na cabin,{first} | {second}\n"
     cells = json.loads(run("batch", "-", *options, "--format", "csv", stdin=table).stdout)
-    given = run("generate", "a cabin", *options, "--ban", first, "--ban", second).stdout
+    asked = ("generate", "a cabin", *options, "--best-of", 1)
+    given = run(*asked, "--ban", first, "--ban", second).stdout
     assert listed["text"] == cells["text"] == given.rstrip("\n") != free["text"]
     assert not {first, second} & set(re.findall(r"\w+", listed["text"]))
     bad = run("batch", "-", *options, stdin='{"request": "a", "ban": 1}').stdout
@@ -164,6 +165,20 @@ def test_lines_of_several_answers(tiny_bundle: Path, tmp_path: Path) -> None:
     given = ("generate", "a cabin", *options, "--n", 3, "--seed", 4)
     told = json.loads(run(*given, "--json").stdout)
     assert run(*given).stdout == "".join(f"{' '.join(x['text'].split())}\n" for x in told)
+
+
+def test_the_best_of_several_for_a_line(tiny_bundle: Path) -> None:
+    lines = '{"request": "a cabin", "best_of": 4}\n{"request": "a cabin", "best_of": 0}\n'
+    options = ("--bundle", tiny_bundle, "--engine", "onnxruntime", "--max-new-tokens", 8)
+    best, bad = map(json.loads, run("batch", "-", *options, stdin=lines).stdout.splitlines())
+    with load(tiny_bundle, "onnxruntime") as slm:
+        told = slm.generate("a cabin", best_of=4, max_new_tokens=8)
+    assert (best["text"], best["score"]) == (told.text, told.score)
+    assert "best_of is 0" in bad["error"]["message"]
+    table = run("batch", "-", *options, "--format", "csv", stdin="request,best_of\na cabin,4\n")
+    assert json.loads(table.stdout)["text"] is not None
+    asked = run("batch", "-", *options, "--best-of", 4, stdin='{"request": "a cabin"}\n')
+    assert json.loads(asked.stdout)["text"] == best["text"]
 
 
 # -- resuming -------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge_slm.cli import main
-from edge_slm_runtime import read_manifest, tolerance
+from edge_slm_runtime import load, read_manifest, tolerance
 from edge_slm_runtime.bundle import file_entry, manifest_digest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -78,12 +78,24 @@ def test_no_command_is_answered_with_the_help() -> None:
 
 def test_generate_streams_text_to_stdout_and_statistics_to_stderr(tiny_bundle: Path) -> None:
     asked = ("generate", "a cosy cabin", "--bundle", tiny_bundle, "--words", 2, "--task", "image")
-    streamed = run(*asked)
-    whole = json.loads(run(*asked, "--json").stdout)
+    streamed = run(*asked, "--best-of", 1)
+    whole = json.loads(run(*asked, "--best-of", 1, "--json").stdout)
     assert streamed.exit_code == 0
     assert streamed.stdout == whole["text"] + "\n"
     assert f"{whole['words']} words of 2 asked" in streamed.stderr
     assert "TTFT" in streamed.stderr
+
+
+def test_generate_prints_the_best_of_eight(tiny_bundle: Path) -> None:
+    asked = ("generate", "a cosy cabin", "--bundle", tiny_bundle, "--max-new-tokens", 6)
+    shown = run(*asked)
+    with load(tiny_bundle) as slm:
+        best = slm.generate("a cosy cabin", max_new_tokens=6, best_of=8)
+    assert shown.stdout == best.text + "\n"
+    assert "the best of 8 in " in shown.stderr
+    assert "TTFT" not in shown.stderr
+    whole = json.loads(run(*asked, "--json").stdout)
+    assert (whole["text"], whole["score"]) == (best.text, best.score)
 
 
 def test_generate_reads_the_request_from_stdin(tiny_bundle: Path) -> None:
