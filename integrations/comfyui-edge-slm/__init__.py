@@ -10,6 +10,7 @@ from edge_slm_runtime import read_manifest
 
 SHIPPED = "shipped"
 OPEN = "any"
+BEST_OF = 8  # answers, of which the best one is taken
 
 
 @cache
@@ -49,7 +50,8 @@ class EdgeSlmPrompt:
                 "words": ("INT", {"default": 40, "min": 0, "max": 200, "tooltip": "0: any"}),
                 "temperature": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 2.0, "step": 0.05}),
                 "seed": ("INT", seed),
-            }
+            },
+            "optional": {"best_of": ("INT", {"default": BEST_OF, "min": 1, "max": 64})},
         }
 
     @classmethod
@@ -58,7 +60,14 @@ class EdgeSlmPrompt:
         return seed if temperature else 0
 
     def write(
-        self, request: str, model: str, task: str, words: int, temperature: float, seed: int
+        self,
+        request: str,
+        model: str,
+        task: str,
+        words: int,
+        temperature: float,
+        seed: int,
+        best_of: int = BEST_OF,
     ) -> tuple[str]:
         """Raises EdgeSlmError, which ComfyUI shows at the node."""
         answer = _loaded(model).generate(
@@ -67,6 +76,7 @@ class EdgeSlmPrompt:
             words=words or None,
             temperature=temperature,
             seed=seed if temperature else None,
+            best_of=best_of,
         )
         return (answer.text,)
 
