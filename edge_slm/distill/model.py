@@ -28,6 +28,9 @@ def fresh_model(recipe: ModelRecipe, seed: int) -> Any:
     return _of_decoder(recipe.decoder(), recipe)
 
 
+_BY_NUMBER = "scale_attn_by_inverse_layer_idx"  # what a layer does depends on its number
+
+
 def grown_model(
     recipe: ModelRecipe, schema: CommandSchema, seed: int, texts: Iterable[str] = ()
 ) -> tuple[Any, Any]:
@@ -195,20 +198,24 @@ def _cut_positions(model: Any, positions: int) -> None:
 
 
 def _keep_layers(model: Any, recipe: ModelRecipe) -> None:
-    count = model.config.num_hidden_layers
-    if recipe.keep_layers[-1] >= count:
+    """Raises CheckpointError."""
+    config, kept = model.config, recipe.keep_layers
+    if kept[-1] >= config.num_hidden_layers or getattr(config, _BY_NUMBER, False):
+        why = f"{config.num_hidden_layers} layers"
+        why += f", and {_BY_NUMBER}" if getattr(config, _BY_NUMBER, False) else ""
         raise CheckpointError(
-            f"{recipe.init} has {count} layers and no layer {recipe.keep_layers[-1]}",
-            "change model.keep_layers",
+            f"{recipe.init} has {why}: it cannot keep {list(kept)}", "change model.keep_layers"
         )
-    body = model.base_model
-    name = "h" if hasattr(body, "h") else "layers"
-    kept = [getattr(body, name)[number] for number in recipe.keep_layers]
-    for number, layer in enumerate(kept):  # which finds its keys and values by its number
+    name = "h" if hasattr(model.base_model, "h") else "layers"
+    layers = getattr(model.base_model, name)
+    chosen = [layers[number] for number in kept]
+    for number, layer in enumerate(chosen):  # which finds its keys and values by its number
         attention = next(part for part in layer.children() if hasattr(part, "layer_idx"))
         attention.layer_idx = number
-    setattr(body, name, type(getattr(body, name))(kept))
-    model.config.num_hidden_layers = len(kept)
+    setattr(model.base_model, name, type(layers)(chosen))
+    if types := getattr(config, "layer_types", None):
+        config.layer_types = [types[number] for number in kept]
+    config.num_hidden_layers = len(chosen)
 
 
 def _set_dropout(config: Any, recipe: ModelRecipe) -> None:

@@ -113,11 +113,36 @@ def test_our_own_checkpoint_keeps_its_control_tokens(tiny_checkpoint: Path) -> N
         assert torch.equal(one, model.transformer.wte.weight[new.index(token)])
 
 
+def test_some_layers_are_kept(any_foreign: Path, tmp_path: Path) -> None:
+    """It computes what the whole model does whose other layers add nothing."""
+    recipe = ModelRecipe(init=str(any_foreign), positions=64, keep_layers=(1,))
+    model, tokenizer = grown_model(recipe, SCHEMA, seed=3)
+    whole, _ = grown_model(recipe.model_copy(update={"keep_layers": ()}), SCHEMA, seed=3)
+    layers = whole.transformer.h if hasattr(whole, "transformer") else whole.model.layers
+    parts = ("attn.c_proj", "mlp.c_proj", "self_attn.o_proj", "mlp.down_proj")
+    for name, weight in layers[0].named_parameters():
+        if name.startswith(parts):
+            weight.data.zero_()
+    ids = torch.tensor([[5, 50, 60, 70]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, whole.eval()(ids).logits)
+        steps = model.generate(ids, max_new_tokens=4, do_sample=False)  # with keys and values
+        again = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(steps, again)
+    out = save_checkpoint(model, tokenizer, SCHEMA, {}, tmp_path / "checkpoint")
+    assert read_checkpoint(out).decoder.layers == 1
+
+
 def test_what_cannot_be_grown_is_named(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot start from"):
         grown_model(ModelRecipe(init=str(tmp_path / "none")), SCHEMA, seed=0)
     with pytest.raises(CheckpointError, match="128 positions, the recipe 256"):
         grown_model(ModelRecipe(init=str(foreign), positions=256), SCHEMA, seed=0)
+    third = ModelRecipe(init=str(foreign), positions=64, keep_layers=(0, 2))
+    with pytest.raises(CheckpointError, match=r"has 2 layers: it cannot keep \[0, 2\]"):
+        grown_model(third, SCHEMA, seed=0)
+    with pytest.raises(ValueError, match="rising order"):
+        ModelRecipe(keep_layers=(1, 0))
     with pytest.raises(CheckpointError, match="its tokenizer is WordPiece"):
         with_control_tokens({"model": {"type": "WordPiece"}, "added_tokens": []}, SCHEMA)
     bpe = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": []}
