@@ -2,8 +2,9 @@
 
 A checkpoint folder has `config.json`, the weights as `model.safetensors` (or shards named by
 `model.safetensors.index.json`), `tokenizer.json`, and `command.json` where the model obeys
-commands. Weights come out under their canonical names (`edge_slm_runtime.decoder`),
-as float32 numpy arrays whatever they were stored as. Pickled weights are never opened.
+commands; one that we wrote has the sums of its files (`sums`). Weights come out under their
+canonical names (`edge_slm_runtime.decoder`), as float32 numpy arrays whatever they were stored as.
+Pickled weights are never opened.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from edge_slm_converters.architectures.base import Architecture, Layout, canonic
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.gguf_reader import read_gguf
 from edge_slm_converters.json_files import read_json
+from edge_slm_converters.sums import check_sums
 from edge_slm_converters.text_side import TOKENIZER, TextSide, of_folder, of_gguf
 from edge_slm_runtime.bundle import file_entry
 from edge_slm_runtime.decoder import Decoder
@@ -103,6 +105,7 @@ def read_checkpoint(
 
 
 def _read_folder(path: Path, prompt: str | None) -> Checkpoint:
+    check_sums(path)
     config = read_json(path / CONFIG)
     architecture = architecture_of(config)
     decoder = checked(architecture.decoder(config), CONFIG)

@@ -17,6 +17,7 @@ from edge_slm_converters.arrays import Array, Float32
 from edge_slm_converters.blocks import BYTE_ZERO
 from edge_slm_converters.hugging_face import write_weights
 from edge_slm_converters.onnx_writer import MODEL_FILE, import_onnx
+from edge_slm_converters.sums import write_sums
 from edge_slm_converters.text_side import OWN_SETTINGS, SCHEMA, SETTINGS
 from edge_slm_runtime import verify
 from edge_slm_runtime.bundle import TOKENIZER, WORDS, Manifest, Variant
@@ -54,6 +55,7 @@ def write_checkpoint_of(bundle: Path, target: Path) -> Variant:
             (folder / WORDS).write_bytes((bundle / WORDS).read_bytes())
         if recipe := manifest.provenance.get("recipe"):
             write_json(recipe, folder / "recipe.json")
+        write_sums(folder)
     return variant
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_slm.distill.tokenizer import save_tokenizer
+from edge_slm_converters.sums import write_sums
 from edge_slm_runtime.bundle import WORDS, file_entry
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import DataError
@@ -22,8 +23,8 @@ def save_checkpoint(
     target: Path,
     lexicon: bytes = b"",
 ) -> Path:
-    """Writes the folder `target`: fp16 weights, tokenizer, command.json, recipe.json (`facts`)
-    and, where there is a `lexicon`, words.txt.
+    """Writes the folder `target`: fp16 weights, tokenizer, command.json, recipe.json (`facts`),
+    where there is a `lexicon` words.txt, and the sums of them all.
 
     `model` itself keeps its precision. Raises TargetExists.
     """
@@ -37,6 +38,7 @@ def save_checkpoint(
         write_json(facts, folder / "recipe.json")
         if lexicon:
             (folder / WORDS).write_bytes(lexicon)
+        write_sums(folder)
     return target
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edge_slm.progress import Progress
+from edge_slm_converters.sums import check_sums
 from edge_slm_converters.text_side import read_schema
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.errors import (
@@ -84,6 +85,7 @@ class EpisodeGenerator:
                 "sampling needs torch and transformers", "pip install 'edge-slm[train]'"
             ) from None
         folder = Path(checkpoint)
+        check_sums(folder)
         self.schema = read_schema(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_cpu = torch.device(self.device).type == "cpu"

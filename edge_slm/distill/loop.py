@@ -44,7 +44,8 @@ from edge_slm.distill.rewards import Reward, make_reward
 from edge_slm.distill.samples import read_requests
 from edge_slm.distill.teachers import make_teacher, teach
 from edge_slm.progress import StageProgress, silent
-from edge_slm_runtime.errors import DataError, DependencyMissing, TargetExists
+from edge_slm_converters.sums import check_sums
+from edge_slm_runtime.errors import CheckpointError, DataError, DependencyMissing, TargetExists
 from edge_slm_runtime.files import locked_folder
 
 if TYPE_CHECKING:
@@ -115,13 +116,14 @@ def distill(
 
 def _recipe_digest(checkpoint: Path) -> str:
     """Of the recipe that a finished run was made by. Raises DataError when what it left cannot
-    be read, or its weights were cut."""
+    be read, or differs from its sums."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_sums(checkpoint)
         with safe_open(checkpoint / "model.safetensors", "np"):  # its header tells its size
             return str(json.loads((checkpoint / "recipe.json").read_text("utf-8"))["digest"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError):
         raise DataError(f"{checkpoint} is damaged", "remove it: it is written again") from None
 
 

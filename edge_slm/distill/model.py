@@ -15,6 +15,7 @@ from edge_slm.distill.tokenizer import trimmed, with_control_tokens
 from edge_slm_converters.architectures import architecture_of
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.checkpoint import HEAD
+from edge_slm_converters.sums import check_sums
 from edge_slm_runtime.command import END, REQUEST, CommandSchema
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
@@ -106,6 +107,7 @@ def _from_transformers(recipe: ModelRecipe) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = recipe.init
+    check_sums(Path(where))
     try:
         config = AutoConfig.from_pretrained(where)
         settings = config.to_dict()

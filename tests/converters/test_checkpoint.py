@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from edge_slm_converters import random_checkpoint, read_checkpoint
 from edge_slm_converters.architectures import gpt2
 from edge_slm_converters.architectures.base import as_stored
+from edge_slm_converters.sums import SUMS, check_sums, write_sums
 from edge_slm_runtime.errors import CheckpointError, TargetExists
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -288,3 +289,51 @@ def test_conversion_needs_no_torch(tiny_checkpoint: Path, tmp_path: Path) -> Non
         [sys.executable, "-c", program, str(tiny_checkpoint), str(tmp_path / "bundle")], check=True
     )
     assert (tmp_path / "bundle" / "manifest.json").is_file()
+
+
+# -- sums of the files ---------------------------------------------------------------
+
+
+@pytest.fixture
+def summed(copy: Path) -> Path:
+    (copy / "recipe.json").write_text("{}")
+    write_sums(copy)
+    return copy
+
+
+def test_sums_are_those_of_sha256sum(summed: Path) -> None:
+    done = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=summed, check=True)
+    assert not done.returncode
+    assert (summed / SUMS).read_text().count("\n") == 5
+    assert len(read_checkpoint(summed).tokens) == 400
+    assert SUMS not in read_checkpoint(summed).digests()  # nor in a bundle's provenance
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "recipe.json", "command.json"])
+def test_a_file_that_was_changed_since_is_refused(name: str, summed: Path) -> None:
+    content = bytearray((summed / name).read_bytes())
+    content[-1] ^= 1
+    (summed / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is not what was written.*remove {SUMS}"):
+        read_checkpoint(summed)
+    (summed / SUMS).unlink()
+    check_sums(summed)  # as of another program
+
+
+def test_a_file_that_is_cut_or_missing_is_refused(summed: Path) -> None:
+    os.truncate(summed / "model.safetensors", 100)
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        read_checkpoint(summed)
+    (summed / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        read_checkpoint(summed)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "x", f"{'0' * 64}  ../config.json", f"{'0' * 63}  config.json", "\ud800"]
+)
+def test_sums_that_are_damaged_are_refused(line: str, summed: Path) -> None:
+    with (summed / SUMS).open("ab") as file:
+        file.write(f"{line}\n".encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match=f"{SUMS} (is damaged|cannot be read)"):
+        read_checkpoint(summed)

@@ -207,9 +207,11 @@ def test_a_finished_run_that_was_damaged_is_not_returned(
     name: str, recipe: Recipe, data_file: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     file = Path(shutil.copytree(undisturbed, tmp_path / "checkpoint")) / name
-    os.truncate(file, file.stat().st_size - 2)
-    with pytest.raises(DataError, match="checkpoint is damaged"):
-        distill(recipe, [data_file], tmp_path)
+    content = bytearray(file.read_bytes())
+    for damaged in (content[:-2], content[:-9] + b"0" + content[-8:]):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match="checkpoint is damaged"):
+            distill(recipe, [data_file], tmp_path)
 
 
 def test_a_round_learns_from_what_the_model_achieved(undisturbed: Path) -> None:

@@ -170,6 +170,12 @@ def test_what_is_saved_is_what_the_converters_read(any_foreign: Path, tmp_path: 
     assert checkpoint.decoder.tied == model.config.tie_word_embeddings
     assert checkpoint.decoder.positions == 64
     assert checkpoint.codec.size == tokenizer.get_vocab_size()
+    weights = bytearray((out / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (out / "model.safetensors").write_bytes(weights)
+    for read in (read_checkpoint, lambda path: grown_model(ModelRecipe(init=str(path)), SCHEMA, 3)):
+        with pytest.raises(CheckpointError, match="is not what was written"):
+            read(out)
 
 
 @pytest.mark.slow
