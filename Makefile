@@ -9,7 +9,8 @@ PYTEST = $(VENV)/bin/pytest --numprocesses $(WORKERS) --dist worksteal
 MODELS = $(patsubst %/pyproject.toml,./%,$(wildcard models/*/pyproject.toml))
 
 # Options: VENV, PYTHON; WORKERS=0 for tests one after the other; FUZZ_MINUTES and FUZZ_SEED for
-# `make fuzz`, FUZZ=tests/runtime/test_text.py for a part of it, FUZZ_EXAMPLES=10000 for damaged files of each test (`@fuzz`); DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
+# `make fuzz`, FUZZ=tests/runtime/test_text.py for a part of it, FUZZ_FILES=onnx=10000,manifest=20000
+# for so many damaged files; DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
 # and the like change it.
 .PHONY: demo check test lint fuzz bench peers speed plain-install docs format clean
 
@@ -31,7 +32,7 @@ lint: $(VENV)/.installed-dev
 
 # The property tests with random examples; `make test` always tries the same ones.
 fuzz: $(VENV)/.installed-dev
-	FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) \
+	FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_FILES=$(FUZZ_FILES) \
 		$(VENV)/bin/python tests/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.installed-dev

@@ -1,19 +1,25 @@
-"""Random damage to files, and the settings of the tests that read them.
+"""Random damage to files, and the tests that read them.
 
-`make test` tries the same few seeds every time, `make fuzz` as many new ones as FUZZ_EXAMPLES says.
+`make test` tries the same few files every time, `make fuzz` new ones, as many as FUZZ_FILES says.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+import pytest
+from isolation import Crash, Hang
+
+from edge_slm_runtime.errors import EdgeSlmError
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 63, 64, 65, 10**6, 2**31 - 1, 2**31, 2**32, 2**53 + 1),
@@ -25,19 +31,98 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def examples(count: int) -> int:
-    return int(os.environ.get("FUZZ_EXAMPLES") or count)
+_SHOWN = 5  # failures of a kind
+_tried: list[tuple[str, bytes]] = [("", b"")]
 
 
-def fuzz(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A test of `count` examples, each of its own `seed` (of `random.Random`)."""
-    chosen = settings(
-        max_examples=examples(count),
-        deadline=None,
-        phases=(Phase.explicit, Phase.generate),  # a seed has nothing to shrink
-        suppress_health_check=list(HealthCheck),
-    )
-    return lambda test: chosen(given(seed=st.binary(min_size=8, max_size=8))(test))
+def asked_files(text: str) -> dict[str, int]:
+    """Files to damage, by kind: "onnx=10000,manifest=20000", or "10000" of each (kind "")."""
+    pairs = [part.rpartition("=") for part in text.split(",") if part]
+    return {kind: int(count) for kind, _, count in pairs}
+
+
+class Tally:
+    """What became of the damaged files of a kind.
+
+    count: how many there are to be. seed: of the run; a file has its own, made of it.
+    """
+
+    def __init__(self, kind: str, count: int) -> None:
+        asked = asked_files(os.environ.get("FUZZ_FILES", ""))
+        self.kind, self.count = kind, asked.get(kind, asked.get("", count))
+        self.seed = os.environ.get("FUZZ_SEED") or "0"
+        self.found: Counter[str] = Counter()
+        self._told: list[str] = []
+
+    def failed(self, failure: str, number: int, told: str, name: str, content: bytes) -> None:
+        """failure: "crashes", "hangs" or "raw errors", over `content`, which is kept."""
+        self.found[failure] += 1
+        place = "nowhere"
+        if folder := os.environ.get("FUZZ_KEPT"):
+            path = Path(folder) / f"{self.kind}-{self.seed}-{number}-{Path(name).name}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            place = str(path)
+        self._told.append(f"file {number} of seed {self.seed} ({failure}), kept {place}: {told}")
+
+    def end(self) -> None:
+        """Records the counts, and fails if there was a failure."""
+        if path := os.environ.get("FUZZ_COUNTS"):
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": self.kind, **self.found}) + "\n")
+        assert not self._told, "\n".join(self._told[:_SHOWN])
+
+
+def tried(name: str, content: bytes) -> bytes:
+    """`content`, noted as the damaged file under trial."""
+    _tried[0] = name, content
+    return content
+
+
+def fuzz(kind: str, count: int) -> Callable[[Callable[..., str]], Callable[..., None]]:
+    """A test of `count` damaged files, each of its own `seed` (of `random.Random`). It returns why
+    a file was refused, or "". Other errors than ours do not end it, but are counted."""
+
+    def decorated(test: Callable[..., str]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**fixtures: Any) -> None:
+            tally = Tally(kind, count)
+            for number in range(tally.count):
+                tried("nothing", b"")
+                try:
+                    refusal = test(seed=f"{tally.seed}/{kind}/{number}", **fixtures)
+                except Exception as error:
+                    kinds = {Crash: "crashes", Hang: "hangs"}
+                    failure = kinds.get(type(error), "raw errors")
+                    told = f"{type(error).__name__}: {error}"
+                    tally.failed(failure, number, told, *_tried[0])
+                else:
+                    tally.found["refused" if refusal else "read"] += 1
+            tally.end()
+
+        signature = inspect.signature(test)
+        fixtures = [p for p in signature.parameters.values() if p.name != "seed"]
+        run.__signature__ = signature.replace(parameters=fixtures)  # type: ignore[attr-defined]
+        return marked(kind)(run)
+
+    return decorated
+
+
+def marked(kind: str) -> Callable[..., Any]:
+    """A test that `make fuzz` runs, unless FUZZ_FILES names other kinds."""
+    asked = asked_files(os.environ.get("FUZZ_FILES", ""))
+    left_out = bool(asked) and not {"", kind} & asked.keys()
+    skipped = pytest.mark.skipif(left_out, reason="other kinds are asked for")
+    return lambda test: pytest.mark.fuzz(skipped(test))
+
+
+def refused(check: Callable[..., Any], *arguments: Any, errors: Any = EdgeSlmError) -> str:
+    """Which of `errors` one of our own checks raises, "" for none; it is to raise no other."""
+    try:
+        check(*arguments)
+    except errors as error:
+        return type(error).__name__
+    return ""
 
 
 def bytes_damaged(choice: random.Random, content: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -24,22 +25,33 @@ _context.set_forkserver_preload(
 )
 
 
+class Crash(AssertionError):
+    """The process ended by itself."""
+
+
+class Hang(AssertionError):
+    """It took too long."""
+
+
 def outcome(function: Callable[..., Any], *arguments: Any) -> str:
     """ "" when `function` returns, or the code of its EdgeSlmError.
 
-    Fails for every other error, for a signal, and when it takes too long. The function is
-    one of this module.
+    Fails for every other error; raises Crash when the process ends by a signal, Hang when it takes
+    too long. The function is one of this module.
     """
     receiver, sender = _context.Pipe(duplex=False)
     process = _context.Process(target=_report, args=(sender, function, arguments), daemon=True)
     process.start()
     sender.close()
     try:
-        assert receiver.poll(_DEADLOCK), "it hangs"
+        if not receiver.poll(_DEADLOCK):
+            raise Hang(f"no answer in {_DEADLOCK:g} s")
         code, told = receiver.recv()
     except EOFError:
         process.join()
-        code, told = "", f"the process ended with {process.exitcode}"
+        if process.exitcode == -signal.SIGXCPU:
+            raise Hang(f"it computed for {_LONGEST} s") from None
+        raise Crash(f"the process ended with {process.exitcode}") from None
     finally:
         process.kill()
         process.join()

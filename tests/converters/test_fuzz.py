@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import VALUES, bytes_damaged, fuzz, json_bytes, json_damaged
-from hypothesis import event
+from damage import VALUES, bytes_damaged, fuzz, json_bytes, json_damaged, tried
 from isolation import outcome, read_checkpoint
 
 from edge_slm_converters import read_checkpoint as read
@@ -24,8 +23,8 @@ TENSORS: tuple[Any, ...] = (
 )
 
 
-@fuzz(80)
-def test_any_checkpoint(tmp_path: Path, tiny_checkpoint: Path, seed: bytes) -> None:
+@fuzz("checkpoint", 80)
+def test_any_checkpoint(tmp_path: Path, tiny_checkpoint: Path, seed: str) -> str:
     choice = random.Random(seed)
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint", dirs_exist_ok=True))
     names = ["config.json", "model.safetensors", "tokenizer.json", "command.json"]
@@ -40,11 +39,11 @@ def test_any_checkpoint(tmp_path: Path, tiny_checkpoint: Path, seed: bytes) -> N
         header = json_bytes(choice, json_damaged(choice, json.loads(content[8:end]), TENSORS))
         length = choice.choice([len(header)] * 10 + [0, 1, 2**31, 2**64 - 1])
         content = length.to_bytes(8, "little") + header + content[end:]
-    file.write_bytes(content)
+    file.write_bytes(tried(file.name, content))
     if file.name.endswith("index.json"):
         (folder / "model.safetensors").rename(folder / "x")
     try:
-        event(outcome(read_checkpoint, folder) or "read")
+        return outcome(read_checkpoint, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -57,13 +56,14 @@ def gguf_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     return file
 
 
-@fuzz(80)
-def test_any_gguf_file(tmp_path: Path, gguf_file: Path, seed: bytes) -> None:
+@fuzz("gguf", 80)
+def test_any_gguf_file(tmp_path: Path, gguf_file: Path, seed: str) -> str:
     """Most of the damage to the header, which ends where the first matrix begins."""
     choice, file, gguf = random.Random(seed), tmp_path / "tiny.gguf", gguf_file.read_bytes()
     end = choice.choice([64, 1024, gguf.index(b"token_embd.weight") + 1024])
     if choice.random() < 0.8:
-        file.write_bytes(bytes_damaged(choice, gguf[:end]) + gguf[end:])
+        content = bytes_damaged(choice, gguf[:end]) + gguf[end:]
     else:
-        file.write_bytes(bytes_damaged(choice, gguf))
-    event(outcome(read_checkpoint, file) or "read")
+        content = bytes_damaged(choice, gguf)
+    file.write_bytes(tried(file.name, content))
+    return outcome(read_checkpoint, file)

@@ -1,7 +1,9 @@
 """Random well-formed files of the numba engine, with every piece of memory that the kernels read
-or write at the edge of a page that may not be touched: `python guard_pages.py FOLDER COUNT SEED`.
+or write at the edge of a page that may not be touched: `python guard_pages.py FOLDER COUNT SEED
+FIRST`.
 
-A read or write beyond ends the process by a signal; the last line says of which model.
+A read or write beyond ends the process by a signal, and so does a file that takes a minute; the
+last line on stderr says of which model, and stdout has a line for each file before it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import math
 import mmap
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -169,21 +172,20 @@ def compute(folder: Path, decoder: Decoder, threads: int) -> None:
     engine.close()
 
 
-def main(folder: Path, count: int, seed: int) -> None:
+def main(folder: Path, count: int, seed: str, first: int) -> None:
     install()
-    computed = 0
-    for number in range(count):
+    for number in range(first, count):
+        signal.alarm(60)
         decoder, tensors = made(random.Random(f"{seed}/{number}"))
         write(folder / "model.safetensors", decoder, tensors)
         print(number, decoder, file=sys.stderr, flush=True)
         try:
             compute(folder, decoder, 1 + number % 3)
-            computed += 1
+            print("read", flush=True)
         except (EngineError, ManifestInvalid):
-            pass
+            print("refused", flush=True)
         kept.clear()
-    print(computed)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

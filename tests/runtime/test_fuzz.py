@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-from damage import VALUES, bytes_damaged, fuzz, json_bytes, json_damaged
-from hypothesis import event
+from damage import VALUES, bytes_damaged, fuzz, json_bytes, json_damaged, refused, tried
 from isolation import answer, outcome
 
 from edge_slm_runtime import read_manifest
@@ -44,7 +43,7 @@ class Victim:
     def holding(self, file: str, content: bytes) -> Iterator[Path]:
         """The path of `file`, which has another content meanwhile, and is listed so."""
         path = self.path / file
-        path.write_bytes(content)
+        path.write_bytes(tried(file, content))
         entry = file_entry(path)
         files = {**self.manifest["files"], file: {"sha256": entry.sha256, "size": entry.size}}
         data = {**self.manifest, "files": files}
@@ -56,23 +55,13 @@ class Victim:
             path.write_bytes(self.content[file])
 
 
-def refused(check: Callable[..., Any], *arguments: Any, errors: Any = EdgeSlmError) -> bool:
-    """Whether one of our own checks, which are to raise nothing but `errors`, finds the damage."""
-    try:
-        check(*arguments)
-    except errors as error:
-        event(f"refused: {type(error).__name__}")
-        return True
-    return False
-
-
 @pytest.fixture(scope="module")
 def victim(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Victim:
     return Victim(tiny_bundle, tmp_path_factory.mktemp("victim") / "bundle")
 
 
-@fuzz(200)
-def test_any_manifest(victim: Victim, seed: bytes) -> None:
+@fuzz("manifest", 200)
+def test_any_manifest(victim: Victim, seed: str) -> str:
     choice = random.Random(seed)
     data = json_damaged(choice, victim.manifest)
     if isinstance(data, dict):
@@ -80,7 +69,7 @@ def test_any_manifest(victim: Victim, seed: bytes) -> None:
             data["digest"] = manifest_digest(data)
         except (EdgeSlmError, UnicodeEncodeError):
             data["digest"] = "x"
-    (victim.path / MANIFEST).write_bytes(json_bytes(choice, data))
+    (victim.path / MANIFEST).write_bytes(tried(MANIFEST, json_bytes(choice, data)))
     engine, precision = choice.choice(
         [
             *[("auto", "auto"), ("onnxruntime", "int8"), ("onnxruntime", "fp32")],
@@ -88,8 +77,9 @@ def test_any_manifest(victim: Victim, seed: bytes) -> None:
         ]
     )
     memory = choice.choice([None, None, 200.0, 1e6, 1.0])
-    if not refused(verify_structure, victim.path):
-        event(outcome(answer, victim.path, engine, precision, memory) or "answered")
+    return refused(verify_structure, victim.path) or outcome(
+        answer, victim.path, engine, precision, memory
+    )
 
 
 # -- ONNX ----------------------------------------------------------------------------
@@ -147,8 +137,8 @@ def damage_interface(choice: random.Random, graph: Any) -> None:
         tensor.elem_type = choice.choice([1, 6, 7, 8, 10, 11])
 
 
-@fuzz(200)
-def test_any_onnx_graph(victim: Victim, seed: bytes) -> None:
+@fuzz("onnx", 200)
+def test_any_onnx_graph(victim: Victim, seed: str) -> str:
     choice = random.Random(seed)
     precision = choice.choice(["fp32", "int8", "int4"])
     file = f"onnx-{precision}/model.onnx"
@@ -163,16 +153,18 @@ def test_any_onnx_graph(victim: Victim, seed: bytes) -> None:
         content = model.SerializeToString()
     data = f"onnx-{precision}/model.data"
     sizes = {"model.data": len(victim.content[data])}
-    if not refused(check_onnx, content, victim.decoder, sizes, errors=ValueError):
-        with victim.holding(file, content):
-            event(outcome(answer, victim.path, "onnxruntime", precision) or "answered")
+    tried(file, content)
+    if refusal := refused(check_onnx, content, victim.decoder, sizes, errors=ValueError):
+        return refusal
+    with victim.holding(file, content):
+        return outcome(answer, victim.path, "onnxruntime", precision)
 
 
 # -- other files ---------------------------------------------------------------------
 
 
-@fuzz(80)
-def test_any_ctranslate2_file(victim: Victim, seed: bytes) -> None:
+@fuzz("ctranslate2", 80)
+def test_any_ctranslate2_file(victim: Victim, seed: str) -> str:
     choice = random.Random(seed)
     file = choice.choice(["model.bin"] * 6 + ["vocabulary.json", "config.json"])
     file = f"ctranslate2-int8/{file}"
@@ -186,10 +178,12 @@ def test_any_ctranslate2_file(victim: Victim, seed: bytes) -> None:
         at = max(0, at - 16)
         content = content[:at] + bytes_damaged(choice, content[at : at + 80]) + content[at + 80 :]
     with victim.holding(file, content) as path:
-        if file.endswith("json") or not refused(
-            check_model, path, victim.decoder, "int8", errors=ValueError
-        ):
-            event(outcome(answer, victim.path, "ctranslate2", "int8") or "answered")
+        refusal = (
+            ""
+            if file.endswith("json")
+            else refused(check_model, path, victim.decoder, "int8", errors=ValueError)
+        )
+        return refusal or outcome(answer, victim.path, "ctranslate2", "int8")
 
 
 STEPS: tuple[Any, ...] = (
@@ -204,8 +198,8 @@ STEPS: tuple[Any, ...] = (
 )
 
 
-@fuzz(80)
-def test_any_tokenizer(victim: Victim, seed: bytes) -> None:
+@fuzz("tokenizer", 80)
+def test_any_tokenizer(victim: Victim, seed: str) -> str:
     choice, file = random.Random(seed), "tokenizer.json"
     content = victim.content[file]
     if choice.random() < 0.3:
@@ -219,11 +213,11 @@ def test_any_tokenizer(victim: Victim, seed: bytes) -> None:
             vocabulary[choice.choice(list(vocabulary))] = choice.choice(ids)
         content = json_bytes(choice, data)
     with victim.holding(file, content):
-        event(outcome(answer, victim.path, "onnxruntime", "int8") or "answered")
+        return outcome(answer, victim.path, "onnxruntime", "int8")
 
 
-@fuzz(80)
-def test_any_numba_header(victim: Victim, seed: bytes) -> None:
+@fuzz("numba-header", 80)
+def test_any_numba_header(victim: Victim, seed: str) -> str:
     choice = random.Random(seed)
     precision = choice.choice(["int8", "int4"])
     file = f"numba-{precision}/model.safetensors"
@@ -237,5 +231,5 @@ def test_any_numba_header(victim: Victim, seed: bytes) -> None:
     length = choice.choice([len(header)] * 30 + [0, 2**63, len(content)])
     changed = length.to_bytes(8, "little") + header + content[end:]
     with victim.holding(file, changed) as path:
-        if not refused(Weights, path, victim.decoder):
-            event(outcome(answer, victim.path, "numba", precision) or "answered")
+        refusal = refused(Weights, path, victim.decoder)
+        return refusal or outcome(answer, victim.path, "numba", precision)

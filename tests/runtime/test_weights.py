@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import examples
-from hypothesis import HealthCheck, Phase, given, settings
+from damage import Tally, marked
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_slm_runtime import read_manifest
@@ -315,18 +316,24 @@ def test_any_numbers_are_computed_with(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are guarded by mprotect")
-@settings(deadline=None, max_examples=1, phases=[Phase.generate])
-@given(st.integers(0, 2**32 - 1))
-def test_no_kernel_touches_what_is_beyond_its_memory(
-    tmp_path_factory: pytest.TempPathFactory, seed: int
-) -> None:
+@marked("numba")
+def test_no_kernel_touches_what_is_beyond_its_memory(tmp_path: Path) -> None:
     """Half of the files fit their model; a check that lets others pass ends in a signal."""
-    script, count = Path(__file__).with_name("guard_pages.py"), examples(300)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path_factory.mktemp("any")), str(count), str(seed)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-800:]
-    assert int(done.stdout) > count / 3
+    script, tally, tried = Path(__file__).with_name("guard_pages.py"), Tally("numba", 300), 0
+    while tried < tally.count:
+        done = subprocess.run(
+            [sys.executable, str(script), str(tmp_path), str(tally.count), tally.seed, str(tried)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        ended = done.stdout.split()
+        tally.found.update(ended)
+        tried += len(ended)
+        if done.returncode:
+            failure = {-signal.SIGALRM: "hangs", 1: "raw errors"}.get(done.returncode, "crashes")
+            file = tmp_path / "model.safetensors"
+            tally.failed(failure, tried, done.stderr[-800:], file.name, file.read_bytes())
+            tried += 1
+    tally.end()
+    assert tally.found["read"] > tally.count / 3
