@@ -135,6 +135,22 @@ def advise(rows: Sequence[VariantRow], limits: Limits) -> Advice:
     return Advice(chosen, line, tuple(_remarks(chosen, measured, limits)))
 
 
+def thread_choices(rows: Iterable[VariantRow]) -> dict[str, int]:
+    """By variant the threads that are to be taken, of those that were measured with several
+    numbers: the fewest whose answers come within 5% of the quickest."""
+    by_variant: dict[str, list[VariantRow]] = {}
+    for row in rows:
+        if row.measured:
+            by_variant.setdefault(row.variant, []).append(row)
+    chosen = {}
+    for variant, measured in by_variant.items():
+        quickest = min(row.latency_ms() for row in measured)
+        equal = [row.threads for row in measured if row.latency_ms() <= quickest * SAME]
+        if len(measured) > 1:
+            chosen[variant] = min(equal)
+    return chosen
+
+
 def _faith(row: VariantRow) -> int:
     return {True: 2, None: 1, False: 0}[row.faithful]
 

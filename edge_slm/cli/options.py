@@ -59,7 +59,7 @@ bundle_argument = click.argument("bundle", type=bundle_type, default=edge_slm.sh
 threads_option = click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads.  [default: the cores this process may use]",
+    help="CPU threads.  [default: what profile found quickest, else the cores it may use]",
 )
 
 engine_options = _together(

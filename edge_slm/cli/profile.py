@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ import click
 
 from edge_slm.cli.console import emit_json, examples, json_option, progress_bar, stdout_console
 from edge_slm.cli.options import Number, bundle_argument, counts, names
-from edge_slm_runtime.bundle import read_manifest
+from edge_slm_runtime.bundle import Manifest, read_manifest
 from edge_slm_runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def profile(
     Every variant answers requests of 16, 32 and 64 words with 1, 2, 4 … threads, in
     fresh processes that take turns; shown are medians. The advice keeps the limits and
     the bundle's fidelity budget. 'bench' measures more, and longer.
+
+    Of variants that were measured from 1 thread to all cores, the best number is remembered on
+    this device, and is what loading takes by default; not if the machine was busy before.
     """
     from edge_slm_bench.advice import Limits, advise
     from edge_slm_bench.machine import machine
@@ -81,6 +85,7 @@ def profile(
             interrupted = True
     limits = Limits(max_memory_mb, max_latency_ms)
     advice = advise(rows, limits)
+    remembered = {} if interrupted or _busy(device) else _remember(manifest, rows)
     if as_json:
         emit_json(
             {
@@ -88,10 +93,11 @@ def profile(
                 "limits": asdict(limits),
                 "rows": [row.as_dict() | {"fits": _fits(row, limits)} for row in rows],
                 "advice": asdict(advice) | {"chosen": _choice(advice)},
+                "remembered": remembered,
             }
         )
     else:
-        _print(bundle, rows, limits, advice, device)
+        _print(bundle, rows, limits, advice, device, remembered)
     if interrupted:
         raise KeyboardInterrupt
     if not any(row.measured for row in rows):
@@ -100,6 +106,26 @@ def profile(
 
 def _fits(row: VariantRow, limits: Limits) -> bool | None:
     return not limits.missed_by(row) if row.measured else None
+
+
+def _busy(device: Machine) -> bool:
+    return device.load is not None and device.load > device.usable_cores / 2
+
+
+def _remember(manifest: Manifest, rows: Sequence[VariantRow]) -> dict[str, int]:
+    """Threads by variant, as they were remembered."""
+    from edge_slm_bench.advice import thread_choices
+    from edge_slm_runtime.cores import default_threads
+    from edge_slm_runtime.thread_choice import remember_threads
+
+    whole = {1, default_threads()}
+    by_name, chosen = {variant.name: variant for variant in manifest.variants}, {}
+    for name, threads in thread_choices(rows).items():
+        if whole <= {row.threads for row in rows if row.variant == name and row.measured}:
+            with suppress(OSError):  # a user without a cache
+                remember_threads(manifest, by_name[name], threads)
+                chosen[name] = threads
+    return chosen
 
 
 def _choice(advice: Advice) -> dict[str, str | int] | None:
@@ -116,7 +142,12 @@ def _choice(advice: Advice) -> dict[str, str | int] | None:
 
 
 def _print(
-    bundle: Path, rows: Sequence[VariantRow], limits: Limits, advice: Advice, device: Machine
+    bundle: Path,
+    rows: Sequence[VariantRow],
+    limits: Limits,
+    advice: Advice,
+    device: Machine,
+    remembered: Mapping[str, int],
 ) -> None:
     console = stdout_console()
     console.print(_table(rows, limits, advice))
@@ -127,6 +158,9 @@ def _print(
     if row := advice.chosen:
         call = f"engine={row.engine!r}, precision={row.precision!r}, threads={row.threads}"
         console.print(f"  edge_slm.load({str(bundle)!r}, {call})", markup=False)
+    if remembered:
+        told = ", ".join(f"{name} {threads}" for name, threads in remembered.items())
+        console.print(f"threads that are now the default here: {told}", markup=False)
     console.print(_conditions(rows, device), style="dim", markup=False)
 
 
@@ -185,12 +219,12 @@ def _fidelity(row: VariantRow) -> str:
 
 def _conditions(rows: Sequence[VariantRow], device: Machine) -> str:
     processes = max(len(row.peak_rss_mb) for row in rows)
-    busy = device.load is not None and device.load > device.usable_cores / 2
+    busy = f"; the machine was busy before ({device.load} processes ran)" if _busy(device) else ""
     turns = (
         f"medians of {processes} fresh processes in turn" if processes > 1 else "one process each"
     )
     return (
         f"{device.cpu}, {device.usable_cores} cores; {turns}"
         + ("; ! outside the fidelity budget" if any(r.faithful is False for r in rows) else "")
-        + (f"; the machine was busy before ({device.load:.1f} processes ran)" if busy else "")
+        + busy
     )

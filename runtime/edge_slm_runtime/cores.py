@@ -1,13 +1,27 @@
-"""How many cores this process may use: its affinity, and the quota of its control groups."""
+"""The processor, and how many of its cores this process may use: its affinity, and the quota of its
+control groups."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 _THREADS_CAP = 8  # decoding is bound by memory bandwidth; more threads only fight
+
+
+@cache
+def processor() -> str:
+    """Its name and its features."""
+    try:
+        first = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    facts = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(line for line in first.splitlines() if line.startswith(facts))
 
 
 def default_threads(root: Path = Path("/")) -> int:

@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,20 @@ LONGEST_LINE = 32 << 20  # bytes
 _ENDLESS = 256 << 20  # bytes without the end of a line
 _LONGEST_TEXT = 64 << 20  # bytes
 _LOCKED_BY = 2.0  # seconds after it was made
+
+
+def cache_folder() -> Path:
+    """Of this user, for what can be made again. Raises OSError for a user without a home."""
+    windows = sys.platform == "win32"
+    folder = Path(os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME") or "")
+    if not folder.is_absolute():  # the XDG specification: ignore relative ones
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise FileNotFoundError(str(error)) from None
+    if not folder.is_absolute():
+        raise FileNotFoundError(f"the home folder is {folder.parent}")
+    return folder / "edge-slm"
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from edge_slm_runtime.memory import (
     refuse_little_room,
 )
 from edge_slm_runtime.text import TextCodec
+from edge_slm_runtime.thread_choice import threads_for
 
 _THREADS_MAX = 1024
 _ROWS_MAX = 1 << 16
@@ -65,10 +66,11 @@ def load(
     engine: "numba", "onnxruntime", "ctranslate2" or "auto" (the first of them that is installed;
     numba only where its kernels are fast).
     precision: "int8", "int4", "fp32" or "auto" (the first present). threads:
-    None is the cores that this process may use, at most 8. verify: names, kinds and
-    sizes of all files and the sha256 sums of those that are loaded; `verify` of the
-    package checks every file. verify=False leaves out the sums, which read every byte;
-    only for a folder that was verified before and that no other user can write.
+    None is as many as `edge-slm profile` found quickest on this device, or the cores that this
+    process may use, at most 8; of these numba leaves all but one idle where it is as quick alone
+    (`engines.pace`). verify: names, kinds and sizes of all files and the sha256 sums of those that
+    are loaded; `verify` of the package checks every file. verify=False leaves out the sums, which
+    read every byte; only for a folder that was verified before and that no other user can write.
     prefix_cache_mb: MiB of keys and values kept for prompts that begin alike
     (not for ctranslate2); 0 keeps none, and the last answer's are kept however long.
     speculate: guess tokens and check several at once, which pays when answers repeat what
@@ -93,7 +95,7 @@ def load(
         )
     if max_memory_mb is not None:
         _check_size("max_memory_mb", max_memory_mb)
-    cache, threads = int(prefix_cache_mb * (1 << 20)), int(threads or default_threads())
+    cache = int(prefix_cache_mb * (1 << 20))
     with loading(path) as root:
         manifest = verify_structure(root)
         if expected_digest is not None or trusted_keys:
@@ -108,7 +110,12 @@ def load(
                 if max_memory_mb is not None:
                     most_rows = _most_rows(manifest, variant, max_memory_mb, prefix_cache_mb)
                 options = EngineOptions(
-                    variant.precision, threads, cache, speculate, int(prefill_tokens)
+                    precision=variant.precision,
+                    threads=int(threads or threads_for(manifest, variant)),
+                    cache_bytes=cache,
+                    speculate=speculate,
+                    prefill_tokens=int(prefill_tokens),
+                    fewer_threads=threads is None,
                 )
                 try:
                     opened = _open(root, manifest, variant, options, hashes=verify)

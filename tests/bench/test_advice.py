@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_slm_bench.advice import SAME, Limits, VariantRow, advise, deciding, faithfulness
+from edge_slm_bench.advice import (
+    SAME,
+    Limits,
+    VariantRow,
+    advise,
+    deciding,
+    faithfulness,
+    thread_choices,
+)
 from edge_slm_runtime import read_manifest
 
 
@@ -129,6 +137,15 @@ def test_a_core_is_not_spent_on_a_few_percent() -> None:
         "onnx-int8 on 2 threads is 1.03 times as quick: too little for what it costs",
     )
     assert advise([replace(two, answers_ms={32: (15.0,)}), one], Limits()).chosen.threads == 2  # type: ignore[union-attr]
+
+
+def test_threads_of_each_variant_that_has_a_choice() -> None:
+    measured = [
+        *(row(threads=1, latency=20.9), row(threads=2, latency=20.0), row(threads=4, latency=30.0)),
+        *(row("onnx-int4", 1, latency=22.0), row("onnx-int4", 2, latency=20.0)),
+        *(row("onnx-fp32", 1), UNMEASURED),
+    ]
+    assert thread_choices(measured) == {"onnx-int8": 1, "onnx-int4": 2}
 
 
 def test_when_nothing_fits_it_says_what_would() -> None:

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge_slm.cli import main
-from edge_slm_runtime import load, read_manifest, tolerance
+from edge_slm_runtime import cores, load, read_manifest, thread_choice, tolerance
 from edge_slm_runtime.bundle import file_entry, manifest_digest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -216,7 +216,10 @@ def test_profile(tiny_bundle: Path) -> None:
     assert "--max-latency-ms" in shown.stdout
 
 
-def test_profile_chooses_among_variants_and_threads(tiny_bundle: Path) -> None:
+def test_profile_chooses_among_variants_and_threads(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # for the threads that it remembers
     chosen = ("--variants", "onnx-int8,onnx-int4", "--threads", "1,2", "--rounds", 1)
     shown = run("profile", tiny_bundle, *chosen)
     assert shown.exit_code == 0, shown.stderr
@@ -224,6 +227,26 @@ def test_profile_chooses_among_variants_and_threads(tiny_bundle: Path) -> None:
         assert heading in shown.stdout
     assert "choose onnx-int" in shown.stdout
     assert f"edge_slm.load('{tiny_bundle}', engine='onnxruntime', precision=" in shown.stdout
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_what_profile_remembers_is_the_default(
+    busy: bool, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for module in (thread_choice, cores):
+        monkeypatch.setattr(module, "default_threads", lambda: 2)
+    monkeypatch.setattr(sys.modules["edge_slm.cli.profile"], "_busy", lambda _: busy)
+    chosen = ("--variants", "onnx-int8,onnx-int4", "--threads", "1,2", "--rounds", 1, "--json")
+    data = json.loads(run("profile", tiny_bundle, *chosen).stdout)
+    if busy:
+        assert data["remembered"] == {}
+        return
+    assert data["remembered"].keys() == {"onnx-int8", "onnx-int4"}
+    for variant in read_manifest(tiny_bundle).variants:
+        if threads := data["remembered"].get(variant.name):
+            with load(tiny_bundle, "onnxruntime", variant.precision) as slm:
+                assert slm.threads == threads
 
 
 def test_profile_that_cannot_measure(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ compiled.kernels(Traits("layer", "learned", "plain"))
 
 FAULTS = {
     "processor": """
-compiled._processor = lambda: "model name: old\\nflags: sse2 sse4_2"
+compiled.processor = lambda: "model name: old\\nflags: sse2 sse4_2"
 """,
     "package": "",
     "setting": "",
@@ -345,7 +345,7 @@ def test_every_source_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.write_bytes(text + b"#")
         assert compiled._key(GPT2) != key, file.name
         file.write_bytes(text)
-    monkeypatch.setattr(compiled, "_processor", lambda: "another one")
+    monkeypatch.setattr(compiled, "processor", lambda: "another one")
     assert compiled._key(GPT2) != key
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_slm_runtime import read_manifest
+from edge_slm_runtime import loading, read_manifest
 from edge_slm_runtime.engines.base import EngineOptions
 from edge_slm_runtime.engines.numba_engine import NumbaEngine
+from edge_slm_runtime.engines.pace import Pace
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.panels import LANES
@@ -106,6 +107,41 @@ def test_the_same_bits_beside_prompts_of_other_lengths(tiny_bundle: Path, precis
     for ids, behind in zip(prompts, found, strict=True):
         np.testing.assert_array_equal(behind[0], logits(engine, [len(ids)], ids)[-1])
     engine.close()
+
+
+def test_the_same_bits_by_all_threads_and_by_the_caller_alone(
+    tiny_bundle: Path, precision: str
+) -> None:
+    facts = read_manifest(tiny_bundle).model
+    options = EngineOptions(threads=3, fewer_threads=True)
+    engine = NumbaEngine(tiny_bundle / f"numba-{precision}", facts, options)
+    steady = opened(tiny_bundle, precision, 3)
+    expected = logits(steady, [60])
+    ways = set()
+    for cuts in (*CUTS, *[[1] * 60] * 3):
+        np.testing.assert_array_equal(logits(engine, cuts), expected)
+        ways.add(engine.team._was_alone)
+    assert ways == {True, False}
+    for alone in (True, False):
+        engine.team._paces = {60: Pace(alone=alone)}
+        before = engine.team._control[t.EPOCH]
+        np.testing.assert_array_equal(logits(engine, [60]), expected)
+        assert engine.team._control[t.EPOCH] - before == (0 if alone else 1)  # jobs of the team
+    steady.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        logits(engine, [60])
+
+
+def test_a_number_of_threads_that_is_asked_for_is_kept(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "threads_for", lambda *_: 2)
+    for threads, may_differ in ((None, True), (2, False)):
+        with loading.load(tiny_bundle, "numba", "int8", threads=threads) as slm:
+            assert slm.threads == 2
+            assert isinstance(slm._engine, NumbaEngine)
+            assert (slm._engine.team._paces is not None) is may_differ
 
 
 def test_sleeping_threads_are_woken(engine: NumbaEngine) -> None:

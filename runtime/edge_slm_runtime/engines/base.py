@@ -35,7 +35,7 @@ class EngineOptions:
 
     cache_bytes: of keys and values kept for prompts that begin alike, 0 keeps none.
     speculate: guess tokens and check several at once. prefill_tokens: of a prompt, computed at
-    once. An engine ignores what it cannot do.
+    once. fewer_threads: take fewer while these are quicker. An engine ignores what it cannot do.
     """
 
     precision: str = "int8"
@@ -43,6 +43,7 @@ class EngineOptions:
     cache_bytes: int = 0
     speculate: bool = False
     prefill_tokens: int = PREFILL
+    fewer_threads: bool = False
 
 
 class Engine(ABC):

@@ -47,7 +47,9 @@ class NumbaEngine(SteppingEngine):
     def __init__(self, folder: Path, decoder: Decoder, options: EngineOptions) -> None:
         options = replace(options, threads=min(options.threads, _THREADS_MAX))
         self._weights = Weights(folder / self.main_file, decoder)
-        self.team = ThreadTeam(options.threads, self._weights.table, decoder.traits)
+        self.team = ThreadTeam(
+            options.threads, self._weights.table, decoder.traits, fewer=options.fewer_threads
+        )
         self._buffers: list[Tensor] = []
         self._rows = 0
         super().__init__(Native(self.team), decoder, options)
@@ -197,5 +199,5 @@ class _Pass:
         if not 0 <= min(places) <= max(places) < positions:
             raise EngineError("more tokens than the model has positions")
         self._write(self._room, 0, *tokens, *places, *starts)
-        self._native.call(ThreadTeam.run, self._address)
+        self._native.call(ThreadTeam.run, self._address, len(tokens))
         return self.logits

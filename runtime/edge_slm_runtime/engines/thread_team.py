@@ -8,6 +8,7 @@ from _thread import start_new_thread
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock, RLock, get_ident
+from time import perf_counter
 from typing import Any
 from weakref import finalize
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.decoder import Traits
+from edge_slm_runtime.engines.pace import Pace
 from edge_slm_runtime.errors import EngineError
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.compiled import Entry, kernels
@@ -24,18 +26,23 @@ class ThreadTeam:
     """Persistent compute threads, the caller being the first. The others wait in a loop for
     some milliseconds, as threads of compute libraries do, and then sleep."""
 
-    def __init__(self, threads: int, model: NDArray[np.int64], traits: Traits) -> None:
-        """model: its table (`kernels.layout`)."""
+    def __init__(
+        self, threads: int, model: NDArray[np.int64], traits: Traits, *, fewer: bool = False
+    ) -> None:
+        """model: its table (`kernels.layout`). fewer: the caller computes alone whatever that is
+        quicker for (`Pace`)."""
         self._entry = kernels(traits)
-        self._control = np.zeros(t.SLEEPERS + t.LINE * (threads + 1), np.int64)
-        self._control[t.THREADS] = threads
-        self._control[t.YIELD] = _yield_address()
+        self._control = _control(threads)
         self.table = np.zeros(t.TABLE, np.int64)
         self.table[t.CONTROL] = self._control.ctypes.data
         self.table[t.MODEL] = model.ctypes.data
         claims = np.zeros(t.CLAIM * (int(model[t.LAYERS]) + 1), np.int64)
         self.table[t.CLAIMS] = claims.ctypes.data
         self._address = self.table.ctypes.data
+        # A team of the caller, with the buffers of the other.
+        self._control_alone, self._table_alone = _control(1), self.table.copy()
+        self._paces: dict[int, Pace] | None = {} if fewer and threads > 1 else None  # by tokens
+        self._was_alone = False
         # A signal handler may interrupt its holder and compute a pass of its own: the job that
         # is handed out lies within a single call.
         self._lock = RLock()
@@ -50,25 +57,44 @@ class ThreadTeam:
         self._end = finalize(self, _stop, self._control, self._wake)
         self._end.atexit = False  # a pass may be under way; daemon threads end by themselves
 
-    def run(self, job: int) -> None:
-        """Computes the pass at address `job`; may be called from several threads.
+    def run(self, job: int, tokens: int = 1) -> None:
+        """Computes the pass of `tokens` at address `job`; may be called from several threads.
 
         Raises EngineError after `stop`, or when there are no threads to be had.
         """
         with self._lock:
             self._check()
-            if len(self._at_work) < len(self._wake) - 1:
-                self._start()
-            try:
-                while (asleep := self._entry(self._address, -job)) > 0:
-                    for number, lock in enumerate(self._wake):
-                        if asleep >> number & 1:
-                            _wake(lock)
-            except BaseException:  # interrupted before the job was handed out
-                self._control[t.COMING] = 0
-                raise
-            if asleep:
-                self._check()
+            if self._paces is None:
+                self._run(job)
+                return
+            pace = self._paces.get(tokens)
+            if pace is None:
+                pace = self._paces[tokens] = Pace(alone=self._was_alone)
+            self._was_alone = alone = pace.alone
+            started = perf_counter()
+            if alone:
+                self._table_alone[:] = self.table
+                self._table_alone[t.CONTROL] = self._control_alone.ctypes.data
+                self._entry(self._table_alone.ctypes.data, -job)
+            else:
+                self._run(job)
+            if pace.alone is alone:  # not turned by a signal handler meanwhile
+                pace.note(perf_counter() - started)
+
+    def _run(self, job: int) -> None:
+        """By all threads."""
+        if len(self._at_work) < len(self._wake) - 1:
+            self._start()
+        try:
+            while (asleep := self._entry(self._address, -job)) > 0:
+                for number, lock in enumerate(self._wake):
+                    if asleep >> number & 1:
+                        _wake(lock)
+        except BaseException:  # interrupted before the job was handed out
+            self._control[t.COMING] = 0
+            raise
+        if asleep:
+            self._check()
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -99,6 +125,14 @@ class ThreadTeam:
                     start_new_thread(_work, arguments)
                 except RuntimeError as error:
                     raise EngineError(f"no thread to be had: {error}") from None
+
+
+def _control(threads: int) -> NDArray[np.int64]:
+    """What `threads` share (`kernels.layout`)."""
+    control = np.zeros(t.SLEEPERS + t.LINE * (threads + 1), np.int64)
+    control[t.THREADS] = threads
+    control[t.YIELD] = _yield_address()
+    return control
 
 
 def _yield_address() -> int:

@@ -11,9 +11,7 @@ import ctypes
 import hashlib
 import mmap
 import os
-import platform
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -25,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from edge_slm_runtime.address_space import room_mb
+from edge_slm_runtime.cores import processor
 from edge_slm_runtime.decoder import Traits
 from edge_slm_runtime.errors import EngineNotInstalled
-from edge_slm_runtime.files import write_aside
+from edge_slm_runtime.files import cache_folder, write_aside
 from edge_slm_runtime.kernels.elf import flat_image
 
 _NAME = "entry"
@@ -93,7 +92,7 @@ def _alone_in_folder() -> Iterator[None]:
         with suppress(ImportError, OSError):
             import fcntl
 
-            _make_folder(folder := _cache_file(None, "").parent)
+            _make_folder(folder := cache_folder())
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             latest = monotonic() + _LONGEST_WAIT
@@ -113,13 +112,13 @@ def has_vnni() -> bool:
 
     Without it the kernels multiply in smaller steps, slower than onnxruntime does.
     """
-    return "avx512_vnni" in _processor().split()
+    return "avx512_vnni" in processor().split()
 
 
 @cache
 def has_halves() -> bool:
     """Whether this processor converts half precision, on which the kernels rely."""
-    flags = [line.split() for line in _processor().splitlines() if line.startswith("flags")]
+    flags = [line.split() for line in processor().splitlines() if line.startswith("flags")]
     return "f16c" in flags[0] if flags else True  # only x86 has a line of that name
 
 
@@ -255,34 +254,14 @@ def _key(traits: Traits) -> str:
     sources = [*sorted(here.glob("*.py")), here.parent / "panels.py", here.parent / "decoder.py"]
     parts = [source.read_bytes() for source in sources] + [
         "/".join(traits).encode(),
-        _processor().encode(),
+        processor().encode(),
     ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
-@cache
-def _processor() -> str:
-    """Its name and its features."""
-    try:
-        first = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    facts = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(line for line in first.splitlines() if line.startswith(facts))
-
-
-def _cache_file(traits: Traits | None, suffix: str) -> Path:
-    """Raises OSError for a user without a home. traits: None is any file of the folder."""
-    windows = sys.platform == "win32"
-    folder = Path(os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME") or "")
-    if not folder.is_absolute():  # the XDG specification: ignore relative ones
-        try:
-            folder = Path.home() / ".cache"
-        except RuntimeError as error:
-            raise FileNotFoundError(str(error)) from None
-    if not folder.is_absolute():
-        raise FileNotFoundError(f"the home folder is {folder.parent}")
-    return folder / "edge-slm" / ((_key(traits) if traits else "any") + suffix)
+def _cache_file(traits: Traits, suffix: str) -> Path:
+    """Raises OSError for a user without a home."""
+    return cache_folder() / (_key(traits) + suffix)
 
 
 @contextmanager
