@@ -25,7 +25,8 @@ class Request:
     `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the answer
     does not have (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as they are.
     choices: the answer is one of these texts, whatever `words`. deadline_ms: from the call on; the
-    answer then ends with the pass of the model that is under way.
+    answer then ends with the pass of the model that is under way. adapter: the name of one that the
+    model was loaded with, "" is none; None is that of the commanded task, if there is one.
     """
 
     request: str
@@ -50,6 +51,7 @@ class Request:
     keep: tuple[str, ...] | list[str] | str = ()
     choices: tuple[str, ...] | list[str] = ()
     deadline_ms: float | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
