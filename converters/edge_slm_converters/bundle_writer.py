@@ -22,6 +22,7 @@ from edge_slm_runtime.bundle import (
     Variant,
     file_entry,
 )
+from edge_slm_runtime.deltas import FOLDER, Delta
 from edge_slm_runtime.files import write_text
 
 
@@ -32,11 +33,16 @@ def write_manifest(
     variants: Sequence[Variant],
     goldens: Sequence[Golden],
     provenance: Mapping[str, Any],
+    deltas: Sequence[Delta] = (),
 ) -> Manifest:
-    """Adds the text side to the `variants` that are in `folder`, and writes manifest.json."""
+    """Adds the text side and adapters to the `variants` that are in `folder`, and writes
+    manifest.json."""
     (folder / TOKENIZER).write_bytes(source.text.tokenizer)
     if source.text.lexicon:
         (folder / WORDS).write_bytes(source.text.lexicon)
+    for delta in deltas:
+        (folder / FOLDER).mkdir(exist_ok=True)
+        (folder / delta.path).write_bytes(delta.to_bytes())
     manifest = Manifest(
         name=name,
         model=source.decoder,

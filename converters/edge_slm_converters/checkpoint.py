@@ -42,6 +42,7 @@ class Checkpoint:
     path: of its folder or GGUF file. tensors: the canonical ones of `decoder`. parameters:
     how many values are stored, those of a tied embedding once. files: all that were read.
     merged: adapters that are in the weights (`deltas`), by `Delta.path`, with their sha256.
+    channels: by canonical name, what a matrix's inputs were divided by (`equalise`).
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Checkpoint:
     text: TextSide
     files: tuple[Path, ...]
     merged: Mapping[str, str] = field(default_factory=dict)
+    channels: Mapping[str, Float32] = field(default_factory=dict)
 
     @property
     def codec(self) -> TextCodec:

@@ -39,7 +39,8 @@ from edge_slm_converters.variants import (
 )
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.command import Command, count_words
-from edge_slm_runtime.errors import CheckpointError, EngineError, GateRefused
+from edge_slm_runtime.deltas import Delta
+from edge_slm_runtime.errors import AdapterInvalid, CheckpointError, EngineError, GateRefused
 from edge_slm_runtime.files import write_folder_aside
 from edge_slm_runtime.memory import memory_estimate
 from edge_slm_runtime.records import Request
@@ -81,6 +82,7 @@ def convert(
     evaluation: Sequence[Example] | None = None,
     judge: AnswerJudge | None = None,
     accept: bool = False,
+    adapters: Sequence[Delta] = (),
     progress: Report | None = None,
 ) -> Manifest:
     """Converts `checkpoint` (its folder, its GGUF file or a Checkpoint) to the bundle folder `out`.
@@ -92,10 +94,11 @@ def convert(
     fidelity and adherence are measured against fp32; by default the fp32 model's own greedy
     answers to built-in requests. judge: of relevance and tasks; without one, adherence is
     that of lengths alone. accept: ship variants outside their budget too, and say so
-    in the manifest. progress: called before each step with a line that names it and the
-    share of the work that is done.
+    in the manifest. adapters: kept in the bundle, beside the weights, for requests to choose from;
+    to have one in the weights, convert a `merged` checkpoint. progress: called before each step
+    with a line that names it and the share of the work that is done.
 
-    Raises CheckpointError, GateRefused, TargetExists, DependencyMissing,
+    Raises CheckpointError, AdapterInvalid, GateRefused, TargetExists, DependencyMissing,
     EngineNotInstalled; then `out` does not exist.
     """
     chosen = chosen_variants(variants)
@@ -107,6 +110,7 @@ def convert(
         steps.step("reading the checkpoint", WRITE)
         source = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
         recipe = _recipe(source)
+        _check_adapters(adapters, source)
         written, quantisation = _write(names, source, folder, steps)
         candidates = _measure(written, source, folder, evaluation, judge, steps)
         failed = {c.variant.name: f"{c.variant.name}: {c.failure}" for c in candidates if c.failure}
@@ -130,6 +134,7 @@ def convert(
             goldens(source, {c.variant.name: c.golden_ids for c in shipped}),
             _provenance(source, recipe, shipped, refused, left_out)
             | {"quantisation": quantisation},
+            adapters,
         )
 
 
@@ -143,6 +148,14 @@ def chosen_variants(variants: Sequence[str] | None) -> Sequence[str]:
             f"variants: {', '.join(VARIANTS)}",
         )
     return variants
+
+
+def _check_adapters(adapters: Sequence[Delta], source: Checkpoint) -> None:
+    """Raises AdapterInvalid for one of another model, or of a name that comes twice."""
+    for i, delta in enumerate(adapters):
+        delta.check(source.decoder, source.form, source.base)
+        if delta.name in [other.name for other in adapters[:i]]:
+            raise AdapterInvalid(f"two adapters are named {delta.name}")
 
 
 def _has_int4(names: Sequence[str]) -> bool:

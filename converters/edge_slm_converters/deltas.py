@@ -25,7 +25,6 @@ from edge_slm_runtime.errors import AdapterInvalid, CheckpointError, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PARTS = ("lora_A", "lora_B")
 # Settings by their values that change nothing beside the factors; null is one of each.
 _ALLOWED: Mapping[str, Sequence[Any]] = {
     "peft_type": ("LORA",),
@@ -52,7 +51,7 @@ def read_adapter(path: str | Path, source: Checkpoint, name: str = "", task: str
     else:
         delta = Delta.read(path)
         delta = replace(delta, name=name or delta.name, task=task or delta.task)
-    delta.check(source.decoder, source.base)
+    delta.check(source.decoder, source.form, source.base)
     return delta
 
 
@@ -63,7 +62,7 @@ def merged(source: Checkpoint, deltas: Sequence[Delta]) -> Checkpoint:
     """
     base, tensors, digests = source.base, dict(source.tensors), dict[str, str]()
     for delta in deltas:
-        delta.check(source.decoder, base)
+        delta.check(source.decoder, source.form, base)
         if delta.path in digests:
             raise AdapterInvalid(f"two adapters are named {delta.name}")
         digests[delta.path] = delta.digest
@@ -82,37 +81,63 @@ def _read_peft(folder: Path, decoder: Decoder) -> dict[str, Factors]:
             raise CheckpointError(f"{CONFIG}: {key} = {shown(value)} cannot be converted")
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder}: no {WEIGHTS}", "pickled weights are not opened")
-    scale = _scale(config)
-    architecture = architecture_of({"model_type": decoder.architecture})
-    stored = {
-        name.removeprefix(_PREFIX).removeprefix(architecture.PREFIX): tensor
-        for name, tensor in read_tensors(folder / WEIGHTS)
-    }
-    layout = architecture.layout(decoder, {"model_type": decoder.architecture})
-    found: dict[str, Factors] = {}
+    scale, prefix = _scale(config), architecture_of({"model_type": decoder.architecture}).PREFIX
+    layers: dict[str, dict[str, Float32]] = {}
+    for name, tensor in read_tensors(folder / WEIGHTS):
+        layer, _, part = name.removeprefix(_PREFIX).removeprefix(prefix).rpartition(".lora_")
+        layers.setdefault(layer, {})[part] = tensor
+    pairs = {}
+    for layer, parts in layers.items():
+        if set(parts) != {"A.weight", "B.weight"}:
+            raise CheckpointError(f"{WEIGHTS}: {layer} has lora_{', lora_'.join(sorted(parts))}")
+        if len(parts["A.weight"]) != config["r"]:
+            raise CheckpointError(f"{WEIGHTS}: {layer} is not of rank {config['r']}")
+        pairs[layer] = parts["A.weight"], parts["B.weight"] * np.float32(scale)
+    return factors_of(decoder, pairs)
+
+
+def factors_of(
+    decoder: Decoder, layers: Mapping[str, tuple[Float32, Float32]]
+) -> dict[str, Factors]:
+    """Canonical factors of adapted layers of Hugging Face's model of `decoder`.
+
+    layers: by the names of its modules, without the architecture's prefix, lora_A [rank, inputs]
+    and lora_B [outputs, rank], which has every scale in it. Raises CheckpointError for layers
+    that cannot be converted.
+    """
+    left, found = dict(layers), {}
+    settings = {"model_type": decoder.architecture}
+    layout = architecture_of(settings).layout(decoder, settings)
     for matrix, (inputs, outputs) in decoder.matrices().items():
         place, start, parts = layout[f"{matrix}.weight"], 0, []
-        for part, shape in zip(place.names, place.shapes, strict=True):
-            size = shape[0] if place.outputs_first else shape[1]
-            module = part.removesuffix(".weight")
-            pair = [stored.pop(f"{module}.{letter}.weight", None) for letter in _PARTS]
-            if any(tensor is not None for tensor in pair):
-                a, b = _checked(module, pair, config["r"], inputs, size)
-                columns = (start, outputs - start - size)
-                parts.append((a.T, np.pad(b.T * scale, ((0, 0), columns))))
+        for name, shape in zip(place.names, place.shapes, strict=True):
+            layer, size = name.removesuffix(".weight"), shape[0 if place.outputs_first else 1]
+            if layer in left:
+                a, b = left.pop(layer)
+                _check(layer, a, b, inputs, size)
+                parts.append((a.T, np.pad(b.T, ((0, 0), (start, outputs - start - size)))))
             start += size
         if parts:
             found[matrix] = _as_halves(
                 np.concatenate([a for a, _ in parts], 1), np.concatenate([b for _, b in parts])
             )
-    if stored:
+    if left or not found:
         raise CheckpointError(
-            f"{WEIGHTS}: {min(stored)} cannot be converted",
-            "adapters of attention and of the feed-forward layer can",
+            f"an adapter of {min(left, default='no layer')} cannot be converted",
+            "those of attention and of the feed-forward layer can",
         )
-    if not found:
-        raise CheckpointError(f"{folder / WEIGHTS} is empty")
     return found
+
+
+def _check(layer: str, a: Float32, b: Float32, inputs: int, outputs: int) -> None:
+    """Raises CheckpointError."""
+    if a.ndim != 2 or a.shape[1] != inputs or b.shape != (outputs, len(a)):
+        raise CheckpointError(
+            f"{layer} has lora_A and lora_B of {list(a.shape)}, {list(b.shape)}, "
+            f"the layer is [{outputs}, {inputs}]"
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise CheckpointError(f"{layer} has values that are not finite")
 
 
 def _scale(config: Mapping[str, Any]) -> float:
@@ -122,22 +147,6 @@ def _scale(config: Mapping[str, Any]) -> float:
     if not numbers or not (1 <= rank <= LARGEST and 0 < alpha <= LARGEST):
         raise CheckpointError(f"{CONFIG}: r is {shown(rank)}, lora_alpha {shown(alpha)}")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _checked(
-    module: str, pair: Sequence[Float32 | None], rank: int, inputs: int, outputs: int
-) -> Sequence[Float32]:
-    """lora_A [rank, inputs] and lora_B [outputs, rank]."""
-    a, b = pair
-    if a is None or b is None or a.shape != (rank, inputs) or b.shape != (outputs, rank):
-        shapes = [None if tensor is None else list(tensor.shape) for tensor in pair]
-        raise CheckpointError(
-            f"{WEIGHTS}: {module} has lora_A and lora_B of {shapes}, the layer is "
-            f"[{outputs}, {inputs}], the rank {rank}"
-        )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise CheckpointError(f"{WEIGHTS}: {module} has values that are not finite")
-    return a, b
 
 
 def _as_halves(a: Float32, b: Float32) -> Factors:

@@ -43,6 +43,7 @@ def equalised(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Checkpoint:
     if decoder.norm != "rms":
         return checkpoint
     sizes, tensors = _channel_sizes(checkpoint, texts), dict(checkpoint.tensors)
+    divided: dict[str, Float32] = {}
     query_width, group = decoder.attention_width, decoder.heads // decoder.kv_heads
     for i in range(decoder.layers):
         layer = f"layers.{i}."
@@ -51,6 +52,7 @@ def equalised(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Checkpoint:
             scale = _scale(sizes[f"{layer}{reader}"], _rms(weight, 1))
             tensors[f"{layer}{norm}.weight"] = tensors[f"{layer}{norm}.weight"] / scale
             tensors[f"{layer}{reader}.weight"] = weight * scale[:, None]
+            divided[f"{layer}{reader}"] = scale
 
         weight = tensors[f"{layer}out.weight"]
         channels, weights = (
@@ -61,13 +63,15 @@ def equalised(checkpoint: Checkpoint, texts: Sequence[Scored]) -> Checkpoint:
         _divide(tensors, f"{layer}qkv", query_width + decoder.kv_width, scale)
         read = np.repeat(scale.reshape(decoder.kv_heads, 1, -1), group, 1).ravel()
         tensors[f"{layer}out.weight"] = weight * read[:, None]
+        divided[f"{layer}out"] = read
 
         if decoder.mlp == "gated":
             weight = tensors[f"{layer}down.weight"]
             scale = _scale(sizes[f"{layer}down"], _rms(weight, 1))
             _divide(tensors, f"{layer}up", decoder.inner, scale)
             tensors[f"{layer}down.weight"] = weight * scale[:, None]
-    return replace(checkpoint, tensors=tensors)
+            divided[f"{layer}down"] = scale
+    return replace(checkpoint, tensors=tensors, channels=divided)
 
 
 def _channel_sizes(checkpoint: Checkpoint, texts: Sequence[Scored]) -> dict[str, Float32]:

@@ -16,8 +16,8 @@ from edge_slm_runtime.engines.numba_engine import NumbaEngine
 from edge_slm_runtime.errors import CheckpointError, DependencyMissing
 from edge_slm_runtime.panels import (
     ALIGNMENT,
-    LANES,
     UNIT,
+    alternating,
     file_metadata,
     pack_levels,
     pack_outputs,
@@ -88,10 +88,12 @@ def _tensors(checkpoint: Checkpoint, precision: Quantised) -> Iterator[tuple[str
             factor[: decoder.attention_width] = decoder.attention_scale[layer]
         blocks, bias = precision.of(name, weight), bias * factor
         if decoder.mlp == "gated" and name.endswith(".up"):
-            blocks, bias = _alternating_blocks(blocks), _alternating(bias)
+            blocks, bias = _alternating_blocks(blocks), alternating(bias)
             factor = np.ones(len(bias), np.float32)
         yield from _matrix(stored, blocks, factor)
         yield f"{stored}.bias", _filled(bias)
+        if name in checkpoint.channels:
+            yield f"{stored}.channels", _filled(checkpoint.channels[name]).astype(np.float16)
 
 
 def _matrix(
@@ -115,16 +117,7 @@ def _matrix(
 
 def _alternating_blocks(blocks: Blocks) -> Blocks:
     parts = blocks.steps, blocks.scale, blocks.zero
-    return Blocks(blocks.bits, blocks.size, *map(_alternating, parts))
-
-
-def _alternating(values: Float32) -> Float32:
-    """The outputs [..., 2 × inner] of a gated layer panel by panel: one of the gate, one of
-    the other half, and so on; each half is filled up to whole panels first."""
-    halves = values.reshape(*values.shape[:-1], 2, -1)
-    halves = np.pad(halves, [(0, 0)] * (halves.ndim - 1) + [(0, -halves.shape[-1] % LANES)])
-    panels = halves.reshape(*halves.shape[:-1], -1, LANES).swapaxes(-3, -2)
-    return np.ascontiguousarray(panels).reshape(*values.shape[:-1], -1)
+    return Blocks(blocks.bits, blocks.size, *map(alternating, parts))
 
 
 def _filled(vector: Float32) -> Float32:

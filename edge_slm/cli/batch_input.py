@@ -292,7 +292,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("words", "relevance", "top_k", "no_repeat_ngram_size", "seed"), _whole),
     **dict.fromkeys(("max_new_tokens", "n", "best_of"), _whole),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
-    **dict.fromkeys(("task", "syntax"), str),  # without the spaces around it
+    **dict.fromkeys(("task", "syntax", "adapter"), str),  # without the spaces around it
     **dict.fromkeys(("ban", "keep", "choices"), lambda cell: [*map(str.strip, cell.split("|"))]),
     **dict.fromkeys(
         ("keep_length", "known_words", "logprobs", "no_repeat_words"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edge_slm_converters.adherence import AnswerJudge
     from edge_slm_converters.checkpoint import Checkpoint
     from edge_slm_runtime.bundle import Manifest, Variant
+    from edge_slm_runtime.deltas import Delta
 
 
 @click.command(
@@ -75,6 +76,14 @@ if TYPE_CHECKING:
     help="Adapter to merge into the weights first: a LoRA folder of Hugging Face's peft, or a file "
     "of 'edge-slm adapter'; repeatable.",
 )
+@click.option(
+    "--side-adapter",
+    "side_adapters",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Adapter to keep in the bundle beside the weights, for requests of its task or that name "
+    "it (engine numba alone); repeatable.",
+)
 @click.option("--accept", is_flag=True, help="Ship variants outside their budget too.")
 @json_option
 def convert(
@@ -87,6 +96,7 @@ def convert(
     prompt: str | None,
     context: int | None,
     adapters: tuple[Path, ...],
+    side_adapters: tuple[Path, ...],
     accept: bool,
     as_json: bool,
 ) -> None:
@@ -105,10 +115,18 @@ def convert(
     chosen_variants(variants)  # before the data is read, which may take long
     source = read_checkpoint(checkpoint, prompt, context)
     source = merged(source, [read_adapter(path, source) for path in adapters])
+    beside = [read_adapter(path, source) for path in side_adapters]
     evaluation = held_out_examples(source, data) if data else None
     judge = judge_of(source, data) if data else None
     manifest = convert_with_bar(
-        source, out, variants, name=name, evaluation=evaluation, judge=judge, accept=accept
+        source,
+        out,
+        variants,
+        name=name,
+        evaluation=evaluation,
+        judge=judge,
+        accept=accept,
+        adapters=beside,
     )
     for figures in manifest.provenance["gate"]["undecided"]:
         note(f"kept, as chance may have put it outside its budget: {figures}")
@@ -131,6 +149,7 @@ def convert_with_bar(
     evaluation: Sequence[Example] | None = None,
     judge: AnswerJudge | None = None,
     accept: bool = False,
+    adapters: Sequence[Delta] = (),
 ) -> Manifest:
     """`edge_slm_converters.convert` with a progress bar on stderr."""
     from edge_slm_converters.convert import convert as run
@@ -149,6 +168,7 @@ def convert_with_bar(
             evaluation=evaluation,
             judge=judge,
             accept=accept,
+            adapters=adapters,
             progress=step,
         )
 

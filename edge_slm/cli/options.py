@@ -168,6 +168,11 @@ sampling_options = _together(
         help="Put <lora:x:0.8>, (word:1.2), {a|b} and the like of the request back into the "
         "answer, or read them as text.",
     ),
+    click.option(
+        "--adapter",
+        metavar="NAME",
+        help="One of the bundle's adapters, or '' for none.  [default: that of the task]",
+    ),
 )
 
 

@@ -144,7 +144,7 @@ def _metadata(given: object) -> dict[str, Any]:
         raise BadSetting(f"metadata is {shown(given)}", "allowed: an object")
     found = {name: value for name, value in given.items() if name in SETTINGS}
     for name, value in found.items():
-        if isinstance(value, str) and name not in ("task", "cache_key", "stop"):
+        if isinstance(value, str) and name not in ("task", "cache_key", "stop", "adapter"):
             try:
                 found[name] = json.loads(value)
             except ValueError:

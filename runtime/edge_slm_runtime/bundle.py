@@ -4,6 +4,7 @@
     manifest.sig    who made it, where it is signed
     tokenizer.json
     words.txt       the lexicon (see `lexicon`), where it has one
+    deltas/…        adapters that requests choose from (see `deltas`), where it has some
     numba-int8/…, onnx-int8/…, ctranslate2-int8/…   one folder per variant
 
 This module owns the format for readers and writers alike; `integrity` compares a
@@ -23,6 +24,7 @@ from typing import Any
 
 from edge_slm_runtime.command import Command
 from edge_slm_runtime.decoder import LARGEST_LAYERS, Decoder, gpt2
+from edge_slm_runtime.deltas import FOLDER, base_digest
 from edge_slm_runtime.engines import ENGINES, PRECISIONS, engine_class
 from edge_slm_runtime.errors import (
     BundleNotFound,
@@ -100,11 +102,25 @@ class Manifest:
     def digest(self) -> str:
         return str(self.to_json()["digest"])
 
+    @property
+    def base(self) -> str:
+        """The digest of the weights that adapters of this model are made for, by what its
+        provenance says."""
+        digests = self.provenance.get("checkpoint")
+        if not isinstance(digests, dict) or not all(isinstance(d, str) for d in digests.values()):
+            return "unknown"
+        return base_digest(digests)
+
+    @property
+    def deltas(self) -> list[str]:
+        """The listed files of adapters."""
+        return [path for path in self.files if path.startswith(FOLDER)]
+
     def files_of(self, variant: Variant) -> list[str]:
         """The listed files that loading `variant` reads, those of the text side included."""
         below = f"{variant.path}/"
         common = (TOKENIZER, WORDS)
-        return [path for path in self.files if path in common or path.startswith(below)]
+        return [path for path in self.files if path in common or path.startswith((below, FOLDER))]
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {

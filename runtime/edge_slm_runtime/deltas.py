@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from numpy.typing import NDArray
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import AdapterInvalid, shown
 from edge_slm_runtime.files import reading
+from edge_slm_runtime.prompt import PromptForm
 
 FOLDER = "deltas/"  # of a bundle
 _SUFFIX = ".safetensors"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # it becomes that of a file
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")  # it becomes that of a file
 _LARGEST = 1 << 30  # bytes of a file
 _DTYPE = "<f2"
 
@@ -63,7 +65,7 @@ class Delta:
                 raise AdapterInvalid(f"{matrix} has values that are not finite")
 
     @classmethod
-    def read(cls, path: str | Path) -> Delta:
+    def read(cls, path: str | os.PathLike[str]) -> Delta:
         """Raises AdapterInvalid, BundleError when the file cannot be read."""
         path = Path(path)
         with reading(path):
@@ -144,9 +146,9 @@ class Delta:
         change: NDArray[np.float32] = a.astype(np.float32) @ b.astype(np.float32)
         return change
 
-    def check(self, decoder: Decoder, base: str) -> None:
+    def check(self, decoder: Decoder, form: PromptForm, base: str) -> None:
         """Raises AdapterInvalid unless it changes matrices of this model, whose weights have the
-        digest `base`."""
+        digest `base`, for one of its tasks or none."""
         shapes = decoder.matrices()
         for matrix, (a, b) in self.factors.items():
             if (len(a), b.shape[1]) != shapes.get(matrix):
@@ -160,6 +162,23 @@ class Delta:
                 f"here {base[:12]}…)",
                 "take the one of this model",
             )
+        tasks = form.schema.tasks if form.schema else ()
+        if self.task and self.task not in tasks:
+            raise AdapterInvalid(
+                f"adapter {self.name} is for task {shown(self.task)}",
+                f"tasks of the model: {', '.join(tasks) or 'none'}",
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A delta that a model was loaded with. memory: its factors as the engine reads them, None of
+    an engine that reads none."""
+
+    name: str
+    task: str
+    digest: str
+    memory: Any
 
 
 def base_digest(digests: Mapping[str, str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from edge_slm_runtime.bundle import Manifest
 from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.prompt import PromptForm
@@ -17,7 +19,13 @@ def model_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("vocabulary", f"{model.vocab_size} tokens"),
         ("context", f"{model.positions} tokens"),
         *_prompt_facts(manifest.prompt),
+        *_adapters(manifest),
     ]
+
+
+def _adapters(manifest: Manifest) -> list[tuple[str, str]]:
+    names = [Path(path).stem for path in manifest.deltas]
+    return [("adapters", ", ".join(names))] if names else []
 
 
 def _prompt_facts(form: PromptForm) -> list[tuple[str, str]]:

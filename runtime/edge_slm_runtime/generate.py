@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
 from edge_slm_runtime.deadline import Fit, fit
+from edge_slm_runtime.deltas import Adapter, Delta
 from edge_slm_runtime.description import model_facts
 from edge_slm_runtime.engines.base import Engine, ended_at_exit
 from edge_slm_runtime.errors import (
@@ -61,9 +64,11 @@ class SLM(Bound):
         lexicon: Sequence[bytes],
         load_ms: float,
         most_rows: int | None = None,
+        deltas: Sequence[Delta] = (),
     ) -> None:
         """lexicon: see `KnownWords`; empty where the bundle has none. most_rows: of a batch, by
-        memory; None is any."""
+        memory; None is any. deltas: the adapters of the bundle; where the engine takes none,
+        requests that choose one are refused. Raises AdapterInvalid."""
         self.manifest = manifest
         self.variant = variant
         self._codec = codec
@@ -72,6 +77,9 @@ class SLM(Bound):
         self._load_ms = load_ms
         self._most_rows = most_rows
         self._under_way: list[ref[_Rows]] = []
+        self._adapters: dict[str, Adapter] = {}  # changed and copied by single operations
+        for delta in deltas:
+            self._add(delta, engine.adapted(delta) if engine.adapts else None)
 
     @property
     def schema(self) -> CommandSchema:
@@ -87,6 +95,29 @@ class SLM(Bound):
     def seeds(self) -> bool:
         """Whether the engine honours a seed."""
         return self._engine.seeds
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Name → task of the adapters that requests may choose from."""
+        return {name: adapter.task for name, adapter in self._adapters.copy().items()}
+
+    @memory_errors("there is no memory for the adapter", "remove another one")
+    def add_adapter(self, path: str | os.PathLike[str], name: str = "", task: str = "") -> None:
+        """Adds the adapter of a file (`edge-slm adapter` writes it), in the place of one of the
+        same name. Answers under way go on with what they began with.
+
+        name, task: in the place of its own. Raises AdapterInvalid, NotSupportedByEngine,
+        UsedAfterFork, EngineError.
+        """
+        delta = Delta.read(path)
+        delta = replace(delta, name=name or delta.name, task=task or delta.task)
+        delta.check(self.manifest.model, self.manifest.prompt, self.manifest.base)
+        self._add(delta, self._engine.adapted(delta))
+
+    def remove_adapter(self, name: str) -> None:
+        """Requests cannot choose it any more; answers under way keep it. Raises BadSetting."""
+        if self._adapters.pop(name, None) is None:
+            raise BadSetting(f"there is no adapter {shown(name)}", "`adapters` lists them")
 
     def generate(self, request: str | Request, **settings: Any) -> Generation:
         """Answers one request; settings: the other fields of `Request`.
@@ -150,12 +181,20 @@ class SLM(Bound):
 
         Raises as `generate`. The Plan says what the model would be given.
         """
-        return plan_of(Request.of(request), self.manifest, self._codec, self._engine, self._lexicon)
+        return plan_of(
+            Request.of(request),
+            self.manifest,
+            self._codec,
+            self._engine,
+            self._lexicon,
+            self._adapters.copy(),
+        )
 
     def greedy_ids(self, request: str, command: Command, max_new_tokens: int) -> tuple[int, ...]:
         """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
         settings = {**command.as_dict(), "no_repeat_ngram_size": 0, "keep_length": False}
         settings |= {"known_words": False, "no_repeat_words": False, "syntax": "none"}
+        settings |= {"adapter": ""}
         return self.generate(request, max_new_tokens=max_new_tokens, **settings).token_ids
 
     def logits(self, ids: Sequence[int]) -> Logits:
@@ -209,6 +248,9 @@ class SLM(Bound):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _add(self, delta: Delta, memory: Any) -> None:
+        self._adapters[delta.name] = Adapter(delta.name, delta.task, delta.digest, memory)
 
     def _rows(self, name: str, rows: int) -> int:
         """`rows` as the setting of that name, checked."""

@@ -21,7 +21,9 @@ from edge_slm_runtime.bundle import (
     plain_path,
     read_manifest,
 )
+from edge_slm_runtime.deltas import Delta
 from edge_slm_runtime.errors import (
+    AdapterInvalid,
     FileAltered,
     FileMissing,
     FileTruncated,
@@ -79,10 +81,11 @@ def verify_structure(bundle: str | os.PathLike[str]) -> Manifest:
 def verify_contents(
     root: Path, manifest: Manifest, paths: Iterable[str], *, hashes: bool = True
 ) -> None:
-    """The sha256 sums of the listed files `paths`, the graphs of the ONNX ones, and the lexicon.
+    """The sha256 sums of the listed files `paths`, the graphs of the ONNX ones, the lexicon, and
+    adapters.
 
-    Raises FileAltered, FileMissing, PathEscape, ManifestInvalid, and BundleError when
-    a file cannot be read.
+    Raises FileAltered, FileMissing, PathEscape, ManifestInvalid, AdapterInvalid, and BundleError
+    when a file cannot be read.
     """
     for path in paths:
         with reading(root / path):
@@ -92,6 +95,8 @@ def verify_contents(
                 _check_onnx(root, path, manifest)
             if path == WORDS:
                 _check_lexicon(root)
+            if path in manifest.deltas:
+                _check_delta(root, path, manifest)
 
 
 @contextmanager
@@ -160,6 +165,13 @@ def _check_onnx(root: Path, path: str, manifest: Manifest) -> None:
         check_onnx(model, manifest.model, sizes)
     except ValueError as error:
         raise ManifestInvalid(f"{path} is not a graph of this model: {error}") from None
+
+
+def _check_delta(root: Path, path: str, manifest: Manifest) -> None:
+    delta = Delta.read(root / path)
+    delta.check(manifest.model, manifest.prompt, manifest.base)
+    if delta.path != path:
+        raise AdapterInvalid(f"{path} has the adapter {delta.name}")
 
 
 def _check_lexicon(root: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from _thread import start_new_thread
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import zip_longest
@@ -13,10 +13,12 @@ from numbers import Real
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
+from types import MappingProxyType
 
 from edge_slm_runtime.bundle import TOKENIZER, WORDS, Manifest, Variant
 from edge_slm_runtime.command import is_count
 from edge_slm_runtime.cores import default_threads
+from edge_slm_runtime.deltas import Delta
 from edge_slm_runtime.engines import engine_class
 from edge_slm_runtime.engines.base import PREFILL, Engine, EngineOptions
 from edge_slm_runtime.engines.choice import importing, open_engine, pick_variants
@@ -59,6 +61,7 @@ def load(
     prefill_tokens: int = PREFILL,
     expected_digest: str | None = None,
     trusted_keys: Sequence[str] = (),
+    adapters: Mapping[str, str | os.PathLike[str]] = MappingProxyType({}),
 ) -> SLM:
     """Verifies a bundle and loads one of its variants.
 
@@ -80,10 +83,11 @@ def load(
     bound on the batch_size. prefill_tokens: of a prompt, computed at once; fewer take less
     memory and more time (not for ctranslate2). expected_digest: of the bundle's manifest, which
     covers every file. trusted_keys: public keys in hex, one of which the bundle must be signed
-    by (needs [sign]); without any, no signature is asked for.
+    by (needs [sign]); without any, no signature is asked for. adapters: name → file of those that
+    requests may choose from, beside the bundle's own (`SLM.add_adapter`; numba only).
 
     Raises a BundleError (see `integrity.verify`), VariantNotFound,
-    EngineNotInstalled, EngineError, BadSetting, OutOfMemory.
+    EngineNotInstalled, EngineError, BadSetting, OutOfMemory, AdapterInvalid, NotSupportedByEngine.
     """
     started = perf_counter()
     if threads is not None and not (is_count(threads) and 1 <= threads <= _THREADS_MAX):
@@ -125,7 +129,11 @@ def load(
                     _warn(f"{error.problem}; using {other.engine} instead")
                 else:
                     break
-    return SLM(manifest, variant, *opened, (perf_counter() - started) * 1e3, most_rows)
+            deltas = [Delta.read(root / path) for path in manifest.deltas]
+    slm = SLM(manifest, variant, *opened, (perf_counter() - started) * 1e3, most_rows, deltas)
+    for name, file in adapters.items():
+        slm.add_adapter(file, name)
+    return slm
 
 
 @memory_errors(*_NO_MEMORY)

@@ -11,6 +11,8 @@ The names of a matrix's tensors, in a file of Hugging Face's safetensors format:
     scale    float16 [panels, blocks, 16]
     zero     uint8 [panels, blocks, 16], of 4-bit levels; that of 8-bit ones is 128
     bias     float32 [16 · panels]
+    channels float16 [inputs], what the inputs were divided by (`equalise`), where they were;
+             adapters, whose factors know nothing of it, are multiplied with it
 
 Outputs are filled up to whole UNITs, with scales of 0; so every tensor is a whole number of
 vectors. The file's header is filled up with spaces, so that they lie on the boundary of one when
@@ -90,6 +92,15 @@ def pack_levels(levels: UInt8, bits: int, size: int) -> UInt8:
     if bits == 4:
         parts = parts[:, :, :, 0::2] | parts[:, :, :, 1::2] << np.uint8(4)
     return np.ascontiguousarray(parts).reshape(outputs // LANES, inputs // size, -1)
+
+
+def alternating(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The outputs [..., 2 × inner] of a gated layer panel by panel: one of the gate, one of
+    the other half, and so on; each half is filled up to whole panels first."""
+    halves = values.reshape(*values.shape[:-1], 2, -1)
+    halves = np.pad(halves, [(0, 0)] * (halves.ndim - 1) + [(0, -halves.shape[-1] % LANES)])
+    panels = halves.reshape(*halves.shape[:-1], -1, LANES).swapaxes(-3, -2)
+    return np.ascontiguousarray(panels).reshape(*values.shape[:-1], -1)
 
 
 def pack_outputs(values: NDArray[np.generic]) -> NDArray[np.generic]:

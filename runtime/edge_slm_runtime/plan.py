@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edge_slm_runtime.command import Command
+from edge_slm_runtime.deltas import Adapter
 from edge_slm_runtime.lexicon import KnownWords
 from edge_slm_runtime.prompt_syntax import Shielded
 from edge_slm_runtime.sampling import Sampling
@@ -47,3 +48,4 @@ class Plan:
     no_repeat_words: bool = False
     texts: tuple[str, ...] = ()
     known: KnownWords | None = None
+    adapter: Adapter | None = None

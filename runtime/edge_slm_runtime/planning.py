@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from edge_slm_runtime.bans import Bans, bans_of, units
 from edge_slm_runtime.bundle import Manifest
 from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import is_count
+from edge_slm_runtime.deltas import Adapter
 from edge_slm_runtime.engines.base import Engine
 from edge_slm_runtime.errors import BadSetting, NotSupportedByEngine, RequestTooLong, shown
 from edge_slm_runtime.keeps import Keeps, texts_to_show
@@ -37,10 +39,12 @@ def plan_of(
     codec: TextCodec,
     engine: Engine,
     lexicon: Sequence[bytes] = (),
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
 ) -> Plan:
     """What the model is given for a request, and the limits of its answer.
 
-    lexicon: of the bundle; empty where it has none. Raises as `SLM.generate`.
+    lexicon: of the bundle; empty where it has none. adapters: by name; of several for a
+    task the last is taken. Raises as `SLM.generate`.
     """
     command = manifest.prompt.check(request.command)
     sampling = request.sampling
@@ -53,6 +57,7 @@ def plan_of(
         raise NotSupportedByEngine(
             f"{engine.name} cannot {what}", "load engine onnxruntime or numba"
         )
+    adapter = _adapter(request, command.commanded.task, adapters, engine)
     told = Shielded(request.request)
     if request.syntax == "keep" and manifest.prompt.schema:
         told = shield(clean_request(request.request))
@@ -94,7 +99,8 @@ def plan_of(
         words=words,
         stop=stop,
         sampling=sampling,
-        cache_key=request.cache_key,
+        # Keys and values that an adapter has computed are of no use to another.
+        cache_key=f"{adapter.digest}\0{request.cache_key}" if adapter else request.cache_key,
         syntax=told if (told.slots or told.tail) and not choices else None,
         ban=ban,
         logprobs=logprobs,
@@ -104,6 +110,7 @@ def plan_of(
         no_repeat_words=request.no_repeat_words,
         texts=texts,
         known=KnownWords(lexicon, codec, own) if limited else None,
+        adapter=adapter,
     )
 
 
@@ -115,8 +122,8 @@ def _check_settings(request: Request) -> None:
     if not is_count(request.best_of) or not 1 <= request.best_of <= MOST:
         raise BadSetting(f"best_of is {shown(request.best_of)}", f"allowed: 1 … {MOST}, whole")
     deadline = request.deadline_ms
-    if not isinstance(request.cache_key, str):
-        raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text")
+    if not isinstance(request.cache_key, str) or "\0" in request.cache_key:
+        raise BadSetting(f"cache_key is {shown(request.cache_key)}", "allowed: a text without NUL")
     if deadline is not None and not (
         isinstance(deadline, int | float)
         and not isinstance(deadline, bool)
@@ -125,6 +132,29 @@ def _check_settings(request: Request) -> None:
         raise BadSetting(f"deadline_ms is {shown(deadline)}", "allowed: above 0, up to 1e9")
     if request.syntax not in ("keep", "none"):
         raise BadSetting(f"syntax is {shown(request.syntax)}", "allowed: keep, none")
+
+
+def _adapter(
+    request: Request, task: str | None, adapters: Mapping[str, Adapter], engine: Engine
+) -> Adapter | None:
+    """Raises BadSetting, NotSupportedByEngine."""
+    name = request.adapter
+    if name is None:
+        chosen = [one for one in adapters.values() if one.task and one.task == task][-1:]
+    elif name == "":
+        return None
+    elif isinstance(name, str) and name in adapters:
+        chosen = [adapters[name]]
+    else:
+        raise BadSetting(
+            f"adapter is {shown(name)}", f"loaded: {', '.join(adapters) or 'none'}; '' is none"
+        )
+    if chosen and not engine.adapts:
+        raise NotSupportedByEngine(
+            f"{engine.name} cannot answer with adapter {chosen[0].name}",
+            "load engine numba, or ask with adapter ''",
+        )
+    return chosen[0] if chosen else None
 
 
 def _wording(request: Request) -> tuple[tuple[str, ...], ...]:

@@ -25,10 +25,11 @@ class Request:
     `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the answer
     does not have (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as they are.
     choices: the answer is one of these texts, whatever `words`. deadline_ms: from the call on; the
-    answer then ends with the pass of the model that is under way. best_of: the answer is the
-    best by `ranking.score` of so many, decoded together and drawn at 0.5 where the temperature is
-    0 (the first of them then is the greedy one); not in streams and sessions, nor with
-    ctranslate2.
+    answer then ends with the pass of the model that is under way. adapter: the name of one that the
+    model was loaded with, "" is none; None is that of the commanded task, if there is one. best_of:
+    the answer is the best by `ranking.score` of so many, decoded together and drawn at 0.5 where the
+    temperature is 0 (the first of them then is the greedy one); not in streams and sessions, nor
+    with ctranslate2.
     """
 
     request: str
@@ -53,6 +54,7 @@ class Request:
     keep: tuple[str, ...] | list[str] | str = ()
     choices: tuple[str, ...] | list[str] = ()
     deadline_ms: float | None = None
+    adapter: str | None = None
     best_of: int = 1
 
     def __post_init__(self) -> None:

@@ -17,10 +17,11 @@ from damage import bytes_damaged, fuzz, json_bytes, json_damaged
 from safetensors.numpy import load_file, save_file
 
 from edge_slm.cli import main
-from edge_slm_converters import gate, read_checkpoint
+from edge_slm_converters import convert, gate, read_checkpoint
 from edge_slm_converters.arrays import Float32
 from edge_slm_converters.deltas import merged, read_adapter
 from edge_slm_converters.graph import write_graph
+from edge_slm_runtime import verify
 from edge_slm_runtime.deltas import Delta, Factors
 from edge_slm_runtime.errors import AdapterInvalid, CheckpointError
 
@@ -175,7 +176,7 @@ def test_small_factors_are_not_lost(original: Callable[..., Original], tmp_path:
         ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"r": 0}, "r is 0"),
-        ({"r": 8}, "the rank 8"),
+        ({"r": 8}, "is not of rank 8"),
         ({"r": 10**400}, "r is 10+"),
         ({"lora_alpha": "8"}, "lora_alpha '8'"),
     ],
@@ -191,10 +192,10 @@ def test_settings_that_change_the_computation_are_refused(
 @pytest.mark.parametrize(
     ("module", "shape", "what"),
     [
-        ("transformer.wte", (417, 64), "wte.lora_A.weight cannot be converted"),
-        ("transformer.h.2.attn.c_attn", (64, 192), "h.2.attn.c_attn.lora_A"),
+        ("transformer.wte", (417, 64), "adapter of wte cannot be converted"),
+        ("transformer.h.2.attn.c_attn", (64, 192), "h.2.attn.c_attn cannot"),
         ("transformer.h.0.attn.q_proj", (64, 64), "q_proj"),
-        ("transformer.h.0.mlp.c_fc", (64, 128), r"c_fc has .*\[128, 4\]\], the layer is \[256, 64"),
+        ("transformer.h.0.mlp.c_fc", (64, 128), r"c_fc has .*\[128, 4\], the layer is \[256, 64"),
     ],
 )
 def test_other_layers_are_refused_by_name(
@@ -265,10 +266,21 @@ def test_command_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
             "plain": (),
             "folder": ("--adapter", tmp_path / "my-lora"),
             "file": ("--adapter", file),
+            "beside": ("--side-adapter", file),
         }.items()
     }
-    models = [(tmp_path / name / "onnx-fp32/model.data").read_bytes() for name in provenance]
-    assert models[0] != models[1] == models[2]
+    plain, *merged_ones, beside = (
+        (tmp_path / name / "onnx-fp32/model.data").read_bytes() for name in provenance
+    )
+    assert plain == beside != merged_ones[0] == merged_ones[1]
+    assert verify(tmp_path / "beside").deltas == ["deltas/my-lora.safetensors"]
+    assert (tmp_path / "beside/deltas/my-lora.safetensors").read_bytes() == file.read_bytes()
+    assert "my-lora" in run("info", tmp_path / "beside")
+    with pytest.raises(AdapterInvalid, match="other weights"):
+        convert(tiny_checkpoint, tmp_path / "x", adapters=[replace(Delta.read(file), base="x")])
+    with pytest.raises(AdapterInvalid, match="two adapters are named my-lora"):
+        convert(tiny_checkpoint, tmp_path / "x", adapters=[Delta.read(file)] * 2)
+    assert not (tmp_path / "x").exists()
     assert provenance["file"]["checkpoint"]["deltas/my-lora.safetensors"] == Delta.read(file).digest
     assert "deltas/my-lora.safetensors" not in provenance["plain"]["checkpoint"]
 

@@ -305,3 +305,25 @@ def test_half_precision_is_numpys() -> None:
     halves = np.zeros(len(values), np.uint16)
     back(values, halves)
     np.testing.assert_array_equal(halves.view(np.float16), values.astype(np.float16))
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_fold(more: bool) -> None:
+    """Of any number of values, and nothing beside the 16 floats."""
+    from edge_slm_runtime.kernels.heads import make_fold
+    from edge_slm_runtime.kernels.native import jit
+
+    kernel = make_fold(more)
+
+    @jit
+    def fold(weights: int, values: int, count: int, out: int) -> None:
+        kernel(weights, values, count, out)
+
+    rng = np.random.default_rng(4)
+    for count in (0, 1, 2, 3, 4, 5, 7, 8, 31, 768):
+        weights, values = floats(rng, count), floats(rng, count, LANES).astype(np.float16)
+        out = np.full(LANES + 2, GUARD, np.float32)
+        fold(weights.ctypes.data, values.ctypes.data, count, out[1:].ctypes.data)
+        expected = weights.astype(float) @ values.astype(float) + (GUARD if more else 0)
+        np.testing.assert_allclose(out[1:-1], expected, atol=1e-6 * (10 + count))
+        assert out[0] == out[-1] == GUARD

@@ -22,7 +22,14 @@ import numpy as np
 
 from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
-from edge_slm_runtime.errors import EdgeSlmError, EngineError, OutOfMemory, UsedAfterFork
+from edge_slm_runtime.deltas import Delta
+from edge_slm_runtime.errors import (
+    EdgeSlmError,
+    EngineError,
+    NotSupportedByEngine,
+    OutOfMemory,
+    UsedAfterFork,
+)
 from edge_slm_runtime.sampling import Logits, Sampling
 
 Result = TypeVar("Result")
@@ -53,7 +60,8 @@ class Engine(ABC):
     main_file: what it opens in a variant's folder. seeds: a request's seed is honoured.
     constrains: what an answer may say can be limited (`ban`), and `logprobs` are known. batches:
     several answers are computed together. prefix_cache: prompts that begin alike are computed
-    once. guesses: `EngineOptions.speculate` is honoured. cache_dtype: of keys and values.
+    once. guesses: `EngineOptions.speculate` is honoured. adapts: adapters can be kept beside the
+    weights (`adapted`), and each answer have its own. cache_dtype: of keys and values.
     cache_block: positions whose keys lie together. process_mb: MiB of a process with the engine
     and no model in it; resident: by precision, bytes of memory per byte of weights once the engine
     has packed them (both fitted on Linux x86-64 with CPython 3.11, onnxruntime 1.31 and
@@ -69,6 +77,7 @@ class Engine(ABC):
     batches: ClassVar[bool] = True
     prefix_cache: ClassVar[bool] = True
     guesses: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
     cache_dtype: ClassVar[Any] = np.float32
     cache_block: ClassVar[int] = 1
     process_mb: ClassVar[float]
@@ -111,6 +120,16 @@ class Engine(ABC):
 
     def check(self, sampling: Sampling) -> None:  # noqa: B027 - most engines can honour all
         """Raises NotSupportedByEngine when a setting cannot be honoured."""
+
+    def adapted(self, delta: Delta) -> Any:
+        """`Adapter.memory` of an adapter of this model.
+
+        Raises NotSupportedByEngine, AdapterInvalid, UsedAfterFork, EngineError.
+        """
+        raise NotSupportedByEngine(
+            f"{self.name} keeps no adapters beside the weights",
+            "load engine numba, or merge it: edge-slm convert --adapter",
+        )
 
     @abstractmethod
     def decode(self, answers: Iterable[Answer], batch_size: int) -> Iterator[Step]:

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from edge_slm_runtime.answer import Answer
 from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.deltas import Adapter, Delta
 from edge_slm_runtime.engines.base import EngineOptions, Native
 from edge_slm_runtime.engines.kv_cache import Array, KVCache, shared
+from edge_slm_runtime.engines.low_rank import LowRank
 from edge_slm_runtime.engines.stepping import Filled, SteppingEngine
 from edge_slm_runtime.engines.thread_team import ThreadTeam
 from edge_slm_runtime.engines.weights import Weights
-from edge_slm_runtime.errors import EngineError
+from edge_slm_runtime.errors import EngineError, NotSupportedByEngine
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.compiled import has_vnni, kernels
 from edge_slm_runtime.panels import LANES, UNIT
@@ -38,6 +40,7 @@ class NumbaEngine(SteppingEngine):
     install = "pip install 'edge-slm[numba]'"
     main_file = "model.safetensors"
     guesses = True
+    adapts = True
     cache_dtype = np.float16
     cache_block = LANES
     process_mb = 48.0
@@ -51,7 +54,8 @@ class NumbaEngine(SteppingEngine):
             options.threads, self._weights.table, decoder.traits, fewer=options.fewer_threads
         )
         self._buffers: list[Tensor] = []
-        self._rows = 0
+        self._rows, self._ranks = 0, 0
+        self._precision = options.precision
         super().__init__(Native(self.team), decoder, options)
 
     @classmethod
@@ -67,13 +71,29 @@ class NumbaEngine(SteppingEngine):
         # Activations as floats and as bytes, of the residual and of the widest product.
         return prefill * (3 * decoder.width + decoder.layer_matrices()["up"][1])
 
-    def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
-        return self._pass(cache, [width] * cache.shape[1], kept)
-
-    def _pass(self, cache: Array, widths: Sequence[int], kept: int) -> _Pass:
+    def adapted(self, delta: Delta) -> LowRank:
         self.native.get()
-        self._make_room(sum(widths))
-        return _Pass(self, cache, widths, kept)
+        equalised = self.decoder.norm == "rms" and self._precision == "int8"
+        if equalised and self._weights.channels("layers.0.qkv") is None:
+            raise NotSupportedByEngine(
+                "this bundle was converted before adapters could be kept beside it",
+                "convert it again",
+            )
+        return LowRank(delta, self._weights)
+
+    def new_pass(
+        self, cache: Array, width: int, kept: int, adapters: Sequence[Adapter | None] = ()
+    ) -> _Pass:
+        return self._pass(cache, [width] * cache.shape[1], kept, adapters)
+
+    def _pass(
+        self, cache: Array, widths: Sequence[int], kept: int, adapters: Sequence[Adapter | None]
+    ) -> _Pass:
+        self.native.get()
+        changes: list[LowRank | None] = [one.memory if one else None for one in adapters]
+        ranks = max((change.rank for change in changes if change), default=0)
+        self._make_room(sum(widths), ranks)
+        return _Pass(self, cache, widths, kept, changes if ranks else (), ranks)
 
     def prefill(
         self, cache: KVCache, first: int, answers: Sequence[Answer]
@@ -109,7 +129,12 @@ class NumbaEngine(SteppingEngine):
             for row, answer in zip(rows, group, strict=True)
         ]
         rest = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
-        one = self._pass(cache.array[:, first : rows.stop], [len(ids) for ids in rest], 1)
+        one = self._pass(
+            cache.array[:, first : rows.stop],
+            [len(ids) for ids in rest],
+            1,
+            [answer.plan.adapter for answer in group],
+        )
         logits = one.run(rest, starts)
         filled = []
         for row, answer, start, (scores,) in zip(rows, group, starts, logits, strict=True):
@@ -122,10 +147,11 @@ class NumbaEngine(SteppingEngine):
             self.team.stop()
         super().close()
 
-    def _make_room(self, rows: int) -> None:
-        """Buffers for the activations of so many new tokens."""
-        if rows <= self._rows:
+    def _make_room(self, rows: int, ranks: int) -> None:
+        """Buffers for the activations of so many new tokens, and for adapters of such ranks."""
+        if rows <= self._rows and ranks <= self._ranks:
             return
+        rows, ranks = max(rows, self._rows), max(ranks, self._ranks)
         w, table = self._weights, self.team.table
         sizes = {
             t.RESIDUAL: (np.float32, rows * self.decoder.width),
@@ -136,25 +162,35 @@ class NumbaEngine(SteppingEngine):
             t.SCALES: (np.float32, 2 * rows * w.blocks),
             t.SUMS: (np.int32, 2 * rows * w.blocks),
             t.SCORES: (np.float32, self.threads * t.QUERIES * int(w.table[t.POSITIONS])),
+            t.LOW: (np.float32, rows * ranks),
         }
         with self.team.idle():
-            if rows <= self._rows:
+            if rows <= self._rows and ranks <= self._ranks:
                 return
             fresh = {place: np.zeros(count, kind) for place, (kind, count) in sizes.items()}
             self._buffers += fresh.values()  # beside the old ones: this may be interrupted
             for place, buffer in fresh.items():
                 table[place] = buffer.ctypes.data
-            self._rows, self._buffers = rows, list(fresh.values())
+            self._rows, self._ranks, self._buffers = rows, ranks, list(fresh.values())
 
 
 class _Pass:
-    def __init__(self, engine: NumbaEngine, cache: Array, widths: Sequence[int], kept: int) -> None:
-        """widths: new tokens of each row of `cache`."""
+    def __init__(
+        self,
+        engine: NumbaEngine,
+        cache: Array,
+        widths: Sequence[int],
+        kept: int,
+        changes: Sequence[LowRank | None],
+        ranks: int,
+    ) -> None:
+        """widths: new tokens of each row of `cache`. changes: adapters of these rows, or none at
+        all; ranks: the largest of them."""
         decoder, answers = engine.decoder, len(widths)
         ends = list(accumulate(widths))
         padded = -(-decoder.vocab_size // UNIT) * UNIT
         self._native, self._widths = engine.native, widths
-        self._cache = cache  # kept alive: the job holds bare addresses
+        self._held = cache, changes  # kept alive: the job holds bare addresses
         # What is new in every run is written at once: tokens, their positions, tokens before.
         self._given = np.zeros(2 * ends[-1] + answers, np.int64)
         self._write = Struct(f"{self._given.size}q").pack_into
@@ -165,6 +201,9 @@ class _Pass:
         self._parts[:, t.FIRST] = [0, *ends[:-1]]
         self._parts[:, t.NEW], self._parts[:, t.KEPT] = widths, kept
         self._parts[:, t.FIRST_KEPT] = range(0, answers * kept, kept)
+        addresses = [change.table.ctypes.data if change else 0 for change in changes]
+        times = [*widths, *[kept] * answers] if changes else []
+        self._changes = np.repeat(np.array(addresses * 2, np.int64), times)
         every = np.zeros((answers, kept, padded), np.float32)
         self.logits = every[..., : decoder.vocab_size]
         self._limits = decoder.vocab_size, decoder.positions
@@ -182,6 +221,8 @@ class _Pass:
             (t.CACHE, cache.ctypes.data),
             (t.CACHE_ROWS, cache.strides[0] // (cache.itemsize * cache[0, 0].size)),
             (t.LOGITS, every.ctypes.data),
+            (t.CHANGES, self._changes.ctypes.data if changes else 0),
+            (t.RANKS, ranks),
         ):
             self._job[place] = value
         self._address = self._job.ctypes.data

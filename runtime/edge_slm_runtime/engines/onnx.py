@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.deltas import Adapter
 from edge_slm_runtime.engines.base import EngineOptions, Native, native_error
 from edge_slm_runtime.engines.kv_cache import Array
 from edge_slm_runtime.engines.stepping import SteppingEngine
@@ -64,7 +65,9 @@ class OnnxEngine(SteppingEngine):
             )
         super().__init__(Native(session), decoder, options)
 
-    def new_pass(self, cache: Array, width: int, kept: int) -> _Pass:
+    def new_pass(
+        self, cache: Array, width: int, kept: int, adapters: Sequence[Adapter | None] = ()
+    ) -> _Pass:
         """The graph computes logits after the last new token only."""
         return _Pass(self, cache, width)
 

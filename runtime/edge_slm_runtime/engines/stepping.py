@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 from edge_slm_runtime.answer import Answer, Step
 from edge_slm_runtime.decoder import Decoder
+from edge_slm_runtime.deltas import Adapter
 from edge_slm_runtime.engines.base import Engine, EngineOptions, Native
 from edge_slm_runtime.engines.kv_cache import ALIGN, Array, KVCache, PrefixCache
 from edge_slm_runtime.ngrams import ORDER, NGrams
@@ -71,9 +72,11 @@ class SteppingEngine(Engine):
         self._ngrams = NGrams() if self.speculates else None
 
     @abstractmethod
-    def new_pass(self, cache: Array, width: int, kept: int) -> Pass:
+    def new_pass(
+        self, cache: Array, width: int, kept: int, adapters: Sequence[Adapter | None] = ()
+    ) -> Pass:
         """For the rows of `cache` (`Decoder.cache_shape`), `width` new tokens in
-        each, and the logits after the last `kept`."""
+        each, and the logits after the last `kept`. adapters: of each row; () is none."""
 
     def check(self, sampling: Sampling) -> None:
         self.native.get()
@@ -96,9 +99,10 @@ class SteppingEngine(Engine):
         more later: it is asked before every pass with a row free, until none is under way."""
         rows: list[Answer] = []  # answer i lives in row i of the cache
         prompts: Iterator[list[Filled]] = iter(())  # what is left of those drawn last
-        # Of as many rows, by their new tokens, each with its logits row by row: a step leaves
-        # the processor's caches cold, so every object that is not made in it counts.
-        count, passes = 0, dict[int, tuple[Pass, list[list[Logits]]]]()
+        # Of rows with these adapters, by their new tokens, each with its logits row by row: a step
+        # leaves the processor's caches cold, so every object that is not made in it counts.
+        adapters: list[Adapter | None] = []
+        passes = dict[int, tuple[Pass, list[list[Logits]]]]()
         while True:
             filled = next(prompts, None)
             if filled is None and (fresh := list(islice(waiting, len(cache.prompts) - len(rows)))):
@@ -111,12 +115,12 @@ class SteppingEngine(Engine):
             elif not rows:
                 return
             guess = self._guess(rows[0]) if self._ngrams and len(rows) == 1 else []
-            if len(rows) != count:
-                count = len(rows)
+            if (now := [answer.plan.adapter for answer in rows]) != adapters:
+                adapters = now
                 passes.clear()
             width = 1 + len(guess)
             if width not in passes:
-                one = self.new_pass(cache.array[:, :count], width, width)
+                one = self.new_pass(cache.array[:, : len(rows)], width, width, adapters)
                 passes[width] = one, [list(behind) for behind in one.logits]
             one, logits = passes[width]
             one.run(
@@ -203,7 +207,8 @@ class SteppingEngine(Engine):
         if last > 1 and last % (2 * self.decoder.head_width) == 1:
             starts.append(len(prompt) - ALIGN - 1)
         for start, end in pairwise([*starts, len(prompt)]):
-            part = self.new_pass(cache.array[:, row : row + 1], end - start, 1)
+            array, adapters = cache.array[:, row : row + 1], [answer.plan.adapter]
+            part = self.new_pass(array, end - start, 1, adapters)
             scores = part.run([prompt[start:end]], [start])[0, 0]
             if end < len(prompt):
                 yield [Filled(row, answer, None)]

@@ -142,6 +142,15 @@ class Weights:
         self.blocks = max(self.blocks, blocks)
         return int(panels) * LANES
 
+    def channels(self, matrix: str) -> NDArray[np.float32] | None:
+        """What the inputs of a matrix were divided by, where they were."""
+        name, inputs = f"{stored_name(matrix)}.channels", self.decoder.matrices()[matrix][0]
+        if name not in self._header:
+            return None
+        stored = self._tensor(name, "F16", (-(-inputs // UNIT) * UNIT,))
+        found: NDArray[np.float32] = stored[:inputs].astype(np.float32)
+        return found
+
     def _vector(self, name: str, count: int) -> int:
         filled = -(-count // UNIT) * UNIT
         return int(self._tensor(stored_name(name), "F32", (filled,)).ctypes.data)

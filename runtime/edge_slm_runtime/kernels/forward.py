@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from edge_slm_runtime.decoder import Traits
 from edge_slm_runtime.kernels import layout as t
 from edge_slm_runtime.kernels.attention import make_attend, store_keys_and_values
@@ -21,6 +23,7 @@ from edge_slm_runtime.kernels.layers import (
     normalise,
     rms_normalise,
 )
+from edge_slm_runtime.kernels.low_rank import expand, kept, shrink
 from edge_slm_runtime.kernels.native import floats, inlined, jit, words
 from edge_slm_runtime.kernels.product import make_product, quantise, unpack
 from edge_slm_runtime.kernels.schedule import WORD, claimed, share, wait
@@ -45,20 +48,20 @@ def make_forward(vnni: bool, traits: Traits) -> Callable[..., None]:
         job, model = words(table[t.JOB], t.PASS), words(table[t.MODEL], t.FIRST_LAYER)
         levels, steps, sums = table[t.LEVELS], table[t.SCALES], table[t.SUMS]
 
-        n = job[t.TOKENS]
+        n, changes = job[t.TOKENS], job[t.CHANGES]
         first, last = share(n, thread, threads)  # as `attention` will share them
         for row in range(first, last):
             embed(table, job, row, model[t.WIDTH], table[t.RESIDUAL])
         for index in range(model[t.LAYERS]):
             # After the last layer's attention only some positions are asked for.
             kept_only = index == model[t.LAYERS] - 1
-            reached = attention(table, thread, index, n, kept_only, reached)
+            reached = attention(table, thread, index, n, changes, kept_only, reached)
             if kept_only:
-                n = job[t.LAST]
-            reached = feed_forward(table, thread, index, n, reached)
+                n, changes = job[t.LAST], kept(changes, job)
+            reached = feed_forward(table, thread, index, n, changes, reached)
 
-        head = words(table[t.MODEL] + WORD * t.LM_HEAD, t.MATRIX)
-        norm(table, thread, n, model[t.FINAL_WEIGHT], model[t.FINAL_BIAS], head)
+        head, none = words(table[t.MODEL] + WORD * t.LM_HEAD, t.MATRIX), np.int64(0)
+        norm(table, thread, n, model[t.FINAL_WEIGHT], model[t.FINAL_BIAS], head, none, none)
         reached = wait(table[t.CONTROL], reached, threads)
         stride, units = head[t.PANELS] * LANES, head[t.PANELS] // PAIR
         claims = table[t.CLAIMS] + WORD * t.CLAIM * model[t.LAYERS]
@@ -74,19 +77,22 @@ def make_forward(vnni: bool, traits: Traits) -> Callable[..., None]:
 def _make_project(product: Callable[..., None]) -> Callable[..., None]:
     @inlined
     def project(
-        table: Any, claims: int, n: int, matrix: Any, levels: int, steps: int, sums: int
-    ) -> None:
+        table: Any, claims: int, n: int, matrix: Any, levels: int, steps: int, sums: int,
+        changes: int, number: int,
+    ) -> None:  # fmt: skip
         """residual + bias + a product, of the pieces that this thread claims."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
         width = words(table[t.MODEL], t.FIRST_LAYER)[t.WIDTH]
         x, wide = table[t.RESIDUAL], table[t.PRODUCT]
         stride, units = matrix[t.PANELS] * LANES, matrix[t.PANELS] // PAIR
-        number, first, last = claimed(claims, 0, 0, units, threads)
+        piece, first, last = claimed(claims, 0, 0, units, threads)
         while first < units:
             start, end = first * PAIR, last * PAIR
             product(matrix, levels, steps, sums, n, wide, stride, start, end)
+            if changes:
+                expand(table, changes, n, number, wide, stride, start, end)
             add_to(x, n, width, wide, stride, matrix[t.BIAS], start, end)
-            number, first, last = claimed(claims, number, first, units, threads)
+            piece, first, last = claimed(claims, piece, first, units, threads)
 
     return project
 
@@ -101,7 +107,7 @@ def _make_attention(
 
     @inlined
     def attention(
-        table: Any, thread: int, index: int, n: int, kept_only: bool, reached: int
+        table: Any, thread: int, index: int, n: int, changes: int, kept_only: bool, reached: int
     ) -> int:
         """x + attention(norm(x)), from n positions or those whose logits are wanted."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
@@ -112,30 +118,34 @@ def _make_attention(
         layer = words(address, t.LAYER)
         qkv = words(address + WORD * t.LAYER_QKV, t.MATRIX)
         out = words(address + WORD * t.LAYER_OUT, t.MATRIX)
+        changed = t.CHANGED * index
 
-        norm(table, thread, n, layer[t.NORM_1], layer[t.NORM_1_BIAS], qkv)
+        number = changed + t.CHANGED_QKV
+        norm(table, thread, n, layer[t.NORM_1], layer[t.NORM_1_BIAS], qkv, changes, number)
         reached = wait(table[t.CONTROL], reached, threads)
         claims = table[t.CLAIMS] + WORD * t.CLAIM * index
         stride, units = qkv[t.PANELS] * LANES, qkv[t.PANELS] // PAIR
-        number, first, last = claimed(claims + WORD * t.QKV, 0, 0, units, threads)
+        piece, first, last = claimed(claims + WORD * t.QKV, 0, 0, units, threads)
         while first < units:
             start, end = first * PAIR, last * PAIR
             product(qkv, levels, steps, sums, n, wide, stride, start, end)
+            if changes:
+                expand(table, changes, n, number, wide, stride, start, end)
             add_bias(wide, n, stride, qkv[t.BIAS], start, end)
-            number, first, last = claimed(claims + WORD * t.QKV, number, first, units, threads)
+            piece, first, last = claimed(claims + WORD * t.QKV, piece, first, units, threads)
         reached = wait(table[t.CONTROL], reached, threads)
         if rotary:  # keys are shared by heads, which several threads compute
             store_keys_and_values(table, index, stride, thread, threads)
             reached = wait(table[t.CONTROL], reached, threads)
 
         units = job[t.ANSWERS] * heads
-        number, first, last = claimed(claims + WORD * t.HEAD, 0, 0, units, threads)
+        piece, first, last = claimed(claims + WORD * t.HEAD, 0, 0, units, threads)
         while first < units:
             for i in range(first, last):
                 attend(table, i // heads, index, i % heads, stride, kept_only, thread)
-            number, first, last = claimed(claims + WORD * t.HEAD, number, first, units, threads)
+            piece, first, last = claimed(claims + WORD * t.HEAD, piece, first, units, threads)
         if kept_only:
-            n = job[t.LAST]
+            n, changes = job[t.LAST], kept(changes, job)
             if thread == 0:
                 compact_rows(table[t.RESIDUAL], words(job[t.WANTED], n), model[t.WIDTH])
         reached = wait(table[t.CONTROL], reached, threads)
@@ -144,8 +154,12 @@ def _make_attention(
         for row in range(first, last):
             width = heads * model[t.HEAD_WIDTH]
             quantise_row(table[t.ATTENDED], row, width, out, levels, steps, sums)
+            if changes:
+                source = table[t.ATTENDED] + row * width * _FLOAT
+                shrink(table, changes, row, changed + t.CHANGED_OUT, source)
         reached = wait(table[t.CONTROL], reached, threads)
-        project(table, claims + WORD * t.OUT, n, out, levels, steps, sums)
+        number = changed + t.CHANGED_OUT
+        project(table, claims + WORD * t.OUT, n, out, levels, steps, sums, changes, number)
         return wait(table[t.CONTROL], reached, threads)
 
     return attention
@@ -160,7 +174,9 @@ def _make_feed_forward(
     matrices = 2 if gated else 1  # side by side in `up`
 
     @inlined
-    def feed_forward(table: Any, thread: int, index: int, n: int, reached: int) -> int:
+    def feed_forward(
+        table: Any, thread: int, index: int, n: int, changes: int, reached: int
+    ) -> int:
         """x + mlp(norm(x)). A thread quantises its own results for the second matrix, to a
         place after the activations of the first, which others may still read."""
         threads = words(table[t.CONTROL], t.SLEEPERS)[t.THREADS]
@@ -170,8 +186,10 @@ def _make_feed_forward(
         layer = words(address, t.LAYER)
         up = words(address + WORD * t.LAYER_UP, t.MATRIX)
         down = words(address + WORD * t.LAYER_DOWN, t.MATRIX)
+        changed = t.CHANGED * index
 
-        norm(table, thread, n, layer[t.NORM_2], layer[t.NORM_2_BIAS], up)
+        number = changed + t.CHANGED_UP
+        norm(table, thread, n, layer[t.NORM_2], layer[t.NORM_2_BIAS], up, changes, number)
         reached = wait(table[t.CONTROL], reached, threads)
         claims = table[t.CLAIMS] + WORD * t.CLAIM * index
         stride, size = up[t.PANELS] * LANES, down[t.SIZE]
@@ -181,10 +199,12 @@ def _make_feed_forward(
         steps_2, sums_2 = steps + n * up[t.BLOCKS] * _FLOAT, sums + n * up[t.BLOCKS] * _FLOAT
         unit = max(size // LANES * matrices, PAIR)  # no block is quantised by two threads
         units = -(-up[t.PANELS] // unit)
-        number, first, last = claimed(claims + WORD * t.UP, 0, 0, units, threads)
+        piece, first, last = claimed(claims + WORD * t.UP, 0, 0, units, threads)
         while first < units:
             start, end = first * unit, min(last * unit, up[t.PANELS])
             product(up, levels, steps, sums, n, wide, stride, start, end)
+            if changes:
+                expand(table, changes, n, number, wide, stride, start, end)
             if gated:
                 gate(wide, n, stride, up[t.BIAS], start, end, kind, hidden)
             else:
@@ -193,9 +213,16 @@ def _make_feed_forward(
             end = min(-(-end * LANES // (size * matrices)), down[t.BLOCKS])
             for row in range(n):
                 quantise(hidden, row, columns, inner, down, start, end, levels_2, steps_2, sums_2)
-            number, first, last = claimed(claims + WORD * t.UP, number, first, units, threads)
+            piece, first, last = claimed(claims + WORD * t.UP, piece, first, units, threads)
         reached = wait(table[t.CONTROL], reached, threads)
-        project(table, claims + WORD * t.DOWN, n, down, levels_2, steps_2, sums_2)
+        if changes:  # of whole rows, which several threads have made
+            first, last = share(n, thread, threads)
+            for row in range(first, last):
+                source = hidden + row * columns * _FLOAT
+                shrink(table, changes, row, changed + t.CHANGED_DOWN, source)
+            reached = wait(table[t.CONTROL], reached, threads)
+        number = changed + t.CHANGED_DOWN
+        project(table, claims + WORD * t.DOWN, n, down, levels_2, steps_2, sums_2, changes, number)
         return wait(table[t.CONTROL], reached, threads)
 
     return feed_forward
@@ -220,7 +247,10 @@ def _make_embed(learned: bool) -> Callable[..., None]:
 
 def _make_norm(rms: bool) -> Callable[..., None]:
     @jit
-    def norm(table: Any, thread: int, n: int, weight: int, bias: int, matrix: Any) -> None:
+    def norm(
+        table: Any, thread: int, n: int, weight: int, bias: int, matrix: Any, changes: int,
+        number: int,
+    ) -> None:  # fmt: skip
         """This thread's rows of the residual, normalised, in 8 bits for `matrix`."""
         model = words(table[t.MODEL], t.FIRST_LAYER)
         width, target = model[t.WIDTH], table[t.ATTENDED]
@@ -234,6 +264,8 @@ def _make_norm(rms: bool) -> Callable[..., None]:
             quantise_row(
                 target, row, width, matrix, table[t.LEVELS], table[t.SCALES], table[t.SUMS]
             )
+            if changes:
+                shrink(table, changes, row, number, target + row * width * _FLOAT)
 
     return norm
 

@@ -1,4 +1,4 @@
-"""The two sums of attention, written as LLVM vector code.
+"""The sums of attention and of adapters, written as LLVM vector code.
 
 Products of queries and keys have a key in each lane of a vector: the keys of 16 positions lie
 together, dimension by dimension. Sums of values have a dimension in each lane. Nothing is
@@ -22,6 +22,7 @@ _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.Floa
 _FLOATS = ir.VectorType(_F32, LANES)
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
 _FLOAT, _HALF = 4, 2  # bytes
+_WAYS = 4
 
 
 def make_dot(queries: int, blocks: int) -> Callable[..., None]:
@@ -80,6 +81,45 @@ def make_mix(queries: int, chunks: int, more: bool = False) -> Callable[..., Non
         return context.get_dummy_value()
 
     return _of_seven(generate)
+
+
+def make_fold(more: bool) -> Callable[..., None]:
+    """fold(weights, values, count, out): out float32 [16] is the sum of `count` values, float16
+    [count, 16], weighted by `weights` float32 [count]; more: it is added to `out`.
+
+    Terms go in turn to one of four sums, which are added in the end: a lone sum would wait for
+    each of its additions.
+    """
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        weights, values, count, out = arguments
+        (totals,) = _totals(b, 1, _WAYS)
+        place = _floats(b, out, _I64(0))
+        if more:
+            b.store(b.load(place, align=_FLOAT), totals[0])
+        whole = b.and_(count, _I64(-_WAYS))
+        with cgutils.for_range(b, b.udiv(count, _I64(_WAYS))) as loop:
+            first = b.mul(loop.index, _I64(_WAYS))
+            for way, total in enumerate(totals):
+                j = b.add(first, _I64(way))
+                _add(b, total, _splat(b, weights, j), _halves(b, values, j))
+        with cgutils.for_range(b, b.sub(count, whole)) as loop:
+            j = b.add(whole, loop.index)
+            _add(b, totals[0], _splat(b, weights, j), _halves(b, values, j))
+        one, two, three, four = map(b.load, totals)
+        b.store(b.fadd(b.fadd(one, two), b.fadd(three, four)), place, align=_FLOAT)
+        return context.get_dummy_value()
+
+    return _of_four(generate)
+
+
+def _of_four(generate: Callable[..., Any]) -> Callable[..., None]:
+    @native
+    def function(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return types.void(*[types.int64] * 4), generate
+
+    made: Callable[..., None] = function
+    return made
 
 
 def _of_six(generate: Callable[..., Any]) -> Callable[..., None]:

@@ -8,7 +8,8 @@ Kept apart from the kernels so that a process that only runs them does not impor
 # PRODUCT float32 [n, widest], results of products; GATED float32 [n, inner], of gated
 # feed-forward layers; ATTENDED float32 [n, the wider of residual and attention]; LEVELS int8,
 # SCALES float32 and SUMS int32, activations as `tile` takes them, of two matrices; SCORES
-# float32 [threads, QUERIES, positions]; CLAIMS: see below.
+# float32 [threads, QUERIES, positions]; LOW float32 [n, RANKS], rows times the first factors of
+# adapters; CLAIMS: see below.
 QUERIES = 4  # of a head, computed together
 (
     CONTROL,
@@ -22,9 +23,10 @@ QUERIES = 4  # of a head, computed together
     SCALES,
     SUMS,
     SCORES,
+    LOW,
     CLAIMS,
     TABLE,
-) = range(13)
+) = range(14)
 
 # Shared by the threads, each in a cache line of its own: the number of the job, whether one is
 # coming, the barriers passed so far, whether to stop, the barriers passed when the job began,
@@ -68,10 +70,30 @@ LAYER = LAYER_QKV + 4 * MATRIX
 # STARTS int64 [answers]: tokens before; WANTED int64 [k], ascending: those after which logits
 # are asked for. PARTS: see below. CACHE float16 [2 · layers, CACHE_ROWS, kv heads, positions,
 # head width], of keys [.., positions / 16, head width, 16]; LOGITS float32 [k, padded
-# vocabulary].
-(TOKENS, IDS, PLACES, LAST, WANTED, ANSWERS, STARTS, PARTS, CACHE, CACHE_ROWS, LOGITS, PASS) = (
-    range(12)
-)
+# vocabulary]. CHANGES int64 [n + k]: the adapter's table of each new token and of each of those
+# that logits are wanted of, 0 for none; itself 0 where none has one. RANKS: of LOW.
+(
+    TOKENS,
+    IDS,
+    PLACES,
+    LAST,
+    WANTED,
+    ANSWERS,
+    STARTS,
+    PARTS,
+    CACHE,
+    CACHE_ROWS,
+    LOGITS,
+    CHANGES,
+    RANKS,
+    PASS,
+) = range(14)
+
+# An adapter's table: of each layer its four matrices, of each INPUTS, RANK (a multiple of 16; 0
+# where it is left as it is) and the factors FIRST_FACTOR float16 [rank / 16, inputs, 16] and
+# SECOND_FACTOR float16 [panels, rank, 16].
+INPUTS, RANK, FIRST_FACTOR, SECOND_FACTOR, CHANGE = range(5)
+CHANGED_QKV, CHANGED_OUT, CHANGED_UP, CHANGED_DOWN, CHANGED = range(5)
 
 # An answer's part of a pass: its row of the cache, the index of its first token in the pass,
 # its number of tokens, the number of its logits that are wanted, and the index of the first of
