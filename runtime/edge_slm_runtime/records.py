@@ -27,9 +27,9 @@ class Request:
     choices: the answer is one of these texts, whatever `words`. deadline_ms: from the call on; the
     answer then ends with the pass of the model that is under way. adapter: the name of one that the
     model was loaded with, "" is none; None is that of the commanded task, if there is one. best_of:
-    the answer is the best by `ranking.score` of so many, decoded together and drawn at 0.5 where the
-    temperature is 0 (the first of them then is the greedy one); not in streams and sessions, nor
-    with ctranslate2.
+    the answer is the best by `ranking.score` of so many, decoded together, and drawn at 0.5 where
+    the temperature is 0 (the first of them then is the greedy one); not in streams and sessions,
+    nor with ctranslate2.
     """
 
     request: str
