@@ -124,7 +124,7 @@ def batch(
     output: Path | None,
     form: str | None,
     encoding: str | None,
-    bundle: Path | None,
+    bundle: Path,
     engine: str,
     precision: str,
     threads: int | None,

@@ -101,7 +101,7 @@ def evaluate(
     context: click.Context,
     /,
     *,
-    bundle: Path | None,
+    bundle: Path,
     engine: str,
     precision: str,
     threads: int | None,
@@ -179,7 +179,7 @@ def _print_grades(grades: Path, *, as_json: bool) -> None:
 
 
 def measure(
-    bundle: Path | None,
+    bundle: Path,
     data: Sequence[Path],
     *,
     tasks: Sequence[str] = (),
@@ -228,7 +228,7 @@ def measure(
 
 
 def _sheet(
-    bundle: Path | None,
+    bundle: Path,
     data: Sequence[Path],
     *,
     tasks: Sequence[str],

@@ -56,7 +56,7 @@ _BEST_OF = 8
 def generate(
     *,
     request: str,
-    bundle: Path | None,
+    bundle: Path,
     engine: str,
     precision: str,
     threads: int | None,
@@ -98,7 +98,7 @@ def generate(
         head = ""
         speed = f"TTFT {stats.ttft_ms:.0f} ms{tpot}, {stats.tokens_per_second:.0f} tokens/s, "
     note(
-        f"{head}{result.words} words{asked}, ended by {result.finish_reason}; "
+        f"{slm.manifest.name}: {head}{result.words} words{asked}, ended by {result.finish_reason}; "
         f"{stats.engine} {stats.precision}, {stats.threads} threads: load {stats.load_ms:.0f} ms, "
         f"{speed}peak {stats.peak_rss_mb:.0f} MB"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import reduce
 from math import inf, isfinite
 from pathlib import Path
@@ -29,10 +30,20 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return lambda function: reduce(lambda f, option: option(f), reversed(options), function)
 
 
+def default_bundle() -> Path:
+    """The installed model that obeys commands, where there is exactly one; else the shipped one,
+    which is small and has few good answers."""
+    able = []
+    for path in edge_slm.installed_models().values():
+        with suppress(EdgeSlmError):  # who asks for it by its name is told
+            able += [path] if read_manifest(path).prompt.schema else []
+    return able[0] if len(able) == 1 else edge_slm.shipped_bundle()
+
+
 def _tasks(context: click.Context, option: click.Parameter, begun: str) -> list[str]:
     """For the shell's completion: the tasks of the bundle that the command line names."""
     try:
-        manifest = read_manifest(context.params.get("bundle") or edge_slm.shipped_bundle())
+        manifest = read_manifest(context.params.get("bundle") or default_bundle())
     except EdgeSlmError:
         return []
     tasks = manifest.prompt.schema.tasks if manifest.prompt.schema else ()
@@ -83,7 +94,9 @@ model_options = _together(
         "--bundle",
         type=bundle_type,
         metavar="BUNDLE",
-        help="Bundle folder, or name of an installed model.  [default: the bundle shipped]",
+        default=default_bundle,
+        help="Bundle folder, or name of an installed model.  [default: the installed model, if "
+        "there is one; else the small one of the package]",
     ),
     engine_options,
 )

@@ -9,7 +9,7 @@ import click
 
 import edge_slm
 from edge_slm.cli.console import examples, note, say, warn
-from edge_slm.cli.options import bundle_argument, engine_options
+from edge_slm.cli.options import bundle_type, default_bundle, engine_options
 from edge_slm_runtime.errors import DependencyMissing
 
 
@@ -17,7 +17,7 @@ from edge_slm_runtime.errors import DependencyMissing
     short_help="Serve a model over HTTP.",
     epilog=examples("serve", "serve my-bundle --port 9000 --rows 16", "serve --host 0.0.0.0"),
 )
-@bundle_argument
+@click.argument("bundle", type=bundle_type, default=default_bundle)
 @engine_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(

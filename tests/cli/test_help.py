@@ -15,6 +15,7 @@ import pytest
 
 import edge_slm
 from edge_slm.cli import console, main
+from edge_slm.cli.options import default_bundle
 from edge_slm_converters.convert import chosen_variants
 from edge_slm_runtime import errors, read_manifest
 from edge_slm_runtime.errors import CheckpointError
@@ -77,7 +78,7 @@ def test_bundles_are_completed(words: tuple[str, ...]) -> None:
 
 
 def test_tasks_and_commands_are_completed(tiny_bundle: Path) -> None:
-    tasks = list(read_manifest(edge_slm.shipped_bundle()).prompt.grammar.tasks)
+    tasks = list(read_manifest(default_bundle()).prompt.grammar.tasks)
     assert completions("generate", "--task", "") == tasks
     bundle = ("--bundle", str(tiny_bundle))
     assert completions("batch", *bundle, "--task", "t") == ["title"]

@@ -13,7 +13,9 @@ from zipfile import ZipFile
 import pytest
 from click.testing import CliRunner, Result
 
+import edge_slm
 from edge_slm.cli import main
+from edge_slm.cli.options import default_bundle
 from edge_slm_runtime import read_manifest, verify
 
 REPOSITORY = Path(__file__).parents[2]
@@ -224,6 +226,19 @@ def test_packaging_overwrites_nothing(tiny_bundle: Path, packaged: Path) -> None
     done = package(tiny_bundle, packaged, "--license", "Apache-2.0")
     assert (done.exit_code, "exists already" in done.stderr) == (9, True)
     assert (packaged / "pyproject.toml").read_bytes() == before
+
+
+def test_the_one_installed_model_is_the_default(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Path] = {}
+    monkeypatch.setattr(edge_slm, "installed_models", lambda: found)
+    assert default_bundle() == edge_slm.shipped_bundle()
+    found["broken"] = tiny_bundle / "tokenizer.json"
+    found["one"] = tiny_bundle
+    assert default_bundle() == tiny_bundle
+    found["two"] = tiny_bundle
+    assert default_bundle() == edge_slm.shipped_bundle()
 
 
 @pytest.mark.slow
