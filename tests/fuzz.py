@@ -17,8 +17,10 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
+from damage import asked_files
 from rich.console import Console
 from rich.table import Table
 
@@ -45,15 +47,20 @@ def run_round(seed: int, seconds: float | None, counts: Path, arguments: list[st
     return done.returncode
 
 
-def table_of(counts: Path) -> Table:
-    """The files by kind, of all rounds."""
+def read_counts(path: Path) -> dict[str, Counter[str]]:
+    """What became of the files, by kind, in all rounds."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        found[row.pop("kind")].update(row)
+    return found
+
+
+def table_of(found: Mapping[str, Counter[str]]) -> Table:
+    """Of `read_counts`."""
     table = Table("damaged", "files", *COLUMNS)
     for column in table.columns[1:]:
         column.justify = "right"
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    for line in counts.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        found[row.pop("kind")].update(row)
     for kind, numbers in sorted(found.items()):
         table.add_row(
             kind, *(f"{n:,}" for n in (numbers.total(), *(numbers[name] for name in COLUMNS)))
@@ -77,10 +84,14 @@ def main(arguments: list[str]) -> int:
             rounds += status == 0
             if status != 0 or given or once:
                 break
-        Console().print(table_of(counts))
+        found = read_counts(counts)
+    Console().print(table_of(found))
     if status:
         print(f"to repeat: make fuzz FUZZ_SEED={seed}; files: {KEPT}/", file=sys.stderr)
         return status
+    if unknown := asked_files(os.environ.get("FUZZ_FILES", "")).keys() - {"", *found}:
+        print(f"no test damages {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     print(f"{rounds} rounds of random examples without a failure", file=sys.stderr)
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from damage import fuzz, tried
-from fuzz import table_of
+from fuzz import read_counts, table_of
 from isolation import Crash, Hang
 from rich.console import Console
 
@@ -40,7 +40,7 @@ def test_every_failure_is_counted_and_its_file_kept(
     assert row == {"kind": "some", "read": 6, "refused": 3, **failures}
     counts.write_text(2 * counts.read_text())  # two rounds
     with (console := Console(width=100)).capture() as capture:
-        console.print(table_of(counts))
+        console.print(table_of(read_counts(counts)))
     line = next(line for line in capture.get().splitlines() if "some" in line)
     assert line.replace("│", " ").split() == ["some", "24", "12", "6", "2", "2", "2"]
 
