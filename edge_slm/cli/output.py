@@ -139,10 +139,12 @@ class ResumableOutput:
         return self._part if self._part.exists() and _is_empty(self._part) else None
 
     def _discard(self) -> None:
-        if self._just_made():
-            self._part.unlink()
-            self._sums.unlink(missing_ok=True)
-        self.close()
+        try:
+            if self._just_made():
+                self._part.unlink()
+                self._sums.unlink(missing_ok=True)  # it may be a folder
+        finally:
+            self.close()
 
 
 def complete_output(output: Path) -> str:

@@ -48,7 +48,7 @@ _NEWER = {
     "teacher": ["keep"],
     "reward": ["gated"],
     "hindsight": "cut_share fragment_share swaps bare_share bands".split(),
-    "model": "architecture kv_heads inner trim".split(),
+    "model": "architecture kv_heads inner trim keep_layers".split(),
     "train": ["evaluate_rows"],
     "stages": ["rounded"],
     "explore": "engine keep own_share rounded".split(),

@@ -65,10 +65,7 @@ class LengthKeeper:
 
     def breaks_off(self, text: str, piece: str) -> bool:
         """Whether `piece` ends the sentence behind a word that must go on ("with a side of.")."""
-        if not piece.startswith(_SENTENCE_ENDS):
-            return False
-        last = text.rsplit(maxsplit=1)[-1:]
-        return last != [] and last[0].lower() in NEVER_LAST
+        return piece.startswith(_SENTENCE_ENDS) and _last_word(text) in NEVER_LAST
 
     def is_full(self, text: str) -> bool:
         """True when the next word would be, or already is, one too many."""
@@ -121,10 +118,16 @@ class LengthKeeper:
 
 
 def ending(text: str) -> int:
-    """3 after a sentence, 2 after a clause, 1 anywhere else, 0 after a dangling word."""
+    """3 after a sentence, 2 after a clause, 1 anywhere else (and of nothing), 0 after a dangling
+    word."""
     bare = text.rstrip(_CLOSERS)
     if bare.endswith(_SENTENCE_ENDS):
         return SENTENCE
     if bare.endswith(_CLAUSE_ENDS):
         return CLAUSE
-    return 0 if text.rsplit(maxsplit=1)[-1].lower() in UNFINISHED_ANSWER else 1
+    return 0 if _last_word(text) in UNFINISHED_ANSWER else 1
+
+
+def _last_word(text: str) -> str:
+    """In lower case; empty of a text without words."""
+    return "".join(text.rsplit(maxsplit=1)[-1:]).lower()

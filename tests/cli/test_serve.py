@@ -26,6 +26,7 @@ from .test_commands import EDGE_SLM, error_of, run
 KEY = "a-key"
 NAME = "edge-slm-reference"
 ASKED: dict[str, Any] = {"task": "image", "words": 12}
+SHIPPED = str(edge_slm.shipped_bundle())
 LONG = {"request": "a red fox", "task": "image", "words": 150, "no_repeat_ngram_size": 0}
 
 
@@ -34,7 +35,7 @@ class Server:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [*EDGE_SLM, "serve", "--port", "0", "--threads", "1", *arguments],
+            [*EDGE_SLM, "serve", SHIPPED, "--port", "0", "--threads", "1", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

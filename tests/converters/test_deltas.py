@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from damage import bytes_damaged, fuzz, json_bytes, json_damaged
+from damage import bytes_damaged, fuzz, json_bytes, json_damaged, tried
 from safetensors.numpy import load_file, save_file
 
 from edge_slm.cli import main
@@ -285,8 +284,8 @@ def test_command_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "deltas/my-lora.safetensors" not in provenance["plain"]["checkpoint"]
 
 
-@fuzz(300)
-def test_any_file(delta: Delta, tmp_path: Path, seed: bytes) -> None:
+@fuzz("adapter", 300)
+def test_any_file(delta: Delta, tmp_path: Path, seed: str) -> str:
     choice, content, file = random.Random(seed), delta.to_bytes(), tmp_path / "x.safetensors"
     if choice.random() < 0.3:
         content = bytes_damaged(choice, content)
@@ -294,8 +293,11 @@ def test_any_file(delta: Delta, tmp_path: Path, seed: bytes) -> None:
         end = 8 + int.from_bytes(content[:8], "little")
         header = json_bytes(choice, json_damaged(choice, json.loads(content[8:end])))
         content = len(header).to_bytes(8, "little") + header + content[end:]
-    file.write_bytes(content)
-    with suppress(AdapterInvalid):
+    file.write_bytes(tried(file.name, content))
+    try:
         found = Delta.read(file)
-        assert found.rank > 0
-        assert Delta._parsed(found.to_bytes()).digest == found.digest
+    except AdapterInvalid as error:
+        return str(error)
+    assert found.rank > 0
+    assert Delta._parsed(found.to_bytes()).digest == found.digest
+    return ""

@@ -175,7 +175,7 @@ def test_several_callers_at_once(engine: NumbaEngine, tiny_bundle: Path) -> None
 def test_buffers_never_shrink(engine: NumbaEngine, sizes: tuple[int, int]) -> None:
     """Two callers that both find them too small, while a third computes."""
     with engine.team.idle():
-        callers = [threading.Thread(target=engine._make_room, args=(size,)) for size in sizes]
+        callers = [threading.Thread(target=engine._make_room, args=(size, 0)) for size in sizes]
         for caller in callers:
             caller.start()
             sleep(0.1)

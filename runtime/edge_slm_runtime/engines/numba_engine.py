@@ -87,7 +87,11 @@ class NumbaEngine(SteppingEngine):
         return self._pass(cache, [width] * cache.shape[1], kept, adapters)
 
     def _pass(
-        self, cache: Array, widths: Sequence[int], kept: int, adapters: Sequence[Adapter | None]
+        self,
+        cache: Array,
+        widths: Sequence[int],
+        kept: int,
+        adapters: Sequence[Adapter | None] = (),
     ) -> _Pass:
         self.native.get()
         changes: list[LowRank | None] = [one.memory if one else None for one in adapters]
