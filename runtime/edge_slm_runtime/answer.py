@@ -14,7 +14,7 @@ from edge_slm_runtime.bans import bans_of, is_word
 from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.command import count_words
 from edge_slm_runtime.keeps import Keeps
-from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending
+from edge_slm_runtime.length import CLAUSE, SENTENCE, LengthKeeper, ending, ends_sentence
 from edge_slm_runtime.lexicon import KnownWords
 from edge_slm_runtime.plan import FinishReason, Plan
 from edge_slm_runtime.prompt_syntax import Placer
@@ -94,7 +94,8 @@ class Answer:
         self._due: list[int] = []  # tokens of phrases to keep, which come next
         self._word_stays = False  # the next token must not make the last word another one
         self._is_last = False  # the next token ends the answer
-        self._held_back = False  # the model would end the answer here, which is too short
+        # The model would end the answer at this full stop, and it is too short.
+        self._held_back = False
         self._from: Logits = np.empty(0, np.float32)  # what the last token was chosen from
         self._shown = 0
         self._logits: Logits | None = None
@@ -146,8 +147,10 @@ class Answer:
             if self.may_end():
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
-                self._held_back = bool(logits[[*self.ends]].max() == logits.max())
-                logits[[*self.ends]] = -np.inf
+                ends = [*self.ends]
+                stops = ends_sentence(self.text)
+                self._held_back = stops and bool(logits[ends].max() == logits.max())
+                logits[ends] = -np.inf
         if self._choices:
             token = self._chosen(logits, self._choices)
         elif self._bans or self._keeps or self.plan.known:
@@ -306,21 +309,14 @@ class Answer:
         """Whether a token repeats what came before, ends a sentence that must go on, or goes on
         without a space behind the full stop at which the model would end: it has seen no text
         go on there."""
-        if self._says_again(token):
-            return True
-        if token in self.ends or not self._keeper or not self.text:
-            return False
-        piece = self._detokenizer.peek(token)
-        if self._held_back and ending(self.text) == SENTENCE:
-            return piece[:1].isalpha()
-        return self._keeper.breaks_off(self.text, piece)
-
-    def _says_again(self, token: int) -> bool:
-        if self._repeats is None:
-            return False
         if token in self.ends:
-            return self._repeats.refuses_end(self.text)
-        return self._repeats.refuses(self.text, self._detokenizer.peek(token))
+            return self._repeats is not None and self._repeats.refuses_end(self.text)
+        piece = self._detokenizer.peek(token)
+        if self._repeats and self._repeats.refuses(self.text, piece):
+            return True
+        if self._held_back:
+            return piece[:1].isalpha()
+        return self._keeper is not None and self._keeper.breaks_off(self.text, piece)
 
     def _closes(self, token: int) -> int | None:
         """Where a banned phrase ends that is certain with this token."""

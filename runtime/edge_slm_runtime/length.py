@@ -120,12 +120,16 @@ class LengthKeeper:
 def ending(text: str) -> int:
     """3 after a sentence, 2 after a clause, 1 anywhere else (and of nothing), 0 after a dangling
     word."""
-    bare = text.rstrip(_CLOSERS)
-    if bare.endswith(_SENTENCE_ENDS):
+    if ends_sentence(text):
         return SENTENCE
+    bare = text.rstrip(_CLOSERS)
     if bare.endswith(_CLAUSE_ENDS):
         return CLAUSE
     return 0 if _last_word(text) in UNFINISHED_ANSWER else 1
+
+
+def ends_sentence(text: str) -> bool:
+    return text.rstrip(_CLOSERS).endswith(_SENTENCE_ENDS)
 
 
 def _last_word(text: str) -> str:
