@@ -8,9 +8,11 @@ state:
     stage-1.pt …         weights after each stage of the recipe
     round-1.jsonl …      episodes of each exploration round, with their rewards
     round-1.pt …         weights after each round
+    base/                the result before its adapters, where the recipe has some
+    adapter-*.pt         weights of each adapter
     state.pt, best.pt    state of the current stage; its weights of the lowest held-out loss
     metrics-*.jsonl, tensorboard/
-    checkpoint/          the result, in the Hugging Face layout
+    checkpoint/          the result, in the Hugging Face layout; its adapters in deltas/
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from edge_slm.distill.teachers import make_teacher, teach
 from edge_slm.progress import StageProgress, silent
 from edge_slm_converters.sums import check_sums
 from edge_slm_runtime.errors import CheckpointError, DataError, DependencyMissing, TargetExists
-from edge_slm_runtime.files import locked_folder
+from edge_slm_runtime.files import locked_folder, write_aside
 
 if TYPE_CHECKING:
     from edge_slm.distill.packing import Encoded
@@ -243,9 +245,43 @@ class _Training:
             if not self.trained(name, stage, kl=e.kl, entropy=e.entropy, achieved=achieved):
                 return self.out / "state.pt"
         self.accelerator.wait_for_everyone()
-        checkpoint = self.save(self.out / "checkpoint")
+        checkpoint = self.out / "checkpoint"
+        if not self.recipe.adapters.tokens:
+            self.save(checkpoint)
+        elif not self.adapted(self.out / "base", checkpoint):
+            return self.out / "state.pt"
         (self.out / "state.pt").unlink(missing_ok=True)
         return checkpoint
+
+    def adapted(self, base: Path, checkpoint: Path) -> bool:
+        """Trains an adapter of each task on the frozen weights of the checkpoint that it writes to
+        `base` first, which becomes `checkpoint` with all of them. False: stopped before."""
+        from edge_slm.distill.adapters import Adapted
+        from edge_slm.distill.objective import Learner
+
+        a = self.recipe.adapters
+        if not base.exists():
+            self.save(base)
+        self.accelerator.wait_for_everyone()
+        for number, task in enumerate(self.recipe.data.tasks):
+            model = Adapted(base, a, self.recipe.seed + number)
+            if self.recipe.train.gradient_checkpointing:
+                model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.learner = Learner(
+                model.lm,
+                distillation=self.recipe.distillation,
+                compile=self.recipe.train.compile,
+            )
+            stage = StageRecipe(tokens=a.tokens, learning_rate=a.learning_rate, tasks=(task,))
+            if not self.trained(f"adapter-{task}", stage):
+                return False
+            if self.accelerator.is_main_process:
+                delta = model.delta(task)
+                with write_aside(base / delta.path) as aside:
+                    aside.write_bytes(delta.to_bytes())
+        if self.accelerator.is_main_process:
+            base.rename(checkpoint)
+        return True
 
     def trained(
         self, name: str, stage: StageRecipe, achieved: Mapping[str, Any] | None = None, **extra: Any

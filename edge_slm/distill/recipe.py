@@ -53,6 +53,7 @@ _NEWER = {
     "stages": ["rounded"],
     "explore": "engine keep own_share rounded".split(),
     "distillation": "weight top_k temperature".split(),
+    "adapters": "tokens rank scale targets learning_rate".split(),
 }
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it becomes part of a token
 
@@ -241,6 +242,16 @@ class ExploreRecipe(_Section):
     entropy: float = Field(default=0.0, ge=0)  # weight of the entropy bonus
 
 
+class AdaptersRecipe(_Section):
+    """Adapters of single tasks, trained in the end on the frozen model (`distill.adapters`)."""
+
+    tokens: int = Field(default=0, ge=0)  # per task, padding included; 0: there are none
+    rank: int = Field(default=16, ge=1)
+    scale: float = Field(default=2.0, gt=0)  # of what is added: alpha ÷ rank of other programs
+    targets: tuple[Literal["qkv", "out", "up", "down"], ...] = ("qkv", "out", "up", "down")
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
 class Recipe(_Section):
     """A whole recipe."""
 
@@ -255,6 +266,7 @@ class Recipe(_Section):
     distillation: DistillationRecipe = DistillationRecipe()
     stages: tuple[StageRecipe, ...] = Field(min_length=1)
     explore: ExploreRecipe = ExploreRecipe()
+    adapters: AdaptersRecipe = AdaptersRecipe()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -283,8 +295,14 @@ class Recipe(_Section):
             raise ValueError("train.micro_tokens must be at least model.positions")
         budgets = [stage.tokens for stage in self.stages]
         budgets += [self.explore.tokens] if self.explore.rounds else []
+        budgets += [self.adapters.tokens] if self.adapters.tokens else []
         if min(budgets) < self.train.batch_tokens:
-            raise ValueError("tokens of every stage and round must be at least train.batch_tokens")
+            raise ValueError(
+                "tokens of every stage and round, and of adapters, must be at least "
+                "train.batch_tokens"
+            )
+        if not self.adapters.targets:
+            raise ValueError("adapters.targets must name a matrix")
         reward = self.reward
         if (
             not reward.relevance
@@ -336,6 +354,7 @@ class Recipe(_Section):
                 "distillation": DistillationRecipe(),
                 "stages": (*first, last),
                 "explore": ExploreRecipe(),
+                "adapters": AdaptersRecipe(),
             }
         )
 
