@@ -77,6 +77,7 @@ def test_evaluate_prints_its_tables_and_writes_a_page(foxes: Path, tmp_path: Pat
 def test_evaluate_beside_other_answers_and_bundles(foxes: Path) -> None:
     shipped = str(edge_slm.shipped_bundle())
     arguments = ["evaluate", "--data", str(foxes), "--task", "image", "--requests", "2", "--json"]
+    arguments += ["--bundle", shipped]
     arguments += ["--answers", f"big={foxes}", "--baseline", f"plain={shipped}", "--best-of", "0"]
     with ChatServer() as server:
         result = CliRunner().invoke(main, [*arguments, "--answers", f"chatty={server.url}"])

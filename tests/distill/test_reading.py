@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import edge_slm
 from edge_slm.cli import main
 from edge_slm.distill.evaluate import read_grades, write_sheet
 from edge_slm.distill.samples import Sample
@@ -110,6 +111,7 @@ def test_a_sheet_of_a_bundle(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     page = tmp_path / "sheet.html"
     arguments = ["evaluate", "--data", str(data), "--read", "6", "--html", str(page)]
+    arguments += ["--bundle", str(edge_slm.shipped_bundle())]
     result = CliRunner().invoke(main, [*arguments, "--answers", f"file={data}", "--json"])
     assert result.exit_code == 0, result.stderr
     assert len(json.loads(result.stdout)["answers"]) == 6  # of three systems
