@@ -30,6 +30,7 @@ _SHRINKS = 4  # NFC makes a text shorter by less than this factor
 # Bytes of texts in UTF-8. Some models lack control characters and what begins characters of
 # unassigned planes; a request that has them is refused.
 _NEEDED = {*b"\t\n", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}
+_LONGEST_ADDED = 512  # characters
 # What tokenizers are apt to change: spaces, punctuation, digits, case, marks, line ends.
 _PROBES = (
     "".join(map(chr, range(32, 127))),
@@ -203,10 +204,10 @@ class TextCodec:
 def open_tokenizer(source: Path | bytes) -> Tokenizer:
     """A tokenizer that encodes text as it is. Raises ManifestInvalid."""
     with _panics("cannot be read"):
-        if isinstance(source, bytes):
-            tokenizer = Tokenizer.from_buffer(source)
-        else:
-            tokenizer = Tokenizer.from_file(str(source))
+        content = source if isinstance(source, bytes) else source.read_bytes()
+    _refuse_long(content)
+    with _panics("cannot be read"):
+        tokenizer = Tokenizer.from_buffer(content)
     if not isinstance(tokenizer.normalizer, NFC | None):  # NFC is the same text
         raise ManifestInvalid(f"{_NAME} has a normalizer; it would change requests")
     if getattr(tokenizer.model, "dropout", None):
@@ -217,6 +218,19 @@ def open_tokenizer(source: Path | bytes) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _refuse_long(content: bytes) -> None:
+    """Raises ManifestInvalid for an added token of a size for which the library computes for
+    minutes. What it cannot read itself, it says."""
+    try:
+        longest = max(len(token["content"]) for token in json.loads(content)["added_tokens"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return
+    if longest > _LONGEST_ADDED:
+        raise ManifestInvalid(
+            f"{_NAME} has an added token of {longest} characters (allowed: {_LONGEST_ADDED})"
+        )
 
 
 @contextmanager

@@ -109,6 +109,8 @@ def test_a_tokenizer_that_would_change_requests_is_refused(tampered: Tampered) -
     assert composed.decode(composed.encode("cafe\u0301")) == "caf\u00e9"
     with pytest.raises(ManifestInvalid, match="must be special"):
         tampered(lambda d: d["added_tokens"][0].update(special=False))
+    with pytest.raises(ManifestInvalid, match="added token of 100000 characters"):  # for minutes
+        tampered(lambda d: d["added_tokens"][1].update(content="a" * 100_000))
     with pytest.raises(ManifestInvalid, match="at random"):
         tampered(lambda d: d["model"].update(dropout=0.5))
     with pytest.raises(ManifestInvalid, match="cannot be read"):  # tokenizers panics
