@@ -67,7 +67,8 @@ def _report(sender: Connection, function: Callable[..., Any], arguments: tuple[A
     from edge_slm_runtime.errors import EdgeSlmError
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (_LONGEST, _LONGEST))
+    # At the first limit comes SIGXCPU, which `outcome` calls a hang; at the second SIGKILL.
+    resource.setrlimit(resource.RLIMIT_CPU, (_LONGEST, _LONGEST + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         function(*arguments)

@@ -35,7 +35,7 @@ def default_bundle() -> Path:
     which is small and has few good answers."""
     able = []
     for path in edge_slm.installed_models().values():
-        with suppress(EdgeSlmError):  # who asks for it by its name is told
+        with suppress(EdgeSlmError):  # loading it by its name says what is wrong with it
             able += [path] if read_manifest(path).prompt.schema else []
     return able[0] if len(able) == 1 else edge_slm.shipped_bundle()
 

@@ -144,12 +144,13 @@ class Answer:
         for part in self._never:
             part.fill(-np.inf)
         if self._keeper:
+            self._held_back = False
             if self.may_end():
                 self._keeper.note(self.text, log_probability(logits, self.ends))
             else:
                 ends = [*self.ends]
-                stops = ends_sentence(self.text)
-                self._held_back = stops and bool(logits[ends].max() == logits.max())
+                if ends_sentence(self.text):
+                    self._held_back = bool(logits[ends].max() == logits.max())
                 logits[ends] = -np.inf
         if self._choices:
             token = self._chosen(logits, self._choices)

@@ -64,7 +64,7 @@ class LengthKeeper:
         return self.is_prose(text) and ending(text) == 1 and not open_quote
 
     def breaks_off(self, text: str, piece: str) -> bool:
-        """Whether `piece` ends the sentence behind a word that must go on ("with a side of.")."""
+        """Whether `piece` would end a sentence right after a word such as "of" or "the"."""
         return piece.startswith(_SENTENCE_ENDS) and _last_word(text) in NEVER_LAST
 
     def is_full(self, text: str) -> bool:

@@ -210,6 +210,22 @@ def test_an_end_that_is_held_back_is_not_glued_to_the_next_word(codec: TextCodec
         assert answer.choose(logits) == wanted
 
 
+def test_words_are_whole_again_behind_an_end_that_was_held_back(codec: TextCodec) -> None:
+    """Also where the next word reaches the least length, from which the answer may end."""
+    letter, (first, *rest) = codec.encode("x")[0], codec.encode(" y")
+    answer = Answer(plan(4), codec, 0.0)  # 2 … 6 words
+    for i in codec.encode("a."):
+        answer.accept(i)
+    logits = np.zeros(codec.size, np.float32)
+    logits[codec.ends[0]], logits[letter], logits[first] = 5, 4, 3
+    assert answer.choose(logits) == first
+    for i in (first, *rest):
+        answer.accept(i)
+    logits = np.zeros(codec.size, np.float32)
+    logits[letter] = 5
+    assert answer.choose(logits) == letter
+
+
 @pytest.mark.parametrize(
     ("text", "lacks"),
     [
