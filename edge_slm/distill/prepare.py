@@ -72,7 +72,7 @@ def prepare(
         "reward": reward.name,
         "mean_reward_by_task": _means(samples, scores[: len(samples)]),
     }
-    words = lexicon_of(pairs + lone)
+    words = lexicon_of(pairs + lone, recipe.model.init)
     return Prepared(recipe, pairs, held, scores[len(samples) :], buffer, words, facts)
 
 

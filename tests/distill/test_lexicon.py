@@ -12,6 +12,7 @@ from edge_slm.distill.prepare import prepare
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.rewards import Keywords
 from edge_slm.distill.samples import Sample
+from edge_slm_runtime.errors import DataError
 from edge_slm_runtime.lexicon import read_lexicon
 
 SAMPLES = [
@@ -26,6 +27,17 @@ def test_words_of_several_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lexicon_of(SAMPLES) == b""  # so few are no vocabulary
     monkeypatch.setattr(lexicon, "_LEAST", 5)
     assert lexicon_of(SAMPLES).decode().split() == ["café", "fox", "red", "s", "snowing"]
+
+
+def test_words_of_a_checkpoint_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lexicon, "_LEAST", 5)
+    assert lexicon_of(SAMPLES, str(tmp_path)) == lexicon_of(SAMPLES)  # it has none
+    (tmp_path / "words.txt").write_bytes(b"fox\nvixen\n")
+    words = lexicon_of(SAMPLES, str(tmp_path)).decode().split()
+    assert words == ["café", "fox", "red", "s", "snowing", "vixen"]
+    (tmp_path / "words.txt").write_bytes(b"Vixen")
+    with pytest.raises(DataError, match=r"words\.txt"):
+        lexicon_of(SAMPLES, str(tmp_path))
 
 
 def test_training_texts_are_its_source(
