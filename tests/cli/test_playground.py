@@ -72,7 +72,8 @@ def test_it_asks_for_a_key_and_writes(page: Page) -> None:
     for _ in range(8):
         page.press("ArrowRight")
     assert page.value("$('words-shown').textContent").startswith("10 (3")
-    page.value("$('n').value = 3; $('seed').value = 7")
+    assert page.value("$('best-of').value") == "8"
+    page.value("$('n').value = 3; $('best-of').value = 1; $('seed').value = 7")
     page.press("Enter", ctrl=True)
     texts = written(page)
     assert len(set(texts)) == 3
@@ -81,6 +82,15 @@ def test_it_asks_for_a_key_and_writes(page: Page) -> None:
         assert fact.startswith(f"{len(text.split())} of 10 words, ")
         assert re.search(r"\d\.\d ms/token", fact)
         assert f"seed {seed}temperature 0 has one answer" in fact
+
+
+@needs_chromium
+def test_it_shows_the_best_of_several(page: Page) -> None:
+    page.value("$('request').value = 'a red fox in the snow'; $('n').value = 2; $('seed').value = 7")
+    page.value("$('best-of').value = 6; $('words').value = 20; $('form').requestSubmit()")
+    assert page.value("$('go').textContent") == "Writing…"
+    assert len(set(written(page))) == 2
+    assert page.value("$('go').textContent") == "Write"
 
 
 @needs_chromium
@@ -94,7 +104,7 @@ def test_the_slider_has_the_lengths_of_the_task(page: Page) -> None:
 @needs_chromium
 def test_stop_ends_the_work(server: Server, page: Page) -> None:
     before = server.metric('edge_slm_answers_total{finish_reason="cancelled"}')
-    page.value("$('request').value = 'a fox'; $('n').value = 8; $('words').value = 150")
+    page.value("$('request').value = 'a fox'; $('n').value = 8; $('best-of').value = 1; $('words').value = 150")
     page.value("$('form').requestSubmit()")
     page.wait_for("document.querySelectorAll('article').length === 8")
     page.press("Escape")
