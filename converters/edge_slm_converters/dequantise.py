@@ -8,13 +8,13 @@ quantised. It can be trained further, teach another model, or become other varia
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edge_slm_converters.arrays import Array, Float32
-from edge_slm_converters.blocks import BYTE_ZERO
+from edge_slm_converters.blocks import BYTE_ZERO, Blocks
 from edge_slm_converters.hugging_face import write_weights
 from edge_slm_converters.onnx_writer import MODEL_FILE, import_onnx
 from edge_slm_converters.sums import write_sums
@@ -26,6 +26,15 @@ from edge_slm_runtime.files import write_folder_aside, write_json
 from edge_slm_runtime.panels import stored_name
 
 _MOST_BITS_FIRST = ("fp32", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The canonical tensors, biases that a model does not have as zeros, and by canonical name
+    the blocks of those matrices [K,N] that are stored in blocks."""
+
+    tensors: Mapping[str, Float32]
+    blocks: Mapping[str, Blocks]
 
 
 def write_checkpoint_of(bundle: Path, target: Path) -> Variant:
@@ -45,7 +54,7 @@ def write_checkpoint_of(bundle: Path, target: Path) -> Variant:
         raise CheckpointError(
             f"{bundle} obeys no commands", "start from the model's own checkpoint"
         )
-    tensors = _tensors(bundle / variant.path / MODEL_FILE, manifest)
+    tensors = stored(bundle, manifest, variant).tensors
     with write_folder_aside(target) as folder:
         write_weights(folder, manifest.model, tensors, np.float16)
         (folder / TOKENIZER).write_bytes((bundle / TOKENIZER).read_bytes())
@@ -59,49 +68,41 @@ def write_checkpoint_of(bundle: Path, target: Path) -> Variant:
     return variant
 
 
-def _tensors(model: Path, manifest: Manifest) -> dict[str, Float32]:
-    """The canonical tensors; biases that a model does not have are zeros."""
+def stored(bundle: Path, manifest: Manifest, variant: Variant) -> Stored:
+    """What is in an ONNX variant. Raises DependencyMissing."""
     onnx = import_onnx()
-    initializers = onnx.load(str(model)).graph.initializer
+    initializers = onnx.load(str(bundle / variant.path / MODEL_FILE)).graph.initializer
     constants = {one.name: onnx.numpy_helper.to_array(one) for one in initializers}
-    tensors = {}
+    tensors: dict[str, Float32] = {}
+    blocks: dict[str, Blocks] = {}
     for name, shape in manifest.model.shapes().items():
-        if name in ("embedding", "head.weight"):
-            values = _rows(constants, stored_name(name.removesuffix(".weight")))
-        elif len(shape) == 2 and name != "positions":
-            values = _matrix(constants, stored_name(name.removesuffix(".weight")))
+        matrix = name.removesuffix(".weight")
+        is_table = name in ("embedding", "head.weight")
+        if not is_table and (len(shape) != 2 or name == "positions"):
+            given = "wpe.weight" if name == "positions" else stored_name(name)
+            values = constants.get(given, np.zeros(shape, np.float32))
+        elif f"{stored_name(matrix)}.scale" not in constants:
+            values = constants[f"{stored_name(matrix)}.weight"]
         else:
-            stored = "wpe.weight" if name == "positions" else stored_name(name)
-            values = constants.get(stored, np.zeros(shape, np.float32))
+            inputs = shape[1] if is_table else shape[0]
+            blocks[matrix] = _blocks(constants, stored_name(matrix), inputs)
+            values = blocks[matrix].matrix()
+            values = values.T if is_table else values
         tensors[name] = np.asarray(values[: shape[0]], np.float32).reshape(shape)
-    return tensors
+    return Stored(tensors, blocks)
 
 
-def _rows(constants: Mapping[str, Array], name: str) -> Array:
-    """A table [rows, width]."""
-    weight, scale = constants[f"{name}.weight"], constants.get(f"{name}.scale")
-    if scale is None:
-        return weight
-    return _values(weight.reshape(*scale.shape, -1), scale, BYTE_ZERO)
-
-
-def _matrix(constants: Mapping[str, Array], name: str) -> Array:
-    """A matrix [inputs, outputs], perhaps with inputs that fill its last block."""
-    weight, scale = constants[f"{name}.weight"], constants.get(f"{name}.scale")
-    if scale is None:
-        return weight
-    zero: Any = BYTE_ZERO
+def _blocks(constants: Mapping[str, Array], name: str, inputs: int) -> Blocks:
+    """The inverse of `Blocks.packed`, of which a table [rows, width] may be a flat form."""
+    scale = constants[f"{name}.scale"]
+    levels, bits = constants[f"{name}.weight"].reshape(*scale.shape, -1), 8
+    zero: Array = np.full_like(scale, BYTE_ZERO)
     if f"{name}.zero" in constants:
-        weight = _apart(weight)
-        zero = _apart(constants[f"{name}.zero"])[:, : scale.shape[1], None].astype(np.float32)
-    values: Array = _values(weight, scale, zero).T
-    return values
-
-
-def _values(levels: Array, scale: Array, zero: Any) -> Array:
-    """[outputs, inputs] of levels [outputs, blocks, size]: the inverse of `Blocks.packed`."""
-    values: Array = (levels.astype(np.float32) - zero) * scale[..., None]
-    return values.reshape(len(levels), -1)
+        levels, bits = _apart(levels), 4
+        zero = _apart(constants[f"{name}.zero"])[:, : scale.shape[1]].astype(np.float32)
+    steps = levels.astype(np.float32) - zero[..., None]
+    steps = steps.reshape(len(scale), -1)[:, :inputs].T
+    return Blocks(bits, levels.shape[-1], steps, scale.T, zero.T)
 
 
 def _apart(pairs: Array) -> Array:

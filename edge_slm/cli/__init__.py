@@ -19,6 +19,7 @@ from edge_slm.cli.generate import generate
 from edge_slm.cli.info import info
 from edge_slm.cli.package import package
 from edge_slm.cli.profile import profile
+from edge_slm.cli.repack import repack
 from edge_slm.cli.serve import serve
 from edge_slm.cli.store import install, pack, prune, rollback, sign, trust
 from edge_slm.cli.verify import verify
@@ -30,7 +31,7 @@ __all__ = ["main"]
     cls=console.Commands,
     epilog=f"{console.EXAMPLES}\n\n{console.EXIT_CODES}",
     commands=[
-        *(demo, distill, convert, adapter, dequantise, package, verify, info),
+        *(demo, distill, convert, adapter, dequantise, repack, package, verify, info),
         *(install, rollback, prune, pack, sign, trust),
         *(generate, batch, serve, profile, bench, evaluate, completion),
     ],

@@ -86,7 +86,9 @@ def test_it_asks_for_a_key_and_writes(page: Page) -> None:
 
 @needs_chromium
 def test_it_shows_the_best_of_several(page: Page) -> None:
-    page.value("$('request').value = 'a red fox in the snow'; $('n').value = 2; $('seed').value = 7")
+    page.value(
+        "$('request').value = 'a red fox in the snow'; $('n').value = 2; $('seed').value = 7"
+    )
     page.value("$('best-of').value = 6; $('words').value = 20; $('form').requestSubmit()")
     assert page.value("$('go').textContent") == "Writing…"
     assert len(set(written(page))) == 2
@@ -104,7 +106,8 @@ def test_the_slider_has_the_lengths_of_the_task(page: Page) -> None:
 @needs_chromium
 def test_stop_ends_the_work(server: Server, page: Page) -> None:
     before = server.metric('edge_slm_answers_total{finish_reason="cancelled"}')
-    page.value("$('request').value = 'a fox'; $('n').value = 8; $('best-of').value = 1; $('words').value = 150")
+    page.value("$('request').value = 'a fox'; $('words').value = 150")
+    page.value("$('n').value = 8; $('best-of').value = 1")
     page.value("$('form').requestSubmit()")
     page.wait_for("document.querySelectorAll('article').length === 8")
     page.press("Escape")
