@@ -102,6 +102,11 @@ def generate(
         f"{stats.engine} {stats.precision}, {stats.threads} threads: load {stats.load_ms:.0f} ms, "
         f"{speed}peak {stats.peak_rss_mb:.0f} MB"
     )
+    if bundle == edge_slm.shipped_bundle():
+        note(
+            "this is the small model for tests and benchmarks; prompts to use come from "
+            "prompts-115m: pip install ./models/prompts-115m"
+        )
 
 
 def _shown(text: str) -> str:
