@@ -20,7 +20,7 @@ def repack(*, bundle: Path, out: Path) -> None:
     """Write the bundle folder OUT: BUNDLE, and beside each of its ONNX variants of 8 or 4 bits
     the same weights as the numba engine reads them.
 
-    For models that come with ONNX alone, which are two times faster with numba (pip install
+    For models that come with ONNX alone, which numba runs about twice as fast (pip install
     'edge-slm[numba,convert]'). Nothing is quantised again; it takes seconds.
     """
     from edge_slm_converters.repack import repack as run
