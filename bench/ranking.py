@@ -4,13 +4,15 @@
 prompts-115m (0.2.0, int4) computes them for the best of eight, each graded by a reader (a language
 model that was told the request and nothing else): usable as it is, or not. Prints the share of
 usable answers, that of those with the highest score, and that of requests with a usable answer
-among the eight, which no way of choosing can exceed. 95% intervals, bootstrap over requests.
+among the eight, which no way of choosing can exceed, for tasks of ten requests and all. 95%
+intervals, bootstrap over requests. Most requests are from the public lists that
+recipes/written/NOTICE names, under their licences.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 from edge_slm_bench.metrics.quality import bootstrap_mean
 from edge_slm_runtime.ranking import score
 
+FEWEST = 10  # requests of a task that has a row
 GRADED = Path(__file__).with_name("graded.jsonl")
 Row = dict[str, Any]
 
@@ -45,8 +48,8 @@ def main() -> None:
     for row in map(json.loads, GRADED.read_text("utf-8").splitlines()):
         requests[row["task"], row["request"]].append(row)
     print(f"{'':10}{'requests':>9}{'an answer':>22}{'the chosen one':>22}{'any of eight':>22}")
-    tasks = dict.fromkeys(task for task, _ in requests)
-    for name in (*tasks, "all"):
+    tasks = Counter(task for task, _ in requests)
+    for name in (*(task for task, count in tasks.items() if count >= FEWEST), "all"):
         rows = [shares(one) for (task, _), one in requests.items() if name in (task, "all")]
         cells = []
         for column in np.array(rows).T:

@@ -73,6 +73,11 @@ def test_no_command_is_answered_with_the_help() -> None:
     assert "error" not in result.stderr
 
 
+def test_unknown_subcommand_and_missing_bundle(tmp_path: Path) -> None:
+    error_of(run("destil"), "usage", 2)
+    error_of(run("info", tmp_path / "nothing"), "bundle_not_found", 4)
+
+
 # -- bundles --------------------------------------------------------------------
 
 
@@ -227,6 +232,21 @@ def test_the_tolerance_that_the_help_promises() -> None:
 
 
 # -- terminals and encodings --------------------------------------------------
+
+
+def test_a_closed_pipe_is_quiet(tiny_bundle: Path) -> None:
+    process = subprocess.Popen(
+        [*EDGE_SLM, "batch", "-", "--bundle", str(tiny_bundle)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    line = json.dumps({"id": 1, "request": "a fox", "task": "image", "max_new_tokens": 2})
+    _, stderr = process.communicate((line + "\n").encode() * 20)
+    assert stderr == b""
+    assert process.returncode == 1
 
 
 SEVERAL = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 import edge_slm
 from edge_slm_runtime import load
 
-from .test_commands import EDGE_SLM, error_of, run
+from .test_commands import error_of, run
 
 
 def test_generate_streams_text_to_stdout_and_statistics_to_stderr(tiny_bundle: Path) -> None:
@@ -80,26 +79,6 @@ def test_a_failure_is_one_line_and_its_exit_code(
 def test_stdin_that_is_not_utf8_is_refused(tiny_bundle: Path) -> None:
     result = run("generate", "-", "--bundle", tiny_bundle, stdin=b"caf\xe9")
     assert "at byte 3" in error_of(result, "request_not_text", 3)
-
-
-def test_unknown_subcommand_and_missing_bundle(tmp_path: Path) -> None:
-    error_of(run("destil"), "usage", 2)
-    error_of(run("info", tmp_path / "nothing"), "bundle_not_found", 4)
-
-
-def test_a_closed_pipe_is_quiet(tiny_bundle: Path) -> None:
-    process = subprocess.Popen(
-        [*EDGE_SLM, "batch", "-", "--bundle", str(tiny_bundle)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    line = json.dumps({"id": 1, "request": "a fox", "task": "image", "max_new_tokens": 2})
-    _, stderr = process.communicate((line + "\n").encode() * 20)
-    assert stderr == b""
-    assert process.returncode == 1
 
 
 def test_the_small_model_says_what_it_is_for(
