@@ -61,6 +61,7 @@ def prepare(
     samples = vary(pairs, lone, recipe.hindsight, recipe.data.reading().held_percent, recipe.seed)
     report("read", 1, 1, f"{len(pairs)} pairs → {len(samples)} samples")
     scores = reward.score(samples + held, lambda done, total: report("score", done, total, ""))
+    scores = scores * np.array([sample.quality for sample in samples + held], np.float32)
     buffer = Buffer(recipe.hindsight.capacity)
     buffer.add(samples, scores[: len(samples)].tolist())
     facts = {

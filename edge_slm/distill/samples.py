@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edge_slm.distill.cuts import whole_cuts, with_full_stop
 from edge_slm.distill.split import EVERYTHING, Reading, held_out
@@ -30,24 +30,31 @@ _OPENING = re.compile(
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A response to a request; kind: "pair", "cut", "fragment", "swap", "mismatch", or "own" for an
-    episode of the model itself."""
+    episode of the model itself. quality: a judgement from 0 to 1, which multiplies the reward."""
 
     request: str
     response: str
     task: str
     kind: str = "pair"
+    quality: float = 1.0
 
     @property
     def words(self) -> int:
         return count_words(self.response)
 
 
-def read_jsonl(
-    paths: Iterable[str | Path], leave_out: Sequence[str] = ()
-) -> Iterator[tuple[str | None, str, str]]:
-    """(request or None, response, task) of every line of the files (or folders of files).
+class Row(NamedTuple):
+    """A line of a file of samples. A request alone, for a teacher to answer, has the response
+    "", and a response alone the request None."""
 
-    A request alone, for a teacher to answer, has the response "".
+    request: str | None
+    response: str
+    task: str
+    quality: float = 1.0
+
+
+def read_jsonl(paths: Iterable[str | Path], leave_out: Sequence[str] = ()) -> Iterator[Row]:
+    """Every line of the files (or folders of files).
 
     leave_out: beginnings of the "source" of lines that are skipped. Raises DataError with
     file and line.
@@ -61,14 +68,15 @@ def read_jsonl(
                 with file.open("rb") as stream:
                     for number, line in enumerate(read_lines(stream), 1):
                         if line.strip():
-                            *row, source = _parse(line, f"{file}:{number}")
+                            row, source = _parse(line, f"{file}:{number}")
                             if not (leave_out and source.startswith(tuple(leave_out))):
-                                yield row[0], row[1] or "", row[2] or ""
+                                yield row
             except OSError as error:
                 raise DataError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _parse(line: bytes, where: str) -> tuple[str | None, str, str, str]:
+def _parse(line: bytes, where: str) -> tuple[Row, str]:
+    """(row, its source). Raises DataError."""
     hint = 'expected {"request": text or null, "response": text or null, "task": name}'
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -83,7 +91,10 @@ def _parse(line: bytes, where: str) -> tuple[str | None, str, str, str]:
             raise DataError(f"{where}: {name} is {value!r}", hint)
         if any("\ud800" <= char <= "\udfff" for char in value):
             raise DataError(f"{where}: {name} holds half a character", "write valid UTF-8")
-    return request, response, task, str(row.get("source", ""))
+    quality = row.get("quality", 1.0)
+    if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 <= quality <= 1:
+        raise DataError(f"{where}: quality is {quality!r}", "allowed: 0 … 1; left out it is 1")
+    return Row(request, response, task, float(quality)), str(row.get("source", ""))
 
 
 def read_samples(
@@ -96,7 +107,7 @@ def read_samples(
     Usable: a complete request, and a response that differs from it and has a length that a
     command can ask for. A response alone has request "". Raises DataError with file and line.
     """
-    for request, response, task in read_jsonl(paths, reading.leave_out):
+    for request, response, task, quality in read_jsonl(paths, reading.leave_out):
         if tasks is not None and task not in tasks:
             continue
         text = " ".join(response.split())
@@ -110,7 +121,7 @@ def read_samples(
         if task in reading.sentences:
             text = with_full_stop(text)
         if request is None:
-            yield Sample("", text, task)
+            yield Sample("", text, task, quality=quality)
             continue
         try:
             folded = clean_request(request)
@@ -121,7 +132,7 @@ def read_samples(
         words = folded.split()
         dangling = len(words) > 1 and words[-1].lower().strip(",.") in UNFINISHED_REQUEST
         if not dangling and folded.strip(" .").lower() != text.strip(" .").lower():
-            yield Sample(folded, text, task)
+            yield Sample(folded, text, task, quality=quality)
 
 
 def _is_opening(request: str, response: str) -> bool:
@@ -134,7 +145,7 @@ def read_requests(
 ) -> dict[str, list[str]]:
     """Task → the distinct requests for a teacher: those of all rows that are not held out."""
     requests: dict[str, dict[str, None]] = {task: {} for task in tasks}
-    for request, _, task in read_jsonl(paths, reading.leave_out):
+    for request, _, task, _ in read_jsonl(paths, reading.leave_out):
         if not request or task not in requests:
             continue
         try:

@@ -120,11 +120,11 @@ def _mismatches(pool: Sequence[Sample], share: float, rng: random.Random) -> lis
     for sample in pool:
         by_task[sample.task].append(sample)
     mismatches = []
-    for task, rows in by_task.items():
+    for rows in by_task.values():
         for _ in range(int(len(rows) * share / (1 - share))):
             one, other = rng.choice(rows), rng.choice(rows)
             if (one.request, other.response) not in matched:
-                mismatches.append(Sample(one.request, other.response, task, "mismatch"))
+                mismatches.append(replace(other, request=one.request, kind="mismatch"))
     return mismatches
 
 

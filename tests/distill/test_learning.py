@@ -48,6 +48,17 @@ def test_a_higher_reward_is_a_higher_level() -> None:
         assert (record.request, record.response) == (sample.request, sample.response)
 
 
+def test_a_judgement_multiplies_the_reward(
+    prepared: Prepared, recipe: Recipe, data_file: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in data_file.read_text("utf-8").splitlines()]
+    judged = tmp_path / "judged.jsonl"
+    judged.write_text("".join(json.dumps(row | {"quality": 0.25}) + "\n" for row in rows))
+    lower = prepare(recipe, [judged], Keywords())
+    assert len(lower.buffer.rewards()) == len(prepared.buffer.rewards())
+    assert lower.buffer.rewards().max() == prepared.buffer.rewards().max() / 4
+
+
 def test_the_buffer_keeps_the_best() -> None:
     buffer = Buffer(10)
     samples = [Sample(f"r{i}", f"t{i}", "image") for i in range(50)]
