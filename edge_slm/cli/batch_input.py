@@ -295,7 +295,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("task", "syntax", "adapter"), str),  # without the spaces around it
     **dict.fromkeys(("ban", "keep", "choices"), lambda cell: [*map(str.strip, cell.split("|"))]),
     **dict.fromkeys(
-        ("keep_length", "known_words", "logprobs", "no_repeat_words"),
+        ("keep_length", "known_words", "logprobs", "no_repeat_words", "restate"),
         lambda cell: _YES_NO[cell.lower()],
     ),
 }

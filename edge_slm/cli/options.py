@@ -146,6 +146,12 @@ sampling_options = _together(
         show_default=True,
         help="Only words of the request and of the bundle's lexicon, where it has one.",
     ),
+    click.option(
+        "--restate/--no-restate",
+        default=True,
+        show_default=True,
+        help="Begin with the request, for tasks of which the bundle says so.",
+    ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; repeatable."),
     click.option(
         "--ban",

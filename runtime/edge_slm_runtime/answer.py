@@ -19,6 +19,7 @@ from edge_slm_runtime.lexicon import KnownWords
 from edge_slm_runtime.plan import FinishReason, Plan
 from edge_slm_runtime.prompt_syntax import Placer
 from edge_slm_runtime.repeats import Repeats
+from edge_slm_runtime.restating import Beginning
 from edge_slm_runtime.sampling import Logits, Refusal, Sampler, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
@@ -66,6 +67,7 @@ class Answer:
         self.logprobs: list[float] = []  # of `ids`, and of the end
         self.text = ""
         self.torn = False  # its length cut it within a sentence
+        self.confidence: float | None = None  # see `confidence`
         self.finish: FinishReason | None = None
         # Tokens of the prompt that the engine did not have to compute; tokens it guessed right.
         self.cached = self.guessed = 0
@@ -91,6 +93,7 @@ class Answer:
         self._anew = 0, 0  # where the last word was taken back, in characters, and how often
         self._keeps = Keeps(plan.keep, codec.encode, plan.texts) if plan.keep else None
         self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
+        self._beginning = Beginning(plan.beginnings, codec.encode) if plan.beginnings else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
         self._word_stays = False  # the next token must not make the last word another one
         self._is_last = False  # the next token ends the answer
@@ -144,17 +147,13 @@ class Answer:
         for part in self._never:
             part.fill(-np.inf)
         if self._keeper:
-            self._held_back = False
-            if self.may_end():
-                self._keeper.note(self.text, log_probability(logits, self.ends))
-            else:
-                ends = [*self.ends]
-                if ends_sentence(self.text):
-                    self._held_back = bool(logits[ends].max() == logits.max())
-                logits[ends] = -np.inf
-        if self._choices:
+            self._keep_length(logits, self._keeper)
+        if self._beginning and (allowed := self._beginning.next(self.ids)):
+            token = self._one_of(logits, allowed)
+            self._word_stays = True
+        elif self._choices:
             token = self._chosen(logits, self._choices)
-        elif self._bans or self._keeps or self.plan.known:
+        elif self._bans or self._keeps or self.plan.known or self._word_stays:
             token = self._due.pop(0) if self._due else self._constrained(logits)
         else:
             self._from = logits
@@ -166,14 +165,27 @@ class Answer:
             self.logprobs[len(self.ids) :] = [log_probability(self._own, (token,))]
         return token
 
+    def _keep_length(self, logits: Logits, keeper: LengthKeeper) -> None:
+        self._held_back = False
+        if self.may_end():
+            keeper.note(self.text, log_probability(logits, self.ends))
+            return
+        ends = [*self.ends]
+        if ends_sentence(self.text):
+            self._held_back = bool(logits[ends].max() == logits.max())
+        logits[ends] = -np.inf
+
     def _chosen(self, logits: Logits, choices: Choices) -> int:
-        allowed = choices.next(self.ids, self.ends)
+        token = self._one_of(logits, choices.next(self.ids, self.ends))
+        self._is_last = {*choices.next([*self.ids, token], self.ends)} == {*self.ends}
+        return token
+
+    def _one_of(self, logits: Logits, allowed: Sequence[int]) -> int:
+        """One of these tokens, which may repeat what came before."""
         likely = logits[allowed]
         logits.fill(-np.inf)
         logits[allowed] = likely
-        token = self._sampler.draw(logits)  # a choice may repeat itself
-        self._is_last = {*choices.next([*self.ids, token], self.ends)} == {*self.ends}
-        return token
+        return self._sampler.draw(logits)
 
     def _constrained(self, logits: Logits) -> int:
         """A token that brings no banned phrase and no unknown word, or the first of phrases that

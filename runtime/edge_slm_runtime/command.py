@@ -185,7 +185,9 @@ class CommandSchema:
     stands; next to the answer ("bottom") small models follow it best. cases: task → case in
     which its requests are written, that of its answers, so that copied words are the same
     tokens on both sides. spaced: whether a space precedes a request, for the same reason.
-    verbatim: tasks whose requests are texts that the answer has to show as they are.
+    verbatim: tasks whose requests are texts that the answer has to show as they are. restated:
+    tasks whose answers begin with the request. confidence: whether the model tells, behind an
+    answer, how likely that has the highest level of relevance.
     """
 
     axes: tuple[Axis, ...]
@@ -195,6 +197,8 @@ class CommandSchema:
     cases: Mapping[str, Case] = field(default_factory=dict)
     spaced: bool = False
     verbatim: tuple[str, ...] = ()
+    restated: tuple[str, ...] = ()
+    confidence: bool = False
 
     # -- tokens ---------------------------------------------------------------
 
@@ -335,6 +339,8 @@ class CommandSchema:
             **({"cases": dict(self.cases)} if self.cases else {}),
             **({"spaced": True} if self.spaced else {}),
             **({"verbatim": list(self.verbatim)} if self.verbatim else {}),
+            **({"restated": list(self.restated)} if self.restated else {}),
+            **({"confidence": True} if self.confidence else {}),
             "support": {t: {a: dict(c) for a, c in s.items()} for t, s in self.support.items()},
         }
 
@@ -354,6 +360,8 @@ class CommandSchema:
                 data.get("cases", {}),
                 data.get("spaced", False),
                 tuple(data.get("verbatim", ())),
+                tuple(data.get("restated", ())),
+                data.get("confidence", False),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestInvalid(f"command schema is malformed: {error!r}") from None
@@ -367,10 +375,12 @@ class CommandSchema:
         cases = schema.cases.items() if isinstance(schema.cases, Mapping) else [("", "")]
         if any(case not in get_args(Case) or not isinstance(task, str) for task, case in cases):
             raise ManifestInvalid("command schema: cases must be task → lower or title")
-        if not isinstance(schema.spaced, bool):
-            raise ManifestInvalid("command schema: spaced must be true or false")
-        if not set(schema.verbatim) <= set(schema.tasks):
-            raise ManifestInvalid("command schema: verbatim must be tasks of it")
+        for name in ("spaced", "confidence"):
+            if not isinstance(getattr(schema, name), bool):
+                raise ManifestInvalid(f"command schema: {name} must be true or false")
+        for name in ("verbatim", "restated"):
+            if not set(getattr(schema, name)) <= set(schema.tasks):
+                raise ManifestInvalid(f"command schema: {name} must be tasks of it")
         if not is_count(schema.min_support) or not _holds_counts(schema.support, depth=3):
             raise ManifestInvalid("command schema: support must be task → axis → value → count")
         return schema

@@ -19,6 +19,7 @@ from edge_slm_runtime.bound import Bound
 from edge_slm_runtime.bundle import Manifest, Variant
 from edge_slm_runtime.closable import Closable
 from edge_slm_runtime.command import Command, CommandSchema, count_words, is_count
+from edge_slm_runtime.confidence import answer_to
 from edge_slm_runtime.deadline import Fit, fit
 from edge_slm_runtime.deltas import Adapter, Delta
 from edge_slm_runtime.description import model_facts
@@ -194,7 +195,7 @@ class SLM(Bound):
         """Greedy token ids of the bare model, nothing held back: goldens are made of them."""
         settings = {**command.as_dict(), "no_repeat_ngram_size": 0, "keep_length": False}
         settings |= {"known_words": False, "no_repeat_words": False, "syntax": "none"}
-        settings |= {"adapter": ""}
+        settings |= {"adapter": "", "restate": False}
         return self.generate(request, max_new_tokens=max_new_tokens, **settings).token_ids
 
     def logits(self, ids: Sequence[int]) -> Logits:
@@ -275,7 +276,7 @@ class SLM(Bound):
                 "use generate or generate_batch",
             )
         started = perf_counter()
-        return Answer(self.check(request), self._codec, started)
+        return answer_to(self.check(request), self._codec, started)
 
     def _answers(self, request: Request) -> tuple[Answer, ...]:
         """What is decoded for a request: its candidates where it asks for the best of them."""
@@ -283,7 +284,9 @@ class SLM(Bound):
             return (self._answer(request),)
         started = perf_counter()
         self.check(request)
-        return tuple(Answer(self.check(one), self._codec, started) for one in candidates(request))
+        return tuple(
+            answer_to(self.check(one), self._codec, started) for one in candidates(request)
+        )
 
     def _decode(self, answers: Iterable[Answer], rows: int) -> Generator[Step, None, None]:
         return ended_at_exit(self._bounded(answers, rows))
@@ -384,6 +387,7 @@ class SLM(Bound):
             stats=stats,
             logprobs=logprobs,
             score=_score_of(answer) if plan.logprobs else None,
+            confidence=answer.confidence,
         )
 
 
@@ -392,4 +396,11 @@ def _score_of(answer: Answer) -> float:
     about = plan.syntax.text if plan.syntax else plan.request
     shown = bool(plan.texts)
     logprobs = answer.logprobs[: len(answer.ids)]
-    return score(logprobs, about, answer.text, torn=answer.torn, shows_text=shown)
+    return score(
+        logprobs,
+        about,
+        answer.text,
+        torn=answer.torn,
+        shows_text=shown,
+        confidence=answer.confidence,
+    )

@@ -25,7 +25,9 @@ class Plan:
     are used up. `words` is None unless the length promise holds. `syntax` is put back into
     the text of the model; `ban`: phrases that this text does not have. `logprobs`: whether
     they are recorded. `keep`: phrases that it has. `choices`: it is one of these.
-    deadline_ms: None is none. known: the words that it may have, None is any.
+    deadline_ms: None is none. known: the words that it may have, None is any. beginnings: it
+    begins with one of them, if there are any. levels: tokens of the levels, the highest last,
+    where the model is to tell its confidence.
     """
 
     request: str
@@ -48,4 +50,6 @@ class Plan:
     no_repeat_words: bool = False
     texts: tuple[str, ...] = ()
     known: KnownWords | None = None
+    beginnings: tuple[str, ...] = ()
+    levels: tuple[int, ...] = ()
     adapter: Adapter | None = None

@@ -22,9 +22,11 @@ from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.ranking import MOST
 from edge_slm_runtime.records import Request
 from edge_slm_runtime.request_text import clean_request
+from edge_slm_runtime.restating import Beginning, beginnings
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
 
+_JUDGING = 2  # tokens behind the answer: a full stop, and the end
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _STOPS_MAX, _BANS_MAX, _KEEPS_MAX = 64, 10_000, 16  # all stops are looked for after every token
 _CHOICES_MAX = 256
@@ -63,9 +65,9 @@ def plan_of(
         told = shield(clean_request(request.request))
     prompt = codec.prompt(told.text, command.commanded)
     words = command.words if request.keep_length and not choices else None
-    budget, limit = _budget(
-        len(prompt), manifest.model.positions, request.max_new_tokens, command.words
-    )
+    levels = _levels(manifest, codec) if logprobs else ()
+    positions = manifest.model.positions - (_JUDGING if levels else 0)
+    budget, limit = _budget(len(prompt), positions, request.max_new_tokens, command.words)
     if keep:
         _check_room(Keeps(keep, codec.encode), keep, words, budget)
     if choices and (longest := max(map(len, Choices(choices, codec.encode).paths))) > budget:
@@ -86,6 +88,9 @@ def plan_of(
             warnings += (f"the text to show may not be in the answer: {error.problem}",)
     elif manifest.prompt.schema and not reads_as_english(told.text):
         warnings += ("the request does not read as English, the language that training saw",)
+    beginnings: tuple[str, ...] = ()
+    if _restates(request, command.commanded.task, manifest, engine):
+        beginnings = _fitting(told.text, words, ban, stop, budget, codec)
     limited = request.known_words and lexicon and engine.constrains and not choices
     own = (request.request, told.text, *keep)
     return Plan(
@@ -111,12 +116,14 @@ def plan_of(
         texts=texts,
         known=KnownWords(lexicon, codec, own) if limited else None,
         adapter=adapter,
+        beginnings=beginnings,
+        levels=levels,
     )
 
 
 def _check_settings(request: Request) -> None:
     """Those that need neither the model nor another setting. Raises BadSetting."""
-    for name in ("keep_length", "logprobs", "no_repeat_words", "known_words"):
+    for name in ("keep_length", "logprobs", "no_repeat_words", "known_words", "restate"):
         if not isinstance(value := getattr(request, name), bool):
             raise BadSetting(f"{name} is {shown(value)}", "allowed: True or False")
     if not is_count(request.best_of) or not 1 <= request.best_of <= MOST:
@@ -186,6 +193,40 @@ def _shows_text(request: Request, task: str | None, manifest: Manifest, engine: 
     schema = manifest.prompt.schema
     alone = not request.keep_length or request.choices or not engine.constrains
     return schema is not None and task in schema.verbatim and not alone
+
+
+def _restates(request: Request, task: str | None, manifest: Manifest, engine: Engine) -> bool:
+    schema = manifest.prompt.schema
+    alone = not request.restate or request.choices or not engine.constrains
+    return schema is not None and task in schema.restated and not alone
+
+
+def _fitting(
+    text: str,
+    words: int | None,
+    ban: tuple[str, ...],
+    stop: tuple[str, ...],
+    budget: int,
+    codec: TextCodec,
+) -> tuple[str, ...]:
+    """What the answer may begin with: nothing that is banned, ends it, or fills it."""
+    bans = bans_of(ban)
+    fitting = [
+        one
+        for one in beginnings(text, words)
+        if bans.closed(f"{one} ", 0) is None and not any(end in f"{one} " for end in stop)
+    ]
+    if not fitting or Beginning(fitting, codec.encode).longest + _LEAST_ROOM > budget:
+        return ()
+    return tuple(fitting)
+
+
+def _levels(manifest: Manifest, codec: TextCodec) -> tuple[int, ...]:
+    """The tokens of the levels, where the model judges its answers."""
+    schema = manifest.prompt.schema
+    if schema is None or not schema.confidence:
+        return ()
+    return tuple(codec.control(token) for token in schema.axis("relevance").tokens()[1:])
 
 
 def _check_room(keeps: Keeps, keep: tuple[str, ...], words: int | None, budget: int) -> None:

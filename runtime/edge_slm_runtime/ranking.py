@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ MOST = 64  # answers of a request
 TEMPERATURE = 0.5  # of candidates, instead of 0
 # Worth, in nats of the mean log-probability; found by reading 76 × 8 answers of prompts-115m.
 _TORN, _REPEATED, _WRITING = 0.4, 1.5, 0.6
+_CONFIDENCE, _LEAST = 1.0, 1e-6
 
 
 def score(
@@ -22,13 +24,15 @@ def score(
     *,
     torn: bool = False,
     shows_text: bool = False,
+    confidence: float | None = None,
 ) -> float:
     """How good an answer is; higher is better, and only answers to one request compare.
 
     The mean log-probability of its tokens (0 without any), plus the share of the request's
     content words that it has (`keywords.coverage`), less 1.5 × the share of its own content words
     that it says again, 0.4 when it is `torn` (cut within a sentence), and 0.6 for quotation
-    marks that nobody asked for: the request has none, and the task does not show text.
+    marks that nobody asked for: the request has none, and the task does not show text. Where the
+    model judges its answers, the logarithm of its confidence counts, too.
     """
     value = sum(logprobs) / len(logprobs) if logprobs else 0.0
     value += coverage(request, text) - _REPEATED * repeated_share(request, text)
@@ -36,6 +40,8 @@ def score(
         value -= _TORN
     if not shows_text and '"' in text and '"' not in request:
         value -= _WRITING
+    if confidence is not None:
+        value += _CONFIDENCE * math.log(max(confidence, _LEAST))
     return value
 
 

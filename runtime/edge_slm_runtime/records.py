@@ -24,7 +24,9 @@ class Request:
     `cached_tokens` what another asked for. syntax: `keep` that of image tools (see
     `prompt_syntax`), or `none`: it is text like any other. ban: words and phrases that the answer
     does not have (see `bans`). logprobs: see `Generation`. keep: phrases that it has, as they are.
-    choices: the answer is one of these texts, whatever `words`. deadline_ms: from the call on; the
+    choices: the answer is one of these texts, whatever `words`. restate: it begins with the
+    request, where the bundle has that for the task and the request is a caption (see `restating`;
+    not with ctranslate2). deadline_ms: from the call on; the
     answer then ends with the pass of the model that is under way. adapter: the name of one that the
     model was loaded with, "" is none; None is that of the commanded task, if there is one. best_of:
     the answer is the best by `ranking.score` of so many, decoded together, and drawn at 0.5 where
@@ -43,6 +45,7 @@ class Request:
     no_repeat_ngram_size: int = NO_REPEAT_NGRAM_SIZE
     no_repeat_words: bool = True
     known_words: bool = True
+    restate: bool = True
     seed: int | None = None
     stop: tuple[str, ...] | list[str] | str = ()
     max_new_tokens: int | None = None
@@ -142,8 +145,9 @@ class Generation:
     engine has no seed. token_ids: all that the model generated, without
     end-of-text; a cut text has fewer. logprobs: the natural logarithm of the probability that
     the model itself gave each of them (at temperature 1, nothing held back), score what
-    `variations` and `best_of` rank by (`ranking.score`); None unless they or logprobs were asked
-    for.
+    `variations` and `best_of` rank by (`ranking.score`), and confidence the probability, by the
+    model itself, that the text has the highest level of relevance, where it learnt to judge;
+    None unless they or logprobs were asked for.
     """
 
     text: str
@@ -159,6 +163,7 @@ class Generation:
     stats: Stats
     logprobs: tuple[float, ...] | None = None
     score: float | None = None
+    confidence: float | None = None
 
     @property
     def achieved(self) -> Command:

@@ -128,6 +128,10 @@ class TextCodec:
         before, left, right, after = self._around(*self.form.around(command))
         return [*before, *self.encode(left + text + right), *after]
 
+    def control(self, token: str) -> int:
+        """Id of a control token of the form."""
+        return self._ids[token]
+
     def _refuse_huge(self, text: str) -> None:
         """What has more bytes than the longest tokens could hold: encoding takes hundreds of
         times the memory of the text."""

@@ -14,6 +14,7 @@ from edge_slm_runtime.errors import EdgeSlmError
 from .test_bans import holds
 from .test_keeps import has
 from .test_lexicon import file_of, with_lexicon, words_of_tokens
+from .test_restating import with_grammar
 
 WORDS = "a in the snow e s n , . F ion gen ji half 36".split()
 PHRASES = ("golden hour", "35mm", "the fox", "n x")
@@ -46,11 +47,17 @@ def can_be_asked(slm: SLM, request: Request) -> bool:
 
 
 @pytest.mark.parametrize("lexicon", [False, True])
-def test_all_promises_hold_at_once(tiny_bundle: Path, tmp_path: Path, lexicon: bool) -> None:
+@pytest.mark.parametrize("judged", [False, True])
+def test_all_promises_hold_at_once(
+    tiny_bundle: Path, tmp_path: Path, lexicon: bool, judged: bool
+) -> None:
     rng, bundle = random.Random(11), tiny_bundle
+    if judged:
+        fields = {"restated": ("image",), "confidence": True}
+        bundle = with_grammar(tiny_bundle, tmp_path / "judged", **fields)
     if lexicon:
         words = file_of(words_of_tokens(tiny_bundle))
-        bundle = with_lexicon(tiny_bundle, tmp_path / "bundle", words)
+        bundle = with_lexicon(bundle, tmp_path / "bundle", words)
     with (
         load(bundle, "numba", "int8", threads=1) as slm,
         load(bundle, "numba", "int8", threads=1, speculate=True) as guessing,
@@ -64,6 +71,7 @@ def test_all_promises_hold_at_once(tiny_bundle: Path, tmp_path: Path, lexicon: b
             whole = out.finish_reason in ("stop", "length")
             assert out.in_tolerance is not False or not whole
             assert one.logprobs == (out.logprobs is not None)
+            assert (one.logprobs and judged) == (out.confidence is not None)
             if one.request == REQUESTS[1]:
                 assert [out.text.count(construct) for construct in CONSTRUCTS] == [1, 1, 1, 1]
                 continue
