@@ -7,9 +7,11 @@ answers commands that leave an axis open.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,7 @@ def build_schema(
 ) -> CommandSchema:
     """The command grammar; its support is counted in these records, if there are any.
 
-    spelling: `cases`, `spaced` and `verbatim` of the schema.
+    spelling: other fields of the schema.
     """
     axes = default_axes(tasks, levels)
     counts: dict[str, dict[str, dict[str, int]]] = {
@@ -79,6 +81,26 @@ def build_schema(
                 value = axis.value_of(asked[axis.name])
                 seen[value] = seen.get(value, 0) + 1
     return CommandSchema(axes, counts if records else {}, position=position, **spelling)
+
+
+def with_support_of(init: str, schema: CommandSchema) -> CommandSchema:
+    """With the support of the checkpoint that training goes on from, if it has a grammar: what
+    it saw counts, too. init: see `ModelRecipe`."""
+    file = Path(init) / "command.json"
+    if not init or not file.is_file():
+        return schema
+    before = CommandSchema.from_json(json.loads(file.read_text("utf-8"))).support
+    support = {
+        task: {
+            axis: {
+                value: counts.get(value, 0) + before.get(task, {}).get(axis, {}).get(value, 0)
+                for value in {**before.get(task, {}).get(axis, {}), **counts}
+            }
+            for axis, counts in axes.items()
+        }
+        for task, axes in schema.support.items()
+    }
+    return replace(schema, support=support)
 
 
 def drop(command: Command, share: float, rng: random.Random, everything: float = 0.0) -> Command:

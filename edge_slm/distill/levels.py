@@ -58,24 +58,22 @@ def level_edges(
     *,
     bands: int = 1,
     together: bool = False,
+    top: float | None = None,
 ) -> Edges:
     """Quantiles of the rewards of each task, in `bands` bands of equally many samples.
 
-    together: every task has the quantiles of all rewards.
+    together: every task has the quantiles of all rewards. top: the reward from which on the level
+    is the highest one; the others then are quantiles of the rewards below.
     """
     by_task: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for sample, reward in zip(samples, rewards, strict=True):
         by_task[sample.task].append((sample.words, float(reward)))
-    quantiles = np.arange(1, levels) / levels
     if together:
-        shared = Levels((), (_edges(rewards, quantiles),))
-        return dict.fromkeys(by_task, shared)
-    return {task: _of_task(np.array(rows), quantiles, bands) for task, rows in by_task.items()}
+        return dict.fromkeys(by_task, Levels((), (_edges(rewards, levels, top),)))
+    return {task: _of_task(np.array(rows), levels, bands, top) for task, rows in by_task.items()}
 
 
-def _of_task(
-    rows: npt.NDArray[np.float64], quantiles: npt.NDArray[np.float64], bands: int
-) -> Levels:
+def _of_task(rows: npt.NDArray[np.float64], levels: int, bands: int, top: float | None) -> Levels:
     words, rewards = rows[:, 0], rows[:, 1]
     inner = np.quantile(words, np.arange(1, bands) / bands)
     bounds = sorted({int(bound) for bound in np.ceil(inner)} - {int(words.min())})
@@ -85,9 +83,14 @@ def _of_task(
     band = np.searchsorted(bounds, words, "right")
     return Levels(
         tuple(bounds),
-        tuple(_edges(rewards[band == i], quantiles) for i in range(len(bounds) + 1)),
+        tuple(_edges(rewards[band == i], levels, top) for i in range(len(bounds) + 1)),
     )
 
 
-def _edges(rewards: npt.NDArray[Any], quantiles: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(np.quantile(rewards, quantiles).round(4).tolist())
+def _edges(rewards: npt.NDArray[Any], levels: int, top: float | None) -> tuple[float, ...]:
+    if top is None:
+        return tuple(np.quantile(rewards, np.arange(1, levels) / levels).round(4).tolist())
+    below = rewards[rewards < top]
+    inner = np.arange(1, levels - 1) / (levels - 1)
+    quantiles = np.quantile(below, inner) if below.size else np.full(inner.size, top)
+    return (*quantiles.round(4).tolist(), top)

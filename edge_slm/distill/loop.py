@@ -207,9 +207,12 @@ class _Training:
             self.tokenizer = new_tokenizer(prepared, general)
         if recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        levels = bare_schema(recipe).axis("relevance").tokens()[1:]
         self.learner = Learner(
             model,
             countdown=recipe.train.countdown,
+            confidence=recipe.train.confidence,
+            levels=[self.tokenizer.token_to_id(token) for token in levels],
             distillation=recipe.distillation,
             compile=recipe.train.compile,
         )

@@ -4,6 +4,10 @@
   the cross-entropy;
 - KL to the model before the round, and an entropy bonus (Quark, Lu et al., arXiv
   2205.13636), per response token;
+- the *confidence* that an answer has the highest level: behind `<|end|>`, the probability of that
+  level's control token among those of all levels (binary cross-entropy). A model that judges its
+  own answers can tell the best of several (cf. Cobbe et al., arXiv 2110.14168, and the P(True) of
+  Kadavath et al., arXiv 2207.05221);
 - the *countdown*: two linear heads predict, from the hidden state, how many words have begun
   and how many remain. `<|end|>` teaches length once per record, the countdown at every
   token. The heads are not part of the checkpoint. (Our own.)
@@ -12,6 +16,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,17 +39,19 @@ def attention_mask(segment: torch.Tensor) -> torch.Tensor:
 
 def predictions(
     lm: Any, body: Any, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden states [labels, width], logits [labels, vocabulary]): only labelled positions
-    reach the LM head. body: the base model of `lm`, compiled or not."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden states [rows, length, width], those of the labels [labels, width], logits [labels,
+    vocabulary]): only labelled positions reach the LM head. body: the base model of `lm`,
+    compiled or not."""
     outputs = body(
         input_ids=batch["ids"],
         position_ids=batch["positions"],
         attention_mask=attention_mask(batch["segment"]),
         use_cache=False,
     )
-    hidden = outputs.last_hidden_state[batch["labels"] != IGNORED]
-    return hidden, lm.get_output_embeddings()(hidden).float()
+    states = outputs.last_hidden_state
+    hidden = states[batch["labels"] != IGNORED]
+    return states, hidden, lm.get_output_embeddings()(hidden).float()
 
 
 class LogProbabilities(torch.autograd.Function):  # type: ignore[misc]
@@ -87,7 +94,8 @@ def sparse_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A causal language model of transformers with its loss.
 
-    countdown: weight of the countdown's loss. distillation: of batches with soft labels.
+    countdown: weight of the countdown's loss. confidence: weight of the loss of `achieved`.
+    levels: token ids of the levels, the highest last. distillation: of batches with soft labels.
     compile: of the layers, by torch.compile.
     """
 
@@ -96,12 +104,14 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         lm: Any,
         *,
         countdown: float = 0.0,
+        confidence: float = 0.0,
+        levels: Sequence[int] = (),
         distillation: DistillationRecipe | None = None,
         compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__()
         self.lm = lm
-        self.countdown = countdown
+        self.countdown, self.confidence, self.levels = countdown, confidence, list(levels)
         self.distillation = distillation or DistillationRecipe()
         self.kl = self.entropy = 0.0
         self._before: list[Any] = []  # in a list, so that it is no submodule
@@ -123,7 +133,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         batch: the arrays of `tensors`, [rows, length].
         """
         labelled = batch["labels"] != IGNORED
-        hidden, logits = predictions(self.lm, self._body[0], batch)
+        states, hidden, logits = predictions(self.lm, self._body[0], batch)
         ids, log_p = batch["soft_ids"][labelled], batch["soft_log_p"][labelled]
         wanted = torch.cat([batch["labels"][labelled][:, None], ids], -1)
         log_q = LogProbabilities.apply(logits, wanted)
@@ -142,12 +152,15 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             if self._before:
                 with torch.no_grad():
                     lm = self._before[0]
-                    _, before = predictions(lm, lm.base_model, batch)
+                    *_, before = predictions(lm, lm.base_model, batch)
                     before = before.log_softmax(-1)
                 parts["kl"] = (log_q.exp() * (log_q - before)).sum()
                 loss = loss + self.kl * parts["kl"]
             parts["entropy"] = -(log_q.exp() * log_q).sum()
             loss = loss - self.entropy * parts["entropy"]
+        if self.confidence:
+            parts["confidence"] = self._unsure(states, batch["achieved"])
+            loss = loss + self.confidence * parts["confidence"]
         if self.countdown:
             counted = [
                 functional.cross_entropy(
@@ -161,6 +174,14 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             parts["countdown"] = counted[0] + counted[1]
             loss = loss + self.countdown * parts["countdown"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def _unsure(self, states: torch.Tensor, achieved: torch.Tensor) -> torch.Tensor:
+        """The binary cross-entropy of the highest level, summed over where it is known."""
+        known = achieved != IGNORED
+        head = self.lm.get_output_embeddings().weight[self.levels]
+        log_p = (states[known] @ head.T.to(states.dtype)).float().log_softmax(-1)
+        others = log_p[:, :-1].logsumexp(-1)
+        return -torch.where(achieved[known] == 1, log_p[:, -1], others).sum()
 
 
 def tensors(batch: Batch, device: Any) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,8 @@ class Batch:
     """Arrays [rows, length]. segment: number of the record in its row; -1 is padding.
 
     so_far, remaining: words of the response begun before the labelled token, and from it on;
-    IGNORED where unknown (`remaining`: where the command has no length). soft_ids,
+    IGNORED where unknown (`remaining`: where the command has no length). achieved: at `<|end|>`,
+    whether the response has the highest level (0, 1), where its command does not tell. soft_ids,
     soft_log_p [rows, length, k]: the teacher's likeliest tokens at each label and their log
     probabilities; k is 0 without a teacher.
     """
@@ -93,6 +94,7 @@ class Batch:
     segment: Ids
     so_far: Ids
     remaining: Ids
+    achieved: Ids
     soft_ids: Ids
     soft_log_p: npt.NDArray[np.float32]
 
@@ -119,13 +121,17 @@ class Packer:
         dropout: float,
         seed: int,
         bare: float = 0.0,
+        judged: bool = False,
         soft_labels: SoftLabels | None = None,
     ) -> None:
-        """dropout: of each axis of a command; bare: of all at once. soft_labels: they have all
-        records, each under its whole command, which is taught under a dropped one too."""
+        """dropout: of each axis of a command; bare: of all at once. judged: every other command
+        asks for the highest level, whatever its response achieved: one that did not is only to be
+        judged then, and not to be imitated. soft_labels: they have all records, each under its
+        whole command, which is taught under a dropped one too."""
         self._records, self._schema = records, schema
         self._rows, self._length, self._seed = rows, length, seed
-        self._dropout, self._bare = dropout, bare
+        self._dropout, self._bare, self._judged = dropout, bare, judged
+        self._top = schema.levels - 1
         self._soft = soft_labels
 
     def _size(self, record: Encoded) -> int:
@@ -159,12 +165,28 @@ class Packer:
         end = len(full) if partial else len(full) - self._rows + 1
         return [full[i : i + self._rows] for i in range(0, end, self._rows)]
 
+    def _asked(self, record: Record | None, rng: random.Random) -> tuple[Command | None, bool, int]:
+        """Of a record in one batch: its command, whether its response is imitated, `achieved`."""
+        if record is None:
+            return None, True, IGNORED
+        command = record.command
+        if record.kind != "mismatch":  # which is wrong without its level
+            command = drop(command, self._dropout, rng, self._bare)
+        if not self._judged:
+            return command, True, IGNORED
+        is_best = record.command.relevance == self._top
+        if command.relevance is None:
+            return command, True, int(is_best)
+        if rng.random() < 0.5:
+            return replace(command, relevance=self._top), is_best, int(is_best)
+        return command, True, IGNORED
+
     def batch(self, epoch: int, number: int, rows: list[list[int]]) -> Batch:
         """Arrays of one batch of the plan; command dropout is drawn from its number."""
         rng = random.Random(f"{self._seed}/{epoch}/{number}/dropout")
         shape = (len(rows), self._length)
         ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        labels, segment, so_far, remaining = (np.full(shape, IGNORED) for _ in range(4))
+        labels, segment, so_far, remaining, achieved = (np.full(shape, IGNORED) for _ in range(5))
         segment[:] = -1
         top_k = self._soft.top_k if self._soft else 0
         soft_ids = np.zeros((*shape, top_k), np.int64)
@@ -173,19 +195,18 @@ class Packer:
             at = 0
             for s, index in enumerate(row):
                 encoded = self._records[index]
-                command = encoded.record.command if encoded.record else None
-                # A mismatch is wrong without its level.
-                if encoded.record and encoded.record.kind != "mismatch":
-                    command = drop(encoded.record.command, self._dropout, rng, self._bare)
+                command, imitated, is_best = self._asked(encoded.record, rng)
                 prompt = encoded.prompt(self._schema, command)
                 tokens = prompt + encoded.response
                 stop = at + len(tokens)
+                achieved[r, stop - 1] = is_best
                 ids[r, at:stop] = tokens
                 positions[r, at:stop] = np.arange(len(tokens))
                 segment[r, at:stop] = s
                 # The last prompt token predicts the first response token.
                 labelled = slice(at + len(prompt) - 1, stop - 1)
-                labels[r, labelled] = encoded.response
+                if imitated:
+                    labels[r, labelled] = encoded.response
                 if encoded.begun:
                     begun = np.asarray(encoded.begun)
                     so_far[r, labelled] = begun
@@ -195,4 +216,5 @@ class Packer:
                     whole = encoded.prompt(self._schema) + encoded.response
                     soft_ids[r, labelled], soft_log_p[r, labelled] = self._soft[whole]
                 at = stop
-        return Batch(ids, positions, labels, segment, so_far, remaining, soft_ids, soft_log_p)
+        counts = so_far, remaining, achieved
+        return Batch(ids, positions, labels, segment, *counts, soft_ids, soft_log_p)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_slm.distill.buffer import Buffer
-from edge_slm.distill.hindsight import build_schema, relabel
+from edge_slm.distill.hindsight import build_schema, relabel, with_support_of
 from edge_slm.distill.levels import Edges, level_edges
 from edge_slm.distill.lexicon import lexicon_of
 from edge_slm.distill.packing import Encoded, encode_records, encode_text
@@ -81,9 +81,11 @@ def label(prepared: Prepared, tokenizer: Any) -> Labelled:
     """Levels from the present buffer, and all samples labelled with them."""
     recipe, h = prepared.recipe, prepared.recipe.hindsight
     samples, rewards = prepared.buffer.samples(), prepared.buffer.rewards()
-    edges = level_edges(samples, rewards, h.levels, bands=h.bands, together=h.quantiles == "global")
+    together = h.quantiles == "global"
+    edges = level_edges(samples, rewards, h.levels, bands=h.bands, together=together, top=h.top)
     records = relabel(samples, rewards, edges, plain=h.plain)
     schema = build_schema(recipe.data.tasks, records, h.levels, h.position, **_spelling(recipe))
+    schema = with_support_of(recipe.model.init, schema)
     positions = recipe.model.positions
     train, too_long = encode_records(records, tokenizer, schema, positions)
     held = relabel(prepared.held, prepared.held_rewards, edges, plain=h.plain)
@@ -112,9 +114,15 @@ def bare_schema(recipe: Recipe) -> CommandSchema:
 
 
 def _spelling(recipe: Recipe) -> dict[str, Any]:
-    """What the grammar says of requests."""
+    """What the grammar says of requests and answers."""
     data = recipe.data
-    return {"cases": dict(data.cases), "spaced": data.spaced, "verbatim": data.verbatim}
+    return {
+        "cases": dict(data.cases),
+        "spaced": data.spaced,
+        "verbatim": data.verbatim,
+        "restated": data.restated,
+        "confidence": recipe.train.confidence > 0,
+    }
 
 
 def new_tokenizer(prepared: Prepared, general: str = "") -> Any:

@@ -43,13 +43,13 @@ Count = Annotated[int, Field(ge=0)]
 _NEWER = {
     "data": (
         "dev_percent max_response_words sentences whole leave_out mix words cases spaced "
-        "verbatim".split()
+        "verbatim restated".split()
     ),
     "teacher": ["keep"],
     "reward": ["gated"],
-    "hindsight": "cut_share fragment_share swaps bare_share bands".split(),
+    "hindsight": "cut_share fragment_share swaps bare_share bands top".split(),
     "model": "architecture kv_heads inner trim keep_layers".split(),
-    "train": ["evaluate_rows"],
+    "train": ["evaluate_rows", "confidence"],
     "stages": ["rounded"],
     "explore": "engine keep own_share rounded".split(),
     "distillation": "weight top_k temperature".split(),
@@ -79,6 +79,7 @@ class DataRecipe(_Section):
     cases: dict[str, Literal["lower", "title"]] = {}  # per task, of requests
     spaced: bool = False  # whether a space precedes requests
     verbatim: tuple[TaskName, ...] = ()  # tasks whose requests are texts that answers show
+    restated: tuple[TaskName, ...] = ()  # tasks whose answers begin with the request
 
     def reading(self) -> Reading:
         """How samples are read, for `read_samples`."""
@@ -123,6 +124,7 @@ class HindsightRecipe(_Section):
     levels: int = Field(default=RELEVANCE_LEVELS, ge=2, le=20)
     quantiles: Literal["task", "global"] = "task"
     bands: int = Field(default=1, ge=1)  # of length, each with levels of its own
+    top: float | None = Field(default=None, gt=0)  # reward of the highest level; None: a quantile
     position: Position = "bottom"  # of the command, seen from the request
     capacity: int = Field(default=1_000_000, ge=1)  # samples the buffer keeps per task
 
@@ -197,6 +199,7 @@ class TrainRecipe(_Section):
     warmup_steps: int = Field(default=100, ge=0)
     clip: float = Field(default=1.0, gt=0)
     countdown: float = Field(default=0.0, ge=0)  # weight of the auxiliary word-count loss
+    confidence: float = Field(default=0.0, ge=0)  # weight of the loss of judging own answers
     precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: the faster one, measured
     compile: bool = True
     gradient_checkpointing: bool = False
@@ -278,6 +281,7 @@ class Recipe(_Section):
         named = [
             *per_task,
             *data.verbatim,
+            *data.restated,
             *hindsight.fragments,
             *hindsight.swaps,
             *(task for stage in self.stages for task in stage.tasks),

@@ -183,7 +183,7 @@ def _computed(
         batch = tensors(packer.batch(0, number, plan), device)
         bf16 = use_bf16(t.precision)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            _, logits = predictions(lm, body, batch)
+            *_, logits = predictions(lm, body, batch)
         ends = np.cumsum([len(record.response) for record in packed])[:-1]
         top = _top(logits, settings)
         ids += np.split(top[0].cpu().numpy(), ends)

@@ -143,6 +143,7 @@ class Trainer:
                 length=length,
                 dropout=h.command_dropout * learning,
                 bare=h.bare_share * learning,
+                judged=learning and t.confidence > 0,
                 seed=recipe.seed,
                 soft_labels=stage.soft_labels if learning else None,
             )

@@ -142,7 +142,7 @@ def test_a_temperature_flattens_the_student_too(
     batch = soft_batch(recipe, taught(recipe, folder, tmp_path))
     model = TeacherCheckpoint.read(folder, recipe, tmp_path).student(recipe)
     parts = Learner(model, distillation=warm)(batch)
-    _, logits = predictions(model, model.base_model, batch)
+    *_, logits = predictions(model, model.base_model, batch)
     log_p, ids = (x[batch["labels"] != IGNORED] for x in (batch["soft_log_p"], batch["soft_ids"]))
     log_q = (logits / 2).log_softmax(-1).gather(-1, ids)
     exact = 4 * (log_p.exp() * (log_p - log_q)).sum()
