@@ -37,6 +37,7 @@ def shares(answers: Sequence[Row]) -> tuple[float, float, float]:
             row["text"],
             torn=row["torn"],
             shows_text=row["task"] == "lettering",
+            confidence=row.get("confidence"),
         )
         for row in answers
     ]

@@ -14,7 +14,7 @@ MOST = 64  # answers of a request
 TEMPERATURE = 0.5  # of candidates, instead of 0
 # Worth, in nats of the mean log-probability; found by reading 76 × 8 answers of prompts-115m.
 _TORN, _REPEATED, _WRITING = 0.4, 1.5, 0.6
-_CONFIDENCE, _LEAST = 1.0, 1e-6
+_CONFIDENCE, _LEAST = 4.0, 1e-6
 
 
 def score(
