@@ -31,8 +31,8 @@ _LEAST_ADDED = 1.5  # words of the answer for each of the request
 # An order to the program, in front of what it is about: it is left out.
 _ORDER = re.compile(
     r"(?:please\s+)?(?:(?:can|could) you\s+)?(?:please\s+)?"
-    r"(?:create|draw|generate|give|illustrate|make|paint|render|show|sketch|write|"
-    r"i (?:want|need|would like))\s+(?:me\s+)?(?=(?:a|an|the|some|two|three)\s)",
+    r"(?:create|describe|design|draw|generate|give|illustrate|imagine|make|paint|render|show|"
+    r"sketch|write|i (?:want|need|would like))\s+(?:me\s+)?(?=(?:a|an|the|some|two|three)\s)",
     re.IGNORECASE,
 )
 # Words behind which there is no order, and no text about which there could be more to say.

@@ -36,6 +36,7 @@ from edge_slm_runtime.text import TextCodec
         ("please draw me a red barn", ["A red barn"]),
         ("Can you make a poster for a fair?", []),
         ("make a poster for a fair", ["A poster for a fair"]),
+        ("Design a poster for a fair", ["A poster for a fair"]),
         ("make it blue", []),
         ("what is this", []),
         ("is this a cat?", []),
