@@ -1,11 +1,12 @@
 """How well the score of `best_of` finds a usable answer: `python bench/ranking.py`.
 
 `graded.jsonl` beside this file has eight answers each to requests that training had not seen, as
-prompts-115m (0.2.0, int4) computes them for the best of eight, each graded by a reader (a language
-model that was told the request and nothing else): usable as it is, or not. Prints the share of
-usable answers, that of those with the highest score, and that of requests with a usable answer
-among the eight, which no way of choosing can exceed, for tasks of ten requests and all. 95%
-intervals, bootstrap over requests. Most requests are from the public lists that
+another int4 rounding of prompts-115m 0.3.0 computed them for the best of eight, with the
+confidence of the shipped one, each graded by two readers (language models that were told the
+request and nothing else): usable as it is to both, or not.
+Prints the share of usable answers, that of those with the highest score, and that of requests with
+a usable answer among the eight, which no way of choosing can exceed, for tasks of ten requests and
+all. 95% intervals, bootstrap over requests. 40 of the requests are from the public lists that
 recipes/written/NOTICE names, under their licences.
 """
 

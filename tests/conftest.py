@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from edge_slm_converters import random_checkpoint
+from edge_slm_runtime import read_manifest
 from edge_slm_runtime.command import CommandSchema, default_axes
 from edge_slm_runtime.decoder import Traits
 from edge_slm_runtime.kernels import compiled
+from edge_slm_runtime.prompt import PromptForm
 
 # `make test` tries the same examples every time; `make fuzz` searches (tests/fuzz.py).
 settings.register_profile("test", derandomize=True, database=None, deadline=None)
@@ -108,3 +113,21 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         patched.setattr(calibration_texts, "SAMPLES", (64, 64))  # to calibrate random weights
         convert(tiny_checkpoint, path, tuple(VARIANTS), accept=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def with_grammar(
+    tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Makes a copy of the tiny bundle whose command schema has these fields."""
+    from edge_slm_converters.bundle_writer import save_manifest
+
+    def copy(**fields: Any) -> Path:
+        target = tmp_path_factory.mktemp("grammar") / "bundle"
+        shutil.copytree(tiny_bundle, target)
+        manifest = read_manifest(target)
+        prompt = PromptForm.commanded(replace(manifest.prompt.grammar, **fields))
+        save_manifest(replace(manifest, prompt=prompt), target)
+        return target
+
+    return copy

@@ -22,6 +22,9 @@ SAMPLES = (64, 1024)  # at least, at most
 SAMPLE_WORK = 677_000_000_000
 SAMPLE_TOKENS, SAMPLE_ROWS, SAMPLE_ROUND = 96, 32, 128
 LEAST_TOKENS = 16  # of an answer where the context is short
+# Ends of an answer whose model judges it there: a single one among the tokens of an answer would
+# count for little, and int4 then chose worse among answers than float32 by its confidence.
+JUDGED_ENDS = 8
 SAMPLE_WORDS = (4, 12, 24, 40, 72)
 EXCERPT_WORDS = (4, 8, 16, 30)
 
@@ -38,6 +41,8 @@ def sampled_answers(
     """
     tokens = min(SAMPLE_TOKENS, source.decoder.positions // 2)
     rng, count = Random(0), sample_count(source.decoder, source.parameters)
+    schema = source.form.schema
+    ends = source.codec.ends[:1] * (JUDGED_ENDS if schema and schema.confidence else 0)
     seed_texts, texts = list(REQUESTS), list[Scored]()
     for start in range(0, count, SAMPLE_ROUND):
         numbers = range(start, min(start + SAMPLE_ROUND, count))
@@ -52,14 +57,14 @@ def sampled_answers(
                 no_repeat_ngram_size=0,
                 no_repeat_words=False,
                 seed=seed,
-                max_new_tokens=min(tokens, source.decoder.positions - len(one.prompt)),
+                max_new_tokens=min(tokens, source.decoder.positions - len(one.prompt) - len(ends)),
                 keep_length=False,
             )
             for seed, one in zip(numbers, asked, strict=True)
         ]
         answers = list(slm.generate_batch(requests, SAMPLE_ROWS))
         texts += [
-            Scored((*one.prompt, *answer.token_ids), len(one.prompt))
+            Scored((*one.prompt, *answer.token_ids, *ends), len(one.prompt))
             for one, answer in zip(asked, answers, strict=True)
             if answer.token_ids
         ]

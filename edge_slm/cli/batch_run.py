@@ -17,7 +17,7 @@ from edge_slm_runtime.ranking import MOST
 # Keys of output records, beside the id, the request and its settings.
 _OF_ANSWERS = (
     *("line", "repeats", "text", "asked_words", "finish_reason", "in_tolerance", "warnings"),
-    *("error", "score", "logprobs", "others"),
+    *("error", "score", "confidence", "logprobs", "others"),
 )
 
 
@@ -136,11 +136,12 @@ def _answer(
     """No timings, so that two runs over the same input are equal. others: of a row of several
     answers, those behind the best."""
     assert row.request
-    asked: dict[str, Any] = {} if result.score is None else {"score": result.score}
+    values = {"score": result.score, "confidence": result.confidence}
+    asked: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if row.request.logprobs:
         asked["logprobs"] = result.logprobs
     if row.n > 1:
-        names = ("text", "words", "seed", "score")
+        names = ("text", "words", "seed", *(name for name in values if name in asked))
         asked["others"] = [{name: getattr(one, name) for name in names} for one in others]
     return {
         **_begun(row),

@@ -93,6 +93,8 @@ def generate(
     asked = f" of {result.asked.words} asked" if result.asked.words else ""
     if best_of > 1:  # of a row among others, whose speed is no one's
         head, speed = f"the best of {best_of} in {stats.total_ms:.0f} ms, ", ""
+        if result.confidence is not None:
+            head += f"confidence {result.confidence:.2f}, "
     else:
         tpot = f", {stats.tpot_ms:.1f} ms/token" if stats.tpot_ms is not None else ""
         head = ""

@@ -114,6 +114,7 @@ class Completion:
             "commanded": asdict(result.commanded),
             "seed": result.seed,
             "score": result.score,
+            "confidence": result.confidence,
             "logprobs": result.logprobs,
             "warnings": [*result.warnings, *self._asked.warnings],
             "stats": asdict(result.stats),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,12 @@ from edge_slm_converters.arrays import Float32
 from edge_slm_converters.bit_allocation import FORMS, Form, choose, costs, int4, quantised
 from edge_slm_converters.blocks import Blocks, bytewise
 from edge_slm_converters.calibration import ForwardPass
-from edge_slm_converters.calibration_texts import SAMPLES, sample_count, sampled_answers
+from edge_slm_converters.calibration_texts import (
+    JUDGED_ENDS,
+    SAMPLES,
+    sample_count,
+    sampled_answers,
+)
 from edge_slm_converters.checkpoint import Checkpoint, read_checkpoint
 from edge_slm_converters.gptq import error_feedback_target
 from edge_slm_converters.quantise import BYTE_BLOCK, Quantised, step_bytes
@@ -214,15 +221,23 @@ def test_a_corrected_matrix_is_never_worse(seed: int, inputs: int, outputs: int)
 
 
 def test_texts_of_calibration_are_various(
-    tiny_checkpoint: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration_texts, "SAMPLES", (48, 48))
     monkeypatch.setattr(calibration_texts, "SAMPLE_ROUND", 16)
     source = read_checkpoint(tiny_checkpoint)
     variant = edge_slm_runtime.read_manifest(tiny_bundle).variants[0]
     assert variant.name == "onnx-fp32"
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "judging"))
+    grammar = json.loads((copy / "command.json").read_text("utf-8"))
+    (copy / "command.json").write_text(json.dumps(grammar | {"confidence": True}))
     with open_variant(tiny_bundle, source, variant) as slm:
         texts, again = (sampled_answers(slm, source) for _ in range(2))
+        judged = sampled_answers(slm, read_checkpoint(copy))
+    end = source.codec.ends[0]
+    assert all(text.ids[-JUDGED_ENDS:] == (end,) * JUDGED_ENDS for text in judged)
+    assert all(len(text.ids) <= source.decoder.positions for text in judged)
+    assert not any(end in text.ids for text in texts)
     count = sample_count(source.decoder, source.parameters)
     assert count // 2 < len(texts) <= count
     assert len({text.ids[: text.prompt] for text in texts}) > len(texts) / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,10 @@ from edge_slm_runtime.command import CommandSchema
 from edge_slm_runtime.errors import ManifestInvalid
 from edge_slm_runtime.ranking import score
 
-from .test_restating import with_grammar
-
 
 @pytest.fixture(scope="module", params=[("onnxruntime", "fp32"), ("numba", "int8")], ids="-".join)
-def judging(
-    request: pytest.FixtureRequest, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SLM]:
-    path = tmp_path_factory.mktemp("judging") / "b"
-    with load(with_grammar(tiny_bundle, path, confidence=True), *request.param, 1) as slm:
+def judging(request: pytest.FixtureRequest, with_grammar: Callable[..., Path]) -> Iterator[SLM]:
+    with load(with_grammar(confidence=True), *request.param, 1) as slm:
         yield slm
 
 
@@ -68,7 +63,7 @@ def test_of_several_answers_it_counts(judging: SLM) -> None:
     best = judging.generate("a wet dog", task="image", words=8, max_new_tokens=60, best_of=4)
     assert best.confidence is not None
     low, high = (score([-1.0], "a", "a", confidence=value) for value in (0.2, 0.4))
-    assert high - low == pytest.approx(np.log(2))
+    assert high - low == pytest.approx(4 * np.log(2))
     assert score([-1.0], "a", "a") == score([-1.0], "a", "a", confidence=1.0)
     assert np.isfinite(score([-1.0], "a", "a", confidence=0.0))
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from edge_slm_converters.bundle_writer import save_manifest
-from edge_slm_runtime import SLM, load, read_manifest
+from edge_slm_runtime import SLM, load
 from edge_slm_runtime.errors import BadSetting
-from edge_slm_runtime.prompt import PromptForm
 from edge_slm_runtime.restating import Beginning, beginnings
 from edge_slm_runtime.text import TextCodec
 
@@ -68,21 +63,9 @@ def test_a_beginning_is_one_of_its_texts(codec: TextCodec) -> None:
     assert beginning.longest == max(len(codec.encode(text)) for text in texts)
 
 
-def with_grammar(bundle: Path, target: Path, **fields: Any) -> Path:
-    """A copy of a bundle whose command schema has these fields."""
-    shutil.copytree(bundle, target)
-    manifest = read_manifest(target)
-    prompt = PromptForm.commanded(replace(manifest.prompt.grammar, **fields))
-    save_manifest(replace(manifest, prompt=prompt), target)
-    return target
-
-
 @pytest.fixture(scope="module", params=[("onnxruntime", "fp32"), ("numba", "int8")], ids="-".join)
-def restating(
-    request: pytest.FixtureRequest, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SLM]:
-    path = tmp_path_factory.mktemp("restating") / "b"
-    with load(with_grammar(tiny_bundle, path, restated=("image",)), *request.param, 1) as slm:
+def restating(request: pytest.FixtureRequest, with_grammar: Callable[..., Path]) -> Iterator[SLM]:
+    with load(with_grammar(restated=("image",)), *request.param, 1) as slm:
         yield slm
 
 

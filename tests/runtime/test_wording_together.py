@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from edge_slm_runtime.errors import EdgeSlmError
 from .test_bans import holds
 from .test_keeps import has
 from .test_lexicon import file_of, with_lexicon, words_of_tokens
-from .test_restating import with_grammar
 
 WORDS = "a in the snow e s n , . F ion gen ji half 36".split()
 PHRASES = ("golden hour", "35mm", "the fox", "n x")
@@ -49,12 +49,15 @@ def can_be_asked(slm: SLM, request: Request) -> bool:
 @pytest.mark.parametrize("lexicon", [False, True])
 @pytest.mark.parametrize("judged", [False, True])
 def test_all_promises_hold_at_once(
-    tiny_bundle: Path, tmp_path: Path, lexicon: bool, judged: bool
+    tiny_bundle: Path,
+    with_grammar: Callable[..., Path],
+    tmp_path: Path,
+    lexicon: bool,
+    judged: bool,
 ) -> None:
     rng, bundle = random.Random(11), tiny_bundle
     if judged:
-        fields = {"restated": ("image",), "confidence": True}
-        bundle = with_grammar(tiny_bundle, tmp_path / "judged", **fields)
+        bundle = with_grammar(restated=("image",), confidence=True)
     if lexicon:
         words = file_of(words_of_tokens(tiny_bundle))
         bundle = with_lexicon(bundle, tmp_path / "bundle", words)
