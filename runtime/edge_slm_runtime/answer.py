@@ -19,7 +19,6 @@ from edge_slm_runtime.lexicon import KnownWords
 from edge_slm_runtime.plan import FinishReason, Plan
 from edge_slm_runtime.prompt_syntax import Placer
 from edge_slm_runtime.repeats import Repeats
-from edge_slm_runtime.restating import Beginning
 from edge_slm_runtime.sampling import Logits, Refusal, Sampler, log_probability
 from edge_slm_runtime.text import Detokenizer, StopMatcher, TextCodec
 
@@ -93,7 +92,8 @@ class Answer:
         self._anew = 0, 0  # where the last word was taken back, in characters, and how often
         self._keeps = Keeps(plan.keep, codec.encode, plan.texts) if plan.keep else None
         self._choices = Choices(plan.choices, codec.encode) if plan.choices else None
-        self._beginning = Beginning(plan.beginnings, codec.encode) if plan.beginnings else None
+        begin = plan.beginnings
+        self._beginnings = Choices(begin, codec.encode, leads=("",)) if begin else None
         self._due: list[int] = []  # tokens of phrases to keep, which come next
         self._word_stays = False  # the next token must not make the last word another one
         self._is_last = False  # the next token ends the answer
@@ -148,7 +148,7 @@ class Answer:
             part.fill(-np.inf)
         if self._keeper:
             self._keep_length(logits, self._keeper)
-        if self._beginning and (allowed := self._beginning.next(self.ids)):
+        if self._beginnings and (allowed := self._beginnings.next(self.ids, ())):
             token = self._one_of(logits, allowed)
             self._word_stays = True
         elif self._choices:

@@ -1,5 +1,5 @@
-"""How likely an answer has the highest level of relevance, by the model itself: bundles whose
-training asked for it (`CommandSchema.confidence`) tell it behind `<|end|>`."""
+"""The probability, by the model itself, that its answer has the highest level of relevance. Models
+that were trained for it (`CommandSchema.confidence`) predict the level after `<|end|>`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 
 from edge_slm_runtime.answer import Answer, Step
-from edge_slm_runtime.plan import Plan
+from edge_slm_runtime.plan import FinishReason, Plan
 from edge_slm_runtime.sampling import Logits
 from edge_slm_runtime.text import Detokenizer, TextCodec
 
 
 class JudgedAnswer(Answer):
-    """An answer behind whose end the engine goes on: with what of its text is not in its tokens
-    (a full stop), and the end. The predictions there give the confidence in it."""
+    """An answer after which the engine computes a little more: text that the decoder added (a full
+    stop), and the end token. The logits after it give the confidence."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._following: list[int] | None = None  # tokens still to come; None: in the answer
+        self._following: list[int] | None = None  # tokens still to compute; None: not ended yet
+        self._ended: tuple[list[int], FinishReason | None, Step] = [], None, Step(self, "", True)
 
     def choose(self, logits: Logits) -> int:
         if self._following is None:
@@ -47,7 +48,7 @@ class JudgedAnswer(Answer):
         return step
 
     def _go_on(self, step: Step) -> Step:
-        """From the tokens that the final text begins with."""
+        """Keeps the tokens that are in the final text, and computes the rest of it after them."""
         self._ended = self.ids, self.finish, step
         kept, text, read = 0, "", Detokenizer(self._codec)
         for count, token in enumerate(self.ids, 1):
@@ -57,7 +58,7 @@ class JudgedAnswer(Answer):
                 break
             kept, text = count, longer
         rest = self._codec.encode(self.text[len(text) :]) if text != self.text else []
-        room = len(self.ids) - kept + 1  # that of one token more is kept: for a full stop
+        room = len(self.ids) - kept + 1  # as many tokens as were dropped, and a full stop
         first, *self._following = [*rest[:room], self.ends[0]]
         self.ids, self.finish = [*self.ids[:kept], first], None
         return Step(self, "", done=False)

@@ -22,11 +22,11 @@ from edge_slm_runtime.prompt_syntax import Shielded, shield
 from edge_slm_runtime.ranking import MOST
 from edge_slm_runtime.records import Request
 from edge_slm_runtime.request_text import clean_request
-from edge_slm_runtime.restating import Beginning, beginnings
+from edge_slm_runtime.restating import beginnings
 from edge_slm_runtime.sampling import Sampling
 from edge_slm_runtime.text import TextCodec
 
-_JUDGING = 2  # tokens behind the answer: a full stop, and the end
+_JUDGING = 2  # tokens that judging an answer adds: a full stop and the end token
 _LEAST_ROOM = 16  # tokens that must be left for an answer of no asked length
 _STOPS_MAX, _BANS_MAX, _KEEPS_MAX = 64, 10_000, 16  # all stops are looked for after every token
 _CHOICES_MAX = 256
@@ -70,7 +70,7 @@ def plan_of(
     budget, limit = _budget(len(prompt), positions, request.max_new_tokens, command.words)
     if keep:
         _check_room(Keeps(keep, codec.encode), keep, words, budget)
-    if choices and (longest := max(map(len, Choices(choices, codec.encode).paths))) > budget:
+    if choices and (longest := Choices(choices, codec.encode).longest) > budget:
         raise BadSetting(
             f"choices take up to {longest} tokens, more than the {budget} of the answer",
             "shorten them, or allow more tokens",
@@ -216,7 +216,7 @@ def _fitting(
         for one in beginnings(text, words)
         if bans.closed(f"{one} ", 0) is None and not any(end in f"{one} " for end in stop)
     ]
-    if not fitting or Beginning(fitting, codec.encode).longest + _LEAST_ROOM > budget:
+    if not fitting or Choices(fitting, codec.encode).longest + _LEAST_ROOM > budget:
         return ()
     return tuple(fitting)
 

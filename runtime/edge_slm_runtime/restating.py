@@ -8,15 +8,14 @@ of as many without.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 
 from edge_slm_runtime.command import count_words
 
 # Before which words "an" stands; before some, as "hour" and "union", spelling does not tell.
 _VOWEL = re.compile(r"[aeio](?!u|ne\b|nce\b)", re.IGNORECASE)
 _UNSURE = re.compile(r"u|h|eu|one\b|once\b", re.IGNORECASE)
-# What a caption is about: the words before these. "A" stands neither before several nor before an
-# action; a verb that looks like several does no harm, since "the" stands before all.
+# The subject of a caption is what stands before these words. "A" is not offered before a plural or
+# an action. A verb may be taken for a plural ("dog runs"), which only takes "A" from the choice.
 _SUBJECT = re.compile(
     r"(.+?)(?:,|\s(?:(?:about|above|against|and|around|as|at|behind|beside|by|for|from|in|inside|into|"
     r"near|of|on|over|that|through|to|under|which|who|with)\b|\w+ing\b)|$)",
@@ -28,14 +27,14 @@ _SEVERAL = re.compile(
 _ACTION = re.compile(r"\w+ing\s+(?:a|an|the)\b", re.IGNORECASE)
 _NAME = re.compile(r"[A-Z]\S*\s+[A-Z]")  # of two words
 _LEAST_ADDED = 1.5  # words of the answer for each of the request
-# An order to the program, in front of what it is about: it is left out.
+# An instruction to the program, which is left out: "draw me a barn" → "A barn".
 _ORDER = re.compile(
     r"(?:please\s+)?(?:(?:can|could) you\s+)?(?:please\s+)?"
     r"(?:create|describe|design|draw|generate|give|illustrate|imagine|make|paint|render|show|"
     r"sketch|write|i (?:want|need|would like))\s+(?:me\s+)?(?=(?:a|an|the|some|two|three)\s)",
     re.IGNORECASE,
 )
-# Words behind which there is no order, and no text about which there could be more to say.
+# Requests that begin like this, and are no such instruction, are not captions.
 _NO_CAPTION = re.compile(
     r"(?:please|can|could|create|draw|generate|give|illustrate|make|paint|render|show|sketch|"
     r"write|i|what|how|why)\b",
@@ -68,21 +67,3 @@ def beginnings(request: str, words: int | None) -> tuple[str, ...]:
             unsure, an = _UNSURE.match(text), _VOWEL.match(text)
             articles += ["A"] * bool(unsure or not an) + ["An"] * bool(unsure or an)
     return (capital, *(f"{article} {one}" for article in articles for one in rest))
-
-
-class Beginning:
-    """The tokens that an answer begins with: one of some texts, as the model likes them."""
-
-    def __init__(self, texts: Sequence[str], encode: Callable[[str], list[int]]) -> None:
-        """encode: token ids of a text."""
-        self._paths = {(*encode(text),) for text in texts}
-
-    def next(self, ids: Sequence[int]) -> list[int]:
-        """The tokens that may follow `ids`, the first ones of an answer; none behind a text."""
-        begun = (*ids,)
-        return sorted({p[len(begun)] for p in self._paths if p[: len(begun)] == begun != p})
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max(map(len, self._paths))

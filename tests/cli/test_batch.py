@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -399,19 +398,3 @@ def test_an_input_that_never_ends_is_refused(tiny_bundle: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
     result = run("bench", "--compare", "/dev/zero", "/dev/zero")
     assert "File too large" in error_of(result, "data", 8)
-
-
-def test_a_model_that_judges_its_answers_tells_its_confidence(
-    with_grammar: Callable[..., Path],
-) -> None:
-    bundle = with_grammar(confidence=True)
-    asked = {"request": "a red fox", "task": "image", "words": 8, "max_new_tokens": 40}
-    kinds: tuple[dict[str, int], ...] = ({}, {"best_of": 2}, {"n": 2})
-    lines = "".join(json.dumps(asked | kind) + "\n" for kind in kinds)
-    told = run("batch", "-", "--bundle", bundle, stdin=lines).stdout
-    plain, best, several = map(json.loads, told.splitlines())
-    assert "confidence" not in plain
-    for one in (best, several, *several["others"]):
-        assert 0 < one["confidence"] < 1
-    said = run("generate", "a red fox", "--bundle", bundle, "--task", "image", "--words", 8)
-    assert "confidence 0." in said.stderr

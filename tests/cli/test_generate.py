@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,19 @@ def test_the_small_model_says_what_it_is_for(
     assert "prompts-115m" not in run(*asked).stderr
     monkeypatch.setattr(edge_slm, "shipped_bundle", lambda: tiny_bundle)
     assert "pip install ./models/prompts-115m" in run(*asked).stderr
+
+
+def test_a_model_that_judges_its_answers_tells_its_confidence(
+    with_grammar: Callable[..., Path],
+) -> None:
+    bundle = with_grammar(confidence=True)
+    asked = {"request": "a red fox", "task": "image", "words": 8, "max_new_tokens": 40}
+    kinds: tuple[dict[str, int], ...] = ({}, {"best_of": 2}, {"n": 2})
+    lines = "".join(json.dumps(asked | kind) + "\n" for kind in kinds)
+    told = run("batch", "-", "--bundle", bundle, stdin=lines).stdout
+    plain, best, several = map(json.loads, told.splitlines())
+    assert "confidence" not in plain
+    for one in (best, several, *several["others"]):
+        assert 0 < one["confidence"] < 1
+    said = run("generate", "a red fox", "--bundle", bundle, "--task", "image", "--words", 8)
+    assert "confidence 0." in said.stderr

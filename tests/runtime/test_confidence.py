@@ -21,7 +21,7 @@ def judging(request: pytest.FixtureRequest, with_grammar: Callable[..., Path]) -
 
 
 def expected(slm: SLM, request: str, text: str, **command: object) -> float:
-    """The share of the highest level behind the text and the end."""
+    """The probability of the highest level after the text and the end token."""
     plan = slm.check(Request.of(request, logprobs=True, **command))
     logits = slm.logits([*plan.prompt, *slm._codec.encode(text), slm._codec.ends[0]])[-1]
     of_levels = logits[[*plan.levels]].astype(np.float64)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from edge_slm_runtime import SLM, load
+from edge_slm_runtime.choices import Choices
 from edge_slm_runtime.errors import BadSetting
-from edge_slm_runtime.restating import Beginning, beginnings
+from edge_slm_runtime.restating import beginnings
 from edge_slm_runtime.text import TextCodec
 
 
@@ -51,11 +52,11 @@ def test_any_length_leaves_room() -> None:
 
 def test_a_beginning_is_one_of_its_texts(codec: TextCodec) -> None:
     texts = "A cat", "The cat", "A"
-    beginning = Beginning(texts, codec.encode)
+    beginning = Choices(texts, codec.encode, leads=("",))
     found, open_ = set(), [[]]
     while open_:
         ids = open_.pop()
-        following = beginning.next(ids)
+        following = beginning.next(ids, ())
         open_ += [[*ids, token] for token in following]
         if not following:
             found.add(codec.decode(ids))
