@@ -212,6 +212,8 @@ class _Training:
             model,
             countdown=recipe.train.countdown,
             confidence=recipe.train.confidence,
+            preference=recipe.train.preference,
+            preference_beta=recipe.train.preference_beta,
             levels=[self.tokenizer.token_to_id(token) for token in levels],
             distillation=recipe.distillation,
             compile=recipe.train.compile,

@@ -7,7 +7,11 @@
 - the *confidence* that an answer has the highest level: behind `<|end|>`, the probability of that
   level's control token among those of all levels (binary cross-entropy). A model that judges its
   own answers can tell the best of several (cf. Cobbe et al., arXiv 2110.14168, and the P(True) of
-  Kadavath et al., arXiv 2207.05221);
+  Kadavath et al., arXiv 2207.05221). Of two responses to one request the better one is to have the
+  higher one, too (Bradley and Terry), since it is answers to one request that are compared;
+- the *preference* for responses of the highest level over others to the same request (DPO,
+  Rafailov et al., arXiv 2305.18290): what the cross-entropy, which sees good responses alone,
+  cannot teach is which of the model's own are bad;
 - the *countdown*: two linear heads predict, from the hidden state, how many words have begun
   and how many remain. `<|end|>` teaches length once per record, the countdown at every
   token. The heads are not part of the checkpoint. (Our own.)
@@ -91,12 +95,28 @@ def sparse_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return (p * (log_p - log_q)).sum() + rest.sum()
 
 
+def margins_of(values: torch.Tensor, preferred: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """[pairs]: the summed `values` of the preferred response less those of the other one.
+
+    values [positions]: at each of the positions `at`. preferred, at [rows, length]:
+    `Batch.preferred`, and which positions they are.
+    """
+    most = int(preferred.max())  # pairs of a row
+    rows = torch.arange(len(preferred), device=preferred.device)[:, None]
+    number = torch.where(preferred != 0, rows * most + preferred.abs(), 0)[at]
+    sums = values.new_zeros(len(preferred) * most + 1).index_add(
+        0, number, values * preferred[at].sign()
+    )
+    return sums[number[number > 0].unique()]
+
+
 class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A causal language model of transformers with its loss.
 
     countdown: weight of the countdown's loss. confidence: weight of the loss of `achieved`.
-    levels: token ids of the levels, the highest last. distillation: of batches with soft labels.
-    compile: of the layers, by torch.compile.
+    preference, preference_beta: weight of the loss of `preferred`, and its β. levels: token ids of
+    the levels, the highest last. distillation: of batches with soft labels. compile: of the layers,
+    by torch.compile.
     """
 
     def __init__(
@@ -105,6 +125,8 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         *,
         countdown: float = 0.0,
         confidence: float = 0.0,
+        preference: float = 0.0,
+        preference_beta: float = 0.1,
         levels: Sequence[int] = (),
         distillation: DistillationRecipe | None = None,
         compile: bool = False,  # noqa: A002
@@ -112,6 +134,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         super().__init__()
         self.lm = lm
         self.countdown, self.confidence, self.levels = countdown, confidence, list(levels)
+        self.preference, self.preference_beta = preference, preference_beta
         self.distillation = distillation or DistillationRecipe()
         self.kl = self.entropy = 0.0
         self._before: list[Any] = []  # in a list, so that it is no submodule
@@ -119,13 +142,17 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             width = lm.config.hidden_size
             self.so_far = torch.nn.Linear(width, _BUCKETS)
             self.remaining = torch.nn.Linear(width, _BUCKETS)
-        body = lm.base_model
-        self._body = [torch.compile(body) if compile else body]
+        self._compiled = torch.compile if compile else lambda body: body
+        self._body = [self._compiled(lm.base_model)]
 
-    def set_regularisers(self, *, kl: float, entropy: float) -> None:
-        """Weights of the KL to the model as it is now, and of the entropy bonus."""
+    def begin(self, *, kl: float, entropy: float) -> None:
+        """Begins a stage. Weights of the KL to the model as it is now, and of the entropy bonus;
+        the preference is measured from the model as it is now, too."""
         self.kl, self.entropy = kl, entropy
-        self._before = [copy.deepcopy(self.lm).eval().requires_grad_(False)] if kl else []
+        self._before = []
+        if kl or self.preference:
+            lm = copy.deepcopy(self.lm).eval().requires_grad_(False)
+            self._before = [lm, self._compiled(lm.base_model)]
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sums over the labelled tokens: `loss` (weighted), `cross_entropy` and the terms in use.
@@ -137,30 +164,38 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         ids, log_p = batch["soft_ids"][labelled], batch["soft_log_p"][labelled]
         wanted = torch.cat([batch["labels"][labelled][:, None], ids], -1)
         log_q = LogProbabilities.apply(logits, wanted)
-        parts = {"cross_entropy": -log_q[:, 0].sum()}
+        imitated = batch["preferred"][labelled] >= 0
+        parts = {"cross_entropy": -log_q[imitated, 0].sum()}
         loss = parts["cross_entropy"]
+        if self._before:
+            with torch.no_grad():
+                *_, before = predictions(*self._before, batch)
+                before = before.log_softmax(-1)
         if ids.shape[-1]:
             weight, temperature = self.distillation.weight, self.distillation.temperature
-            log_q = log_q[:, 1:]
+            of_teacher = log_q[:, 1:]
             if temperature != 1:
-                log_q = LogProbabilities.apply(logits / temperature, ids)
+                of_teacher = LogProbabilities.apply(logits / temperature, ids)
             # Gradients keep their size: × temperature² (Hinton et al., arXiv 1503.02531).
-            parts["teacher_kl"] = temperature**2 * sparse_kl(log_q, log_p)
+            parts["teacher_kl"] = temperature**2 * sparse_kl(of_teacher[imitated], log_p[imitated])
             loss = (1 - weight) * loss + weight * parts["teacher_kl"]
         if self.kl or self.entropy:
-            log_q = logits.log_softmax(-1)
-            if self._before:
-                with torch.no_grad():
-                    lm = self._before[0]
-                    *_, before = predictions(lm, lm.base_model, batch)
-                    before = before.log_softmax(-1)
-                parts["kl"] = (log_q.exp() * (log_q - before)).sum()
+            every = logits.log_softmax(-1)
+            if self.kl:
+                parts["kl"] = (every.exp() * (every - before)).sum()
                 loss = loss + self.kl * parts["kl"]
-            parts["entropy"] = -(log_q.exp() * log_q).sum()
+            parts["entropy"] = -(every.exp() * every).sum()
             loss = loss - self.entropy * parts["entropy"]
         if self.confidence:
-            parts["confidence"] = self._unsure(states, batch["achieved"])
+            parts["confidence"] = self._unsure(states, batch["achieved"], batch["preferred"])
             loss = loss + self.confidence * parts["confidence"]
+        if self.preference:
+            ratio = log_q[:, 0] - before.gather(-1, wanted[:, :1])[:, 0]
+            margins = margins_of(ratio, batch["preferred"], labelled)
+            parts["preference"] = -functional.logsigmoid(self.preference_beta * margins).sum()
+            parts["pairs"] = torch.tensor(float(len(margins)))
+            parts["pairs_right"] = (margins > 0).sum().float()
+            loss = loss + self.preference * parts["preference"]
         if self.countdown:
             counted = [
                 functional.cross_entropy(
@@ -175,13 +210,17 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             loss = loss + self.countdown * parts["countdown"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
-    def _unsure(self, states: torch.Tensor, achieved: torch.Tensor) -> torch.Tensor:
-        """The binary cross-entropy of the highest level, summed over where it is known."""
+    def _unsure(
+        self, states: torch.Tensor, achieved: torch.Tensor, preferred: torch.Tensor
+    ) -> torch.Tensor:
+        """The binary cross-entropy of the highest level, summed over where it is known, and of
+        pairs that of the preferred response's being the likelier one to have it."""
         known = achieved != IGNORED
         head = self.lm.get_output_embeddings().weight[self.levels]
         log_p = (states[known] @ head.T.to(states.dtype)).float().log_softmax(-1)
-        others = log_p[:, :-1].logsumexp(-1)
-        return -torch.where(achieved[known] == 1, log_p[:, -1], others).sum()
+        best, others = log_p[:, -1], log_p[:, :-1].logsumexp(-1)
+        unsure = -torch.where(achieved[known] == 1, best, others).sum()
+        return unsure - functional.logsigmoid(margins_of(best - others, preferred, known)).sum()
 
 
 def tensors(batch: Batch, device: Any) -> dict[str, torch.Tensor]:

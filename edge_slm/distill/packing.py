@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,9 @@ class Batch:
 
     so_far, remaining: words of the response begun before the labelled token, and from it on;
     IGNORED where unknown (`remaining`: where the command has no length). achieved: at `<|end|>`,
-    whether the response has the highest level (0, 1), where its command does not tell. soft_ids,
+    whether the response has the highest level (0, 1), where its command does not tell. preferred:
+    of the n-th pair of a row, n at the labels and the end of the response that has the highest
+    level, and -n at those of the one that has not and is not to be imitated; 0 elsewhere. soft_ids,
     soft_log_p [rows, length, k]: the teacher's likeliest tokens at each label and their log
     probabilities; k is 0 without a teacher.
     """
@@ -95,6 +98,7 @@ class Batch:
     so_far: Ids
     remaining: Ids
     achieved: Ids
+    preferred: Ids
     soft_ids: Ids
     soft_log_p: npt.NDArray[np.float32]
 
@@ -104,8 +108,8 @@ class Batch:
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens that have a label."""
-        return int((self.labels != IGNORED).sum())
+        """Tokens that are to be imitated."""
+        return int(((self.labels != IGNORED) & (self.preferred >= 0)).sum())
 
 
 class Packer:
@@ -122,21 +126,68 @@ class Packer:
         seed: int,
         bare: float = 0.0,
         judged: bool = False,
+        paired: bool = False,
         soft_labels: SoftLabels | None = None,
     ) -> None:
         """dropout: of each axis of a command; bare: of all at once. judged: every other command
         asks for the highest level, whatever its response achieved: one that did not is only to be
-        judged then, and not to be imitated. soft_labels: they have all records, each under its
+        judged then, and not to be imitated. paired: a record of the highest level and another one
+        of the same request are in one row, both asked for the highest level; of each request as
+        many as there are, others every epoch. soft_labels: they have all records, each under its
         whole command, which is taught under a dropped one too."""
         self._records, self._schema = records, schema
         self._rows, self._length, self._seed = rows, length, seed
         self._dropout, self._bare, self._judged = dropout, bare, judged
-        self._top = schema.levels - 1
+        self._top, self._paired = schema.levels - 1, paired
         self._soft = soft_labels
 
-    def _size(self, record: Encoded) -> int:
-        overhead = self._schema.overhead if record.record else 1
-        return overhead + len(record.request) + len(record.response)
+    def _size(self, indices: Sequence[int]) -> int:
+        """Tokens of these records."""
+        return sum(
+            (self._schema.overhead if record.record else 1)
+            + len(record.request)
+            + len(record.response)
+            for record in (self._records[index] for index in indices)
+        )
+
+    def _is_best(self, index: int) -> bool:
+        record = self._records[index].record
+        return record is not None and record.command.relevance == self._top
+
+    def _pairs(self, row: Sequence[int]) -> list[int]:
+        """Of each record of a row: `Batch.preferred`."""
+        found = [0] * len(row)
+        if self._paired:
+            for at, (first, second) in enumerate(pairwise(row)):
+                of_one_request = self._request(first) == self._request(second)
+                if of_one_request and self._is_best(first) and not self._is_best(second):
+                    found[at] = max(found) + 1
+                    found[at + 1] = -found[at]
+        return found
+
+    def _request(self, index: int) -> tuple[str | None, str] | None:
+        record = self._records[index].record
+        return record and (record.command.task, record.request)
+
+    def _units(self, number: int) -> list[tuple[int, ...]]:
+        """The records of an epoch, those of a pair together."""
+        if not self._paired:
+            return [(index,) for index in range(len(self._records))]
+        rng = random.Random(f"{self._seed}/{number}/pairs")
+        groups: dict[tuple[str | None, str], tuple[list[int], list[int]]] = {}
+        units: list[tuple[int, ...]] = []
+        for index in range(len(self._records)):
+            if (request := self._request(index)) is None:
+                units.append((index,))
+            else:
+                groups.setdefault(request, ([], []))[self._is_best(index)].append(index)
+        for others, best in groups.values():
+            rng.shuffle(others)
+            rng.shuffle(best)
+            pairs = [p for p in zip(best, others, strict=False) if self._size(p) <= self._length]
+            paired = {index for pair in pairs for index in pair}
+            units += [*pairs, *((i,) for i in (*best, *others) if i not in paired)]
+        return units
 
     def epoch(self, number: int, *, partial: bool = False) -> list[list[list[int]]]:
         """The plan of an epoch: batches of rows of record indices.
@@ -144,19 +195,19 @@ class Packer:
         First-fit over a small window of open rows: about 97% of the positions are used.
         partial: with a last batch of fewer rows, so that no record is left out.
         """
-        order = list(range(len(self._records)))
-        random.Random(f"{self._seed}/{number}").shuffle(order)
+        units = self._units(number)
+        random.Random(f"{self._seed}/{number}").shuffle(units)
         open_rows: list[tuple[int, list[int]]] = []
         full: list[list[int]] = []
-        for index in order:
-            size = self._size(self._records[index])
+        for unit in units:
+            size = self._size(unit)
             for i, (left, row) in enumerate(open_rows):
                 if size <= left:
-                    row.append(index)
+                    row.extend(unit)
                     open_rows[i] = (left - size, row)
                     break
             else:
-                open_rows.append((self._length - size, [index]))
+                open_rows.append((self._length - size, [*unit]))
                 if len(open_rows) > 64:
                     tightest = min(range(len(open_rows)), key=lambda i: open_rows[i][0])
                     full.append(open_rows.pop(tightest)[1])
@@ -165,16 +216,21 @@ class Packer:
         end = len(full) if partial else len(full) - self._rows + 1
         return [full[i : i + self._rows] for i in range(0, end, self._rows)]
 
-    def _asked(self, record: Record | None, rng: random.Random) -> tuple[Command | None, bool, int]:
+    def _asked(
+        self, record: Record | None, rng: random.Random, *, in_pair: bool
+    ) -> tuple[Command | None, bool, int]:
         """Of a record in one batch: its command, whether its response is imitated, `achieved`."""
         if record is None:
             return None, True, IGNORED
+        is_best = record.command.relevance == self._top
+        if in_pair:
+            command = drop(record.command, self._dropout, rng, self._bare)
+            return replace(command, relevance=self._top), is_best, int(is_best)
         command = record.command
         if record.kind != "mismatch":  # which is wrong without its level
             command = drop(command, self._dropout, rng, self._bare)
         if not self._judged:
             return command, True, IGNORED
-        is_best = record.command.relevance == self._top
         if command.relevance is None:
             return command, True, int(is_best)
         if rng.random() < 0.5:
@@ -188,14 +244,15 @@ class Packer:
         ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         labels, segment, so_far, remaining, achieved = (np.full(shape, IGNORED) for _ in range(5))
         segment[:] = -1
+        preferred = np.zeros(shape, np.int64)
         top_k = self._soft.top_k if self._soft else 0
         soft_ids = np.zeros((*shape, top_k), np.int64)
         soft_log_p = np.zeros((*shape, top_k), np.float32)
         for r, row in enumerate(rows):
-            at = 0
+            at, pairs = 0, self._pairs(row)
             for s, index in enumerate(row):
-                encoded = self._records[index]
-                command, imitated, is_best = self._asked(encoded.record, rng)
+                encoded, pair = self._records[index], pairs[s]
+                command, imitated, is_best = self._asked(encoded.record, rng, in_pair=pair != 0)
                 prompt = encoded.prompt(self._schema, command)
                 tokens = prompt + encoded.response
                 stop = at + len(tokens)
@@ -205,8 +262,9 @@ class Packer:
                 segment[r, at:stop] = s
                 # The last prompt token predicts the first response token.
                 labelled = slice(at + len(prompt) - 1, stop - 1)
-                if imitated:
+                if imitated or pair:
                     labels[r, labelled] = encoded.response
+                preferred[r, labelled.start : stop] = pair
                 if encoded.begun:
                     begun = np.asarray(encoded.begun)
                     so_far[r, labelled] = begun
@@ -216,5 +274,5 @@ class Packer:
                     whole = encoded.prompt(self._schema) + encoded.response
                     soft_ids[r, labelled], soft_log_p[r, labelled] = self._soft[whole]
                 at = stop
-        counts = so_far, remaining, achieved
-        return Batch(ids, positions, labels, segment, *counts, soft_ids, soft_log_p)
+        facts = so_far, remaining, achieved, preferred
+        return Batch(ids, positions, labels, segment, *facts, soft_ids, soft_log_p)

@@ -112,7 +112,7 @@ class Trainer:
         t, length = recipe.train, recipe.model.positions
         self.recipe, self.stage, self.accelerator, self.out = recipe, stage, accelerator, out
         self.plain = learner.to(accelerator.device)
-        learner.set_regularisers(kl=stage.kl, entropy=stage.entropy)
+        learner.begin(kl=stage.kl, entropy=stage.entropy)
         decayed = [p for p in learner.parameters() if p.dim() >= 2]
         rest = [p for p in learner.parameters() if p.dim() < 2]
         optimizer = torch.optim.AdamW(
@@ -144,6 +144,7 @@ class Trainer:
                 dropout=h.command_dropout * learning,
                 bare=h.bare_share * learning,
                 judged=learning and t.confidence > 0,
+                paired=learning and t.preference > 0,
                 seed=recipe.seed,
                 soft_labels=stage.soft_labels if learning else None,
             )

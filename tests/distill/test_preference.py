@@ -1,0 +1,177 @@
+"""Training that prefers good answers to bad ones of the same request (DPO)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from edge_slm.distill.hindsight import build_schema, relabel
+from edge_slm.distill.levels import level_edges
+from edge_slm.distill.model import fresh_model
+from edge_slm.distill.objective import Learner, tensors
+from edge_slm.distill.packing import IGNORED, Encoded, Packer, encode_records
+from edge_slm.distill.recipe import ModelRecipe
+from edge_slm.distill.samples import Sample
+from edge_slm.distill.tokenizer import train_tokenizer
+
+from .conftest import made_samples
+
+SHAPE = ModelRecipe(vocab_size=512, layers=2, width=32, heads=2, positions=128, dropout=0.0)
+
+
+def made(dropout: float = 0.2, paired: bool = True) -> tuple[Packer, list[Encoded], list[int]]:
+    """Three responses to each request, the first of them a good one; bad ones say "mud"."""
+    samples, rewards = [], []
+    for i, s in enumerate(made_samples(90)):
+        for word in ("light", "mud", "mud and mud"):
+            samples.append(Sample(f"{s.request} {i}", f"{s.response} {word}", s.task))
+            rewards.append(0.9 if word == "light" else 0.1)
+    scores = np.array(rewards, np.float32)
+    records = relabel(samples, scores, level_edges(samples, scores, 5, top=0.5))
+    schema = build_schema(["image", "tags"], records, 5)
+    tokenizer = train_tokenizer([s.response for s in samples], schema, 512)
+    encoded, _ = encode_records(records, tokenizer, schema, 128)
+    packer = Packer(
+        encoded,
+        schema,
+        rows=4,
+        length=128,
+        dropout=dropout,
+        bare=0.1,
+        judged=True,
+        paired=paired,
+        seed=5,
+    )
+    return packer, encoded, [tokenizer.token_to_id(t) for t in schema.axis("relevance").tokens()]
+
+
+def test_pairs_are_of_one_request_and_ask_for_the_highest_level() -> None:
+    packer, encoded, levels = made()
+    seen: list[int] = []
+    pairs = 0
+    for number, rows in enumerate(packer.epoch(0, partial=True)):
+        batch = packer.batch(0, number, rows)
+        imitated = 0
+        for r, row in enumerate(rows):
+            seen += row
+            of: dict[int, tuple[Any, ...]] = {}
+            for s, index in enumerate(row):
+                here = batch.segment[r] == s
+                record, preferred = encoded[index].record, batch.preferred[r][here]
+                assert record
+                labelled = batch.labels[r][here] != IGNORED
+                n = int(preferred[-1])
+                assert (preferred[labelled] == n).all()
+                assert (preferred[:-1][~labelled[:-1]] == 0).all()
+                imitated += labelled.sum() * (n >= 0)
+                if n:
+                    said = [i for i in batch.ids[r][here] if i in levels]
+                    of[n] = record.request, record.command.relevance == 4, said
+                    assert said == [levels[-1]]
+                    assert batch.achieved[r][here][-1] == (n > 0)
+            for n in (n for n in of if n > 0):
+                assert of[n][:2] == (of[-n][0], True)
+                assert not of[-n][1]
+                pairs += 1
+        assert batch.loss_tokens == imitated
+    assert sorted(seen) == list(range(len(encoded)))
+    assert pairs > 80  # a few of 90 do not fit into a row
+    others = made(paired=False)[0]
+    assert not others.batch(0, 0, others.epoch(0)[0]).preferred.any()
+
+
+def test_others_are_compared_in_another_epoch() -> None:
+    packer, *_ = made()
+
+    def rivals(epoch: int) -> set[int]:
+        return {
+            index
+            for rows in packer.epoch(epoch)
+            for row in rows
+            for index, n in zip(row, packer._pairs(row), strict=True)
+            if n < 0
+        }
+
+    first, second = rivals(0), rivals(1)
+    assert rivals(0) == first
+    assert 20 < len(first & second) < 70
+
+
+def test_the_loss_is_that_of_the_formula() -> None:
+    packer, *_ = made()
+    batch = tensors(packer.batch(0, 0, packer.epoch(0)[0]), "cpu")
+    learner = Learner(
+        fresh_model(SHAPE, seed=1), preference=3.0, preference_beta=0.4, levels=[1]
+    ).eval()
+    learner.begin(kl=0.0, entropy=0.0)
+    at_first = learner(batch)
+    pairs = at_first["pairs"].item()
+    assert at_first["preference"].item() == pytest.approx(pairs * np.log(2), rel=1e-5)
+    with torch.no_grad():
+        for parameter in learner.lm.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(3)), alpha=0.02)
+
+    def log_p(lm: Any, row: int, segment: int) -> torch.Tensor:
+        here = batch["segment"][row] == segment
+        labels = batch["labels"][row][here]
+        log_q = lm(input_ids=batch["ids"][row][here][None]).logits[0].log_softmax(-1)
+        learnt = labels != IGNORED
+        return log_q[learnt].gather(-1, labels[learnt][:, None]).sum()
+
+    before, gains, imitated = learner._before[0], [], torch.zeros(())
+    for row, preferred in enumerate(batch["preferred"]):
+        ratios = {}
+        for segment in range(int(batch["segment"][row].max()) + 1):
+            here = batch["segment"][row] == segment
+            log_q = log_p(learner.lm, row, segment)
+            n = int(preferred[here][-1])
+            ratios[n] = log_q - log_p(before, row, segment)
+            imitated -= log_q * (n >= 0)
+        gains += [ratios[n] - ratios[-n] for n in ratios if n > 0]
+    assert pairs == len(gains) > 3
+    parts = learner(batch)
+    direct = -functional.logsigmoid(0.4 * torch.stack(gains)).sum()
+    assert parts["preference"].item() == pytest.approx(direct.item(), rel=1e-4)
+    assert parts["cross_entropy"].item() == pytest.approx(imitated.item(), rel=1e-4)
+    assert parts["pairs_right"].item() == sum(gain > 0 for gain in gains)
+    total = parts["cross_entropy"] + 3 * parts["preference"]
+    assert parts["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_the_confidence_ranks_the_two_of_a_pair() -> None:
+    packer, _, levels = made()
+    batch = tensors(packer.batch(0, 0, packer.epoch(0)[0]), "cpu")
+    learner = Learner(fresh_model(SHAPE, seed=1), confidence=1.0, levels=levels[1:]).eval()
+    direct = torch.zeros(())
+    for row, preferred in enumerate(batch["preferred"]):
+        odds = {}
+        for segment in range(int(batch["segment"][row].max()) + 1):
+            here = batch["segment"][row] == segment
+            logits = learner.lm(input_ids=batch["ids"][row][here][None]).logits[0, -1]
+            best = logits[levels[1:]].softmax(-1)[-1]
+            if (achieved := batch["achieved"][row][here][-1]) != IGNORED:
+                direct -= (best if achieved == 1 else 1 - best).log()
+            odds[int(preferred[here][-1])] = best.log() - (1 - best).log()
+        for n in (n for n in odds if n > 0):
+            direct -= functional.logsigmoid(odds[n] - odds[-n])
+    assert learner(batch)["confidence"].item() == pytest.approx(direct.item(), rel=1e-4)
+
+
+def test_a_model_learns_to_prefer_the_good_ones() -> None:
+    packer, *_ = made(dropout=0.0)
+    learner = Learner(fresh_model(SHAPE, seed=1), preference=10.0, levels=[1])
+    learner.begin(kl=0.0, entropy=0.0)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
+    for epoch in range(3):
+        for number, rows in enumerate(packer.epoch(epoch)):
+            made_batch = packer.batch(epoch, number, rows)
+            parts = learner(tensors(made_batch, "cpu"))
+            (parts["loss"] / made_batch.loss_tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert parts["pairs_right"] == parts["pairs"] > 0
+    assert parts["preference"] / parts["pairs"] < 0.5
