@@ -133,8 +133,9 @@ class Packer:
         asks for the highest level, whatever its response achieved: one that did not is only to be
         judged then, and not to be imitated. paired: a record of the highest level and another one
         of the same request are in one row, both asked for the highest level; of each request as
-        many as there are, others every epoch. soft_labels: they have all records, each under its
-        whole command, which is taught under a dropped one too."""
+        many as there are. Those that begin alike for longest are compared, which shows where the
+        worse one went wrong; where several do, others every epoch. soft_labels: they have all
+        records, each under its whole command, which is taught under a dropped one too."""
         self._records, self._schema = records, schema
         self._rows, self._length, self._seed = rows, length, seed
         self._dropout, self._bare, self._judged = dropout, bare, judged
@@ -184,10 +185,21 @@ class Packer:
         for others, best in groups.values():
             rng.shuffle(others)
             rng.shuffle(best)
-            pairs = [p for p in zip(best, others, strict=False) if self._size(p) <= self._length]
-            paired = {index for pair in pairs for index in pair}
-            units += [*pairs, *((i,) for i in (*best, *others) if i not in paired)]
+            while best and others:
+                first = best.pop()
+                second = max(others, key=lambda index: self._alike(first, index))
+                if self._size((first, second)) <= self._length:
+                    others.remove(second)
+                    units.append((first, second))
+                else:
+                    units.append((first,))
+            units += [(index,) for index in (*best, *others)]
         return units
+
+    def _alike(self, first: int, second: int) -> int:
+        """Tokens that two responses begin with alike."""
+        one, other = (self._records[index].response for index in (first, second))
+        return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
 
     def epoch(self, number: int, *, partial: bool = False) -> list[list[list[int]]]:
         """The plan of an epoch: batches of rows of record indices.

@@ -101,6 +101,24 @@ def test_others_are_compared_in_another_epoch() -> None:
     assert 20 < len(first & second) < 70
 
 
+def test_those_that_begin_alike_are_compared() -> None:
+    texts = ["a red fox runs", "a cat", "a red fox sleeps", "a red fox is green", "the fox"]
+    samples = [Sample("fox", text, "image") for text in texts]
+    rewards = np.array([0.9, 0.9, 0.1, 0.1, 0.1], np.float32)
+    records = relabel(samples, rewards, level_edges(samples, rewards, 5, top=0.5))
+    schema = build_schema(["image"], records, 5)
+    tokenizer = train_tokenizer(texts, schema, 512)
+    encoded, _ = encode_records(records, tokenizer, schema, 128)
+    packer = Packer(encoded, schema, rows=1, length=128, dropout=0, paired=True, seed=1)
+    seen = set()
+    for epoch in range(8):
+        pairs = {unit[0]: unit[1] for unit in packer._units(epoch) if len(unit) == 2}
+        assert pairs.keys() == {0, 1}
+        seen.add(pairs[0])
+        assert pairs[0] in (2, 3)
+    assert seen == {2, 3}
+
+
 def test_the_loss_is_that_of_the_formula() -> None:
     packer, *_ = made()
     batch = tensors(packer.batch(0, 0, packer.epoch(0)[0]), "cpu")
