@@ -168,7 +168,7 @@ class Answer:
     def _keep_length(self, logits: Logits, keeper: LengthKeeper) -> None:
         self._held_back = False
         if self.may_end():
-            keeper.note(self.text, log_probability(logits, self.ends))
+            keeper.note(self.text, log_probability(logits, (*self.ends, self._codec.full_stop)))
             return
         ends = [*self.ends]
         if ends_sentence(self.text):

@@ -46,7 +46,7 @@ class LengthKeeper:
         return self._words_of(text) >= self.min
 
     def note(self, text: str, end_log_prob: float) -> None:
-        """Remembers how much the model wanted to end here (read by `cut`)."""
+        """Remembers how much the model wanted to end the text or a sentence here, for `cut`."""
         at = len(text.rstrip())
         self._end_log_prob[at] = max(end_log_prob, self._end_log_prob.get(at, -math.inf))
 
@@ -94,13 +94,12 @@ class LengthKeeper:
     def cut(self, text: str, *, finished: bool = True, least: int = 0) -> str:
         """The text up to the best word boundary of the window.
 
-        Best: after a sentence, else after a clause, else anywhere but behind a
-        dangling word; then where the model gave end-of-text the highest
-        probability; then nearest to the asked count. `finished=False` says that
-        the last word may be torn: it is left out where the window allows. `least` characters
-        stay.
+        Best: after a sentence, else anywhere but behind a dangling word; then where the model
+        gave the end, or a full stop, the highest probability; then after a clause; then nearest
+        to the asked count. `finished=False` says that the last word may be torn: it is left out
+        where the window allows. `least` characters stay.
         """
-        best: tuple[tuple[int, float, int], str] | None = None
+        best: tuple[tuple[int, float, int, int], str] | None = None
         found = list(_WORD.finditer(text))
         torn = not finished and not text[-1:].isspace() and found[-1:] and found[-1].end() > least
         if torn and len(found) > self.min:
@@ -108,11 +107,11 @@ class LengthKeeper:
         for number, word in enumerate(found[: self.max], 1):
             if number < self.min or word.end() < least:
                 continue
-            kept = text[: word.end()]
-            likely = self._end_log_prob.get(word.end(), -math.inf)
-            rank = (ending(kept), likely, -abs(number - self.words))
+            kept, end = text[: word.end()], ending(text[: word.end()])
+            trimmed = kept[:least] + kept[least:].rstrip(_LOOSE)
+            likely = self._end_log_prob.get(len(trimmed), -math.inf)
+            rank = (min(end, 1) + (end == SENTENCE), likely, end, -abs(number - self.words))
             if best is None or rank > best[0]:
-                trimmed = kept[:least] + kept[least:].rstrip(_LOOSE)
                 best = rank, trimmed if count_words(trimmed) >= self.min else kept
         return best[1] if best else text
 

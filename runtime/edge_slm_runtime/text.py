@@ -93,6 +93,7 @@ class TextCodec:
         lost = _NEEDED - {one[0] for one in self._bytes if len(one) == 1}
         if lost:
             raise ManifestInvalid(f"{_NAME} has no token for byte {min(lost):#04x}")
+        self.full_stop = self._bytes.index(b".")  # the token
         if changed := [text for text in _PROBES if not self._survives(text, self._encode(text))]:
             raise ManifestInvalid(f"{_NAME} loses or changes some of {changed[0]!r}")
 

@@ -108,6 +108,33 @@ def test_cut_goes_where_the_model_wanted_to_end() -> None:
     assert keeper.cut(text) == "aa bb cc dd"
 
 
+@pytest.mark.parametrize(
+    ("notes", "kept"),
+    [
+        ({"aa bb cc": -4.0, "aa bb cc, dd ee": -0.5}, "aa bb cc, dd ee"),
+        ({"aa bb cc": -0.2, "aa bb cc,": -9.0, "aa bb cc, dd ee": -0.5}, "aa bb cc"),
+        ({"aa bb cc, dd ee": -3.0, "aa bb cc, dd ee the": -0.1}, "aa bb cc, dd ee"),
+    ],
+)
+def test_a_likely_end_counts_more_than_a_comma(notes: dict[str, float], kept: str) -> None:
+    keeper = LengthKeeper(5)
+    for text, log_prob in notes.items():
+        keeper.note(text, log_prob)
+    assert keeper.cut("aa bb cc, dd ee the gg hh") == kept
+
+
+def test_it_is_cut_where_a_full_stop_was_likely(codec: TextCodec) -> None:
+    answer = Answer(plan(5), codec, 0.0)
+    for wish in codec.encode("one two three, four five six seven eight"):
+        logits = np.zeros(codec.size, np.float32)
+        logits[wish] = 10
+        if answer.text == "one two three, four":
+            logits[codec.full_stop] = 9
+        if answer.accept(answer.choose(logits)).done:
+            break
+    assert answer.text == "one two three, four"
+
+
 def test_cut_without_any_sign_goes_by_nearness() -> None:
     assert LengthKeeper(5).cut("aa bb cc dd ee ff gg hh") == "aa bb cc dd ee"
 
