@@ -7,8 +7,8 @@
 - the *confidence* that an answer has the highest level: behind `<|end|>`, the probability of that
   level's control token among those of all levels (binary cross-entropy). A model that judges its
   own answers can tell the best of several (cf. Cobbe et al., arXiv 2110.14168, and the P(True) of
-  Kadavath et al., arXiv 2207.05221). Of two responses to one request the better one is to have the
-  higher one, too (Bradley and Terry), since it is answers to one request that are compared;
+  Kadavath et al., arXiv 2207.05221). Of a pair, the better response is also trained to have the
+  higher confidence (Bradley-Terry);
 - the *preference* for responses of the highest level over others to the same request (DPO,
   Rafailov et al., arXiv 2305.18290): what the cross-entropy, which sees good responses alone,
   cannot teach is which of the model's own are bad;
@@ -145,9 +145,9 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         self._compiled = torch.compile if compile else lambda body: body
         self._body = [self._compiled(lm.base_model)]
 
-    def begin(self, *, kl: float, entropy: float) -> None:
-        """Begins a stage. Weights of the KL to the model as it is now, and of the entropy bonus;
-        the preference is measured from the model as it is now, too."""
+    def begin_stage(self, *, kl: float, entropy: float) -> None:
+        """kl, entropy: weights of the KL to the model as it is now, which is the reference of the
+        preference, too, and of the entropy bonus."""
         self.kl, self.entropy = kl, entropy
         self._before = []
         if kl or self.preference:
@@ -155,7 +155,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             self._before = [lm, self._compiled(lm.base_model)]
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums over the labelled tokens: `loss` (weighted), `cross_entropy` and the terms in use.
+        """Sums over the tokens to imitate: `loss` (weighted), `cross_entropy` and the terms in use.
 
         batch: the arrays of `tensors`, [rows, length].
         """
@@ -167,7 +167,8 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         imitated = batch["preferred"][labelled] >= 0
         parts = {"cross_entropy": -log_q[imitated, 0].sum()}
         loss = parts["cross_entropy"]
-        if self._before:
+        pairs = self.preference > 0 and bool(batch["preferred"].any())
+        if self.kl or pairs:
             with torch.no_grad():
                 *_, before = predictions(*self._before, batch)
                 before = before.log_softmax(-1)
@@ -180,9 +181,9 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             parts["teacher_kl"] = temperature**2 * sparse_kl(of_teacher[imitated], log_p[imitated])
             loss = (1 - weight) * loss + weight * parts["teacher_kl"]
         if self.kl or self.entropy:
-            every = logits.log_softmax(-1)
+            every = logits[imitated].log_softmax(-1)
             if self.kl:
-                parts["kl"] = (every.exp() * (every - before)).sum()
+                parts["kl"] = (every.exp() * (every - before[imitated])).sum()
                 loss = loss + self.kl * parts["kl"]
             parts["entropy"] = -(every.exp() * every).sum()
             loss = loss - self.entropy * parts["entropy"]
@@ -190,17 +191,19 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             parts["confidence"] = self._unsure(states, batch["achieved"], batch["preferred"])
             loss = loss + self.confidence * parts["confidence"]
         if self.preference:
-            ratio = log_q[:, 0] - before.gather(-1, wanted[:, :1])[:, 0]
-            margins = margins_of(ratio, batch["preferred"], labelled)
+            margins = logits.new_zeros(0)
+            if pairs:
+                ratio = log_q[:, 0] - before.gather(-1, wanted[:, :1])[:, 0]
+                margins = margins_of(ratio, batch["preferred"], labelled)
             parts["preference"] = -functional.logsigmoid(self.preference_beta * margins).sum()
-            parts["pairs"] = torch.tensor(float(len(margins)))
-            parts["pairs_right"] = (margins > 0).sum().float()
+            parts["pairs"] = margins.new_tensor(len(margins))
+            parts["pairs_right"] = (margins > 0).sum().to(margins.dtype)
             loss = loss + self.preference * parts["preference"]
         if self.countdown:
             counted = [
                 functional.cross_entropy(
-                    head(hidden).float(),
-                    batch[name][labelled],
+                    head(hidden[imitated]).float(),
+                    batch[name][labelled][imitated],
                     ignore_index=IGNORED,
                     reduction="sum",
                 )

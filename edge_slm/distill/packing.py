@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -131,10 +132,11 @@ class Packer:
     ) -> None:
         """dropout: of each axis of a command; bare: of all at once. judged: every other command
         asks for the highest level, whatever its response achieved: one that did not is only to be
-        judged then, and not to be imitated. paired: a record of the highest level and another one
-        of the same request are in one row, both asked for the highest level; of each request as
-        many as there are. Those that begin alike for longest are compared, which shows where the
-        worse one went wrong; where several do, others every epoch. soft_labels: they have all
+        judged then, and not to be imitated. paired: puts a record of the highest level and a lower
+        one of the same request into one row, under the command of the first; makes as many such
+        pairs of each request as there are. The partner is the response that begins alike for
+        longest, which shows where the worse one went wrong; where several do, another one every
+        epoch. soft_labels: they have all
         records, each under its whole command, which is taught under a dropped one too."""
         self._records, self._schema = records, schema
         self._rows, self._length, self._seed = rows, length, seed
@@ -153,22 +155,26 @@ class Packer:
 
     def _is_best(self, index: int) -> bool:
         record = self._records[index].record
-        return record is not None and record.command.relevance == self._top
+        return record is not None and record.kind != "cut" and record.command.relevance == self._top
 
     def _pairs(self, row: Sequence[int]) -> list[int]:
         """Of each record of a row: `Batch.preferred`."""
         found = [0] * len(row)
         if self._paired:
             for at, (first, second) in enumerate(pairwise(row)):
-                of_one_request = self._request(first) == self._request(second)
-                if of_one_request and self._is_best(first) and not self._is_best(second):
+                request, best = self._request(first), self._is_best(first)
+                if best and request == self._request(second) and not self._is_best(second):
                     found[at] = max(found) + 1
                     found[at + 1] = -found[at]
         return found
 
     def _request(self, index: int) -> tuple[str | None, str] | None:
+        """What responses have in common that can be compared. A cut cannot: it is no worse than
+        the whole response for being shorter."""
         record = self._records[index].record
-        return record and (record.command.task, record.request)
+        if record is None or record.kind == "cut":
+            return None
+        return record.command.task, record.request
 
     def _units(self, number: int) -> list[tuple[int, ...]]:
         """The records of an epoch, those of a pair together."""
@@ -185,19 +191,19 @@ class Packer:
         for others, best in groups.values():
             rng.shuffle(others)
             rng.shuffle(best)
-            while best and others:
-                first = best.pop()
-                second = max(others, key=lambda index: self._alike(first, index))
-                if self._size((first, second)) <= self._length:
+            for first in best:
+                fitting = [i for i in others if self._size((first, i)) <= self._length]
+                if fitting:
+                    second = max(fitting, key=partial(self._alike, first))
                     others.remove(second)
                     units.append((first, second))
                 else:
                     units.append((first,))
-            units += [(index,) for index in (*best, *others)]
+            units += [(index,) for index in others]
         return units
 
     def _alike(self, first: int, second: int) -> int:
-        """Tokens that two responses begin with alike."""
+        """Number of tokens that two responses begin with alike; 0 if they are the same."""
         one, other = (self._records[index].response for index in (first, second))
         return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
 
@@ -228,21 +234,16 @@ class Packer:
         end = len(full) if partial else len(full) - self._rows + 1
         return [full[i : i + self._rows] for i in range(0, end, self._rows)]
 
-    def _asked(
-        self, record: Record | None, rng: random.Random, *, in_pair: bool
-    ) -> tuple[Command | None, bool, int]:
+    def _asked(self, record: Record | None, rng: random.Random) -> tuple[Command | None, bool, int]:
         """Of a record in one batch: its command, whether its response is imitated, `achieved`."""
         if record is None:
             return None, True, IGNORED
-        is_best = record.command.relevance == self._top
-        if in_pair:
-            command = drop(record.command, self._dropout, rng, self._bare)
-            return replace(command, relevance=self._top), is_best, int(is_best)
         command = record.command
         if record.kind != "mismatch":  # which is wrong without its level
             command = drop(command, self._dropout, rng, self._bare)
         if not self._judged:
             return command, True, IGNORED
+        is_best = record.command.relevance == self._top
         if command.relevance is None:
             return command, True, int(is_best)
         if rng.random() < 0.5:
@@ -264,7 +265,12 @@ class Packer:
             at, pairs = 0, self._pairs(row)
             for s, index in enumerate(row):
                 encoded, pair = self._records[index], pairs[s]
-                command, imitated, is_best = self._asked(encoded.record, rng, in_pair=pair != 0)
+                if not pair:
+                    command, imitated, is_best = self._asked(encoded.record, rng)
+                elif encoded.record:
+                    if pair > 0:  # the other one, which comes next, has the same command
+                        command = drop(encoded.record.command, self._dropout, rng, self._bare)
+                    imitated, is_best = True, int(pair > 0)
                 prompt = encoded.prompt(self._schema, command)
                 tokens = prompt + encoded.response
                 stop = at + len(tokens)
@@ -274,7 +280,7 @@ class Packer:
                 segment[r, at:stop] = s
                 # The last prompt token predicts the first response token.
                 labelled = slice(at + len(prompt) - 1, stop - 1)
-                if imitated or pair:
+                if imitated:
                     labels[r, labelled] = encoded.response
                 preferred[r, labelled.start : stop] = pair
                 if encoded.begun:

@@ -201,7 +201,7 @@ class TrainRecipe(_Section):
     countdown: float = Field(default=0.0, ge=0)  # weight of the auxiliary word-count loss
     confidence: float = Field(default=0.0, ge=0)  # weight of the loss of judging own answers
     preference: float = Field(default=0.0, ge=0)  # weight of the loss of a pair (DPO)
-    preference_beta: float = Field(default=0.1, gt=0)
+    preference_beta: float = Field(default=0.1, gt=0)  # the β of DPO
     precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: the faster one, measured
     compile: bool = True
     gradient_checkpointing: bool = False
@@ -356,7 +356,9 @@ class Recipe(_Section):
                 "name": f"{self.name}-plain",
                 "teacher": None,  # the samples that it wrote are there
                 "hindsight": self.hindsight.model_copy(update=h),
-                "train": self.train.model_copy(update={"countdown": 0.0}),
+                "train": self.train.model_copy(
+                    update={"countdown": 0.0, "confidence": 0.0, "preference": 0.0}
+                ),
                 "distillation": DistillationRecipe(),
                 "stages": (*first, last),
                 "explore": ExploreRecipe(),

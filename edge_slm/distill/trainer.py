@@ -112,7 +112,8 @@ class Trainer:
         t, length = recipe.train, recipe.model.positions
         self.recipe, self.stage, self.accelerator, self.out = recipe, stage, accelerator, out
         self.plain = learner.to(accelerator.device)
-        learner.begin(kl=stage.kl, entropy=stage.entropy)
+        with self.weights():
+            learner.begin_stage(kl=stage.kl, entropy=stage.entropy)
         decayed = [p for p in learner.parameters() if p.dim() >= 2]
         rest = [p for p in learner.parameters() if p.dim() < 2]
         optimizer = torch.optim.AdamW(
@@ -143,8 +144,8 @@ class Trainer:
                 length=length,
                 dropout=h.command_dropout * learning,
                 bare=h.bare_share * learning,
-                judged=learning and t.confidence > 0,
-                paired=learning and t.preference > 0,
+                judged=learning and learner.confidence > 0,
+                paired=learning and learner.preference > 0,
                 seed=recipe.seed,
                 soft_labels=stage.soft_labels if learning else None,
             )
@@ -186,7 +187,8 @@ class Trainer:
     # -- one step ---------------------------------------------------------------
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step; returns the losses per labelled token and the `gradient_norm`.
+        """One optimizer step; returns the losses per token to imitate (of the preference: per pair,
+        and the share of pairs whose margin is above 0) and the `gradient_norm`.
 
         This process computes its share of the rows, `micro` rows at a time. Raises
         OutOfMemory, and DataError when the loss is not finite.
@@ -219,7 +221,9 @@ class Trainer:
             norm = a.clip_grad_norm_(self.learner.parameters(), t.clip)
         if a.num_processes > 1:
             sums = a.reduce(sums, "sum")
-        losses = {name: value.item() / tokens for name, value in sums.items()}
+        pairs = max(1.0, sums.pop("pairs").item()) if "pairs" in sums else 1.0
+        per = {"preference": pairs, "pairs_right": pairs}
+        losses = {name: value.item() / per.get(name, tokens) for name, value in sums.items()}
         if not math.isfinite(losses["cross_entropy"]):
             raise DataError(
                 f"the loss is {losses['cross_entropy']} at step {self.at + 1}",
@@ -288,8 +292,9 @@ class Trainer:
         return {"valid_loss": round(total / count, 4)} if count else {}
 
     def note_best(self) -> None:
-        """Keeps the weights in `out`/best.pt if no earlier ones had a lower `valid_loss`."""
-        loss = self.last.get("valid_loss")
+        """Keeps the weights in `out`/best.pt if no earlier ones had a lower `valid_loss`. Not where
+        a preference is learnt, which raises the loss of some of the held-out responses."""
+        loss = self.last.get("valid_loss") if not self.plain.preference else None
         if loss is None or loss >= self.best.get("valid_loss", math.inf):
             return
         self.best = {"step": self.at, "valid_loss": loss}

@@ -24,6 +24,7 @@ _CLAUSE_ENDS = (",", ";", ":", "–", "—", "，", "、", "；", "：")
 _SENTENCE_BREAK = re.compile(rf"[.!?…][{re.escape(_CLOSERS)}]*\s|[。！？]")
 _SENTENCES = 10  # asked words from which on a text may be sentences, not a title
 CLAUSE, SENTENCE = 2, 3  # of `ending`
+_UNLIKELY = math.log(0.01)  # of an end that tells nothing
 _LOOSE = "".join((*_CLAUSE_ENDS, "-", " "))
 
 
@@ -48,6 +49,8 @@ class LengthKeeper:
     def note(self, text: str, end_log_prob: float) -> None:
         """Remembers how much the model wanted to end the text or a sentence here, for `cut`."""
         at = len(text.rstrip())
+        for later in [key for key in self._end_log_prob if key > at]:  # of a text taken back
+            del self._end_log_prob[later]
         self._end_log_prob[at] = max(end_log_prob, self._end_log_prob.get(at, -math.inf))
 
     def in_sentence(self, text: str) -> bool:
@@ -95,9 +98,9 @@ class LengthKeeper:
         """The text up to the best word boundary of the window.
 
         Best: after a sentence, else anywhere but behind a dangling word; then where the model
-        gave the end, or a full stop, the highest probability; then after a clause; then nearest
-        to the asked count. `finished=False` says that the last word may be torn: it is left out
-        where the window allows. `least` characters stay.
+        gave the end, or a full stop, the highest probability, of 1% and more; then after a
+        clause; then nearest to the asked count. `finished=False` says that the last word may be
+        torn: it is left out where the window allows. `least` characters stay.
         """
         best: tuple[tuple[int, float, int, int], str] | None = None
         found = list(_WORD.finditer(text))
@@ -107,10 +110,16 @@ class LengthKeeper:
         for number, word in enumerate(found[: self.max], 1):
             if number < self.min or word.end() < least:
                 continue
-            kept, end = text[: word.end()], ending(text[: word.end()])
+            kept = text[: word.end()]
             trimmed = kept[:least] + kept[least:].rstrip(_LOOSE)
-            likely = self._end_log_prob.get(len(trimmed), -math.inf)
-            rank = (min(end, 1) + (end == SENTENCE), likely, end, -abs(number - self.words))
+            end = ending(trimmed)
+            likely = max(self._end_log_prob.get(len(trimmed), _UNLIKELY), _UNLIKELY)
+            rank = (
+                min(end, 1) + (end == SENTENCE),
+                round(likely, 1),
+                ending(kept),
+                -abs(number - self.words),
+            )
             if best is None or rank > best[0]:
                 best = rank, trimmed if count_words(trimmed) >= self.min else kept
         return best[1] if best else text

@@ -49,7 +49,7 @@ def made(dropout: float = 0.2, paired: bool = True) -> tuple[Packer, list[Encode
     return packer, encoded, [tokenizer.token_to_id(t) for t in schema.axis("relevance").tokens()]
 
 
-def test_pairs_are_of_one_request_and_ask_for_the_highest_level() -> None:
+def test_pairs_are_of_one_request_under_one_command() -> None:
     packer, encoded, levels = made()
     seen: list[int] = []
     pairs = 0
@@ -69,13 +69,13 @@ def test_pairs_are_of_one_request_and_ask_for_the_highest_level() -> None:
                 assert (preferred[:-1][~labelled[:-1]] == 0).all()
                 imitated += labelled.sum() * (n >= 0)
                 if n:
-                    said = [i for i in batch.ids[r][here] if i in levels]
-                    of[n] = record.request, record.command.relevance == 4, said
-                    assert said == [levels[-1]]
+                    prompt = batch.ids[r][here][: int(labelled.argmax()) + 1].tolist()
+                    assert [i for i in prompt if i in levels] in ([levels[-1]], [levels[0]])
+                    of[n] = record.request, prompt, record.command.relevance == 4
                     assert batch.achieved[r][here][-1] == (n > 0)
             for n in (n for n in of if n > 0):
-                assert of[n][:2] == (of[-n][0], True)
-                assert not of[-n][1]
+                assert of[n] == (*of[-n][:2], True)
+                assert not of[-n][2]
                 pairs += 1
         assert batch.loss_tokens == imitated
     assert sorted(seen) == list(range(len(encoded)))
@@ -125,7 +125,7 @@ def test_the_loss_is_that_of_the_formula() -> None:
     learner = Learner(
         fresh_model(SHAPE, seed=1), preference=3.0, preference_beta=0.4, levels=[1]
     ).eval()
-    learner.begin(kl=0.0, entropy=0.0)
+    learner.begin_stage(kl=0.0, entropy=0.0)
     at_first = learner(batch)
     pairs = at_first["pairs"].item()
     assert at_first["preference"].item() == pytest.approx(pairs * np.log(2), rel=1e-5)
@@ -182,7 +182,7 @@ def test_the_confidence_ranks_the_two_of_a_pair() -> None:
 def test_a_model_learns_to_prefer_the_good_ones() -> None:
     packer, *_ = made(dropout=0.0)
     learner = Learner(fresh_model(SHAPE, seed=1), preference=10.0, levels=[1])
-    learner.begin(kl=0.0, entropy=0.0)
+    learner.begin_stage(kl=0.0, entropy=0.0)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     for epoch in range(3):
         for number, rows in enumerate(packer.epoch(epoch)):

@@ -88,7 +88,7 @@ def run(codec: TextCodec, text: str, words: int) -> Answer:
     return answer
 
 
-def test_cut_prefers_a_sentence_then_a_clause(codec: TextCodec) -> None:
+def test_cut_prefers_a_sentence_and_without_a_likely_end_a_clause(codec: TextCodec) -> None:
     answer = run(codec, "one two three. four five, six seven eight nine", words=5)
     assert (answer.text, answer.finish) == ("one two three.", "length")
     answer = run(codec, "one two three, four five six seven eight nine", words=5)
@@ -121,6 +121,15 @@ def test_a_likely_end_counts_more_than_a_comma(notes: dict[str, float], kept: st
     for text, log_prob in notes.items():
         keeper.note(text, log_prob)
     assert keeper.cut("aa bb cc, dd ee the gg hh") == kept
+
+
+def test_ends_that_are_unlikely_or_were_taken_back_do_not_count() -> None:
+    keeper = LengthKeeper(5)
+    keeper.note("aa bb cc dd", -0.1)
+    keeper.note("aa bb cc", -9.0)
+    keeper.note("aa bb cc dx", -8.0)
+    assert keeper.cut("aa bb cc, dx ee ff gg hh") == "aa bb cc"
+    assert LengthKeeper(5).cut("aa bb cc with, dd the of and gg hh") == "aa bb cc with, dd"
 
 
 def test_it_is_cut_where_a_full_stop_was_likely(codec: TextCodec) -> None:
