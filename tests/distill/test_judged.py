@@ -14,9 +14,9 @@ from edge_slm.distill.split import held_out
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("folder", [RECIPES / "judged", RECIPES / "judged" / "second"])
-def test_answers_are_judged_one_way_or_the_other(folder: Path) -> None:
-    rows = list(read_jsonl([folder]))
+@pytest.mark.parametrize("part", [".", "second", "third", "fourth"])
+def test_answers_are_judged_one_way_or_the_other(part: str) -> None:
+    rows = list(read_jsonl([RECIPES / "judged" / part]))
     tasks = Recipe.read(RECIPES / "m-judged.toml").data.tasks
     assert {row.task for row in rows} == {*tasks}
     for task in tasks:
@@ -27,8 +27,19 @@ def test_answers_are_judged_one_way_or_the_other(folder: Path) -> None:
 
 
 def test_the_highest_level_is_what_a_reader_would_paste() -> None:
-    for name in ("m-judged", "m-judged-2", "m-judged-3"):
+    names = [path.stem for pattern in ("m-judged*", "m-pref*") for path in RECIPES.glob(pattern)]
+    assert len(names) == 6
+    for name in names:
         recipe = Recipe.read(RECIPES / f"{name}.toml")
         assert 0.25 < recipe.hindsight.top < 0.5
         assert recipe.train.confidence > 0
         assert recipe.data.restated == ("image", "video", "design")
+        assert (recipe.train.preference > 0) == name.startswith("m-pref")
+
+
+@pytest.mark.parametrize("part", ["third", "fourth"])
+def test_most_requests_have_answers_to_compare(part: str) -> None:
+    judged: dict[tuple[str, str], set[float]] = {}
+    for row in read_jsonl([RECIPES / "judged" / part]):
+        judged.setdefault((row.task, row.request or ""), set()).add(row.quality)
+    assert sum(len(found) == 2 for found in judged.values()) > len(judged) / 2
