@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from edge_slm.distill.levels import level_edges
 from edge_slm.distill.model import fresh_model
 from edge_slm.distill.objective import Learner, tensors
 from edge_slm.distill.packing import IGNORED, Encoded, Packer, encode_records
-from edge_slm.distill.recipe import ModelRecipe
+from edge_slm.distill.recipe import ModelRecipe, Recipe
 from edge_slm.distill.samples import Sample
 from edge_slm.distill.tokenizer import train_tokenizer
+from edge_slm.distill.trainer import Stage, Trainer
+from edge_slm.progress import silent
 
 from .conftest import made_samples
 
@@ -193,3 +197,42 @@ def test_a_model_learns_to_prefer_the_good_ones() -> None:
             optimizer.zero_grad()
     assert parts["pairs_right"] == parts["pairs"] > 0
     assert parts["preference"] / parts["pairs"] < 0.5
+
+
+def make_trainer(recipe: Recipe, out: Path | None = None, **train: float) -> Trainer:
+    packer, encoded, levels = made()
+    settings = recipe.train.model_copy(
+        update={"batch_tokens": 128 * 4, "confidence": 1.0, "preference": 5.0, **train}
+    )
+    recipe = recipe.model_copy(update={"train": settings, "model": SHAPE})
+    learner = Learner(fresh_model(SHAPE, seed=1), confidence=1.0, preference=5.0, levels=levels[1:])
+    what = Stage("s", encoded, [], packer._schema, 128 * 4 * 6, 3e-3, "data")
+    return Trainer(recipe, what, learner, accelerate.Accelerator(cpu=True), out)
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.plain.parameters()])
+
+
+def test_a_step_reports_the_pairs_and_may_be_taken_in_parts(recipe: Recipe) -> None:
+    whole, parts = make_trainer(recipe), make_trainer(recipe, micro_tokens=128)
+    for trainer in (whole, parts):
+        batches = trainer.batches()
+        first, *_, last = [trainer.step(next(batches)) for _ in range(4)]
+        assert first["preference"] == pytest.approx(np.log(2), rel=1e-4)
+        assert last["preference"] != pytest.approx(np.log(2), rel=1e-4)
+        assert 0 <= last["pairs_right"] <= 1
+    torch.testing.assert_close(weights(whole), weights(parts), atol=2e-5, rtol=1e-4)
+
+
+def test_a_resumed_stage_compares_with_the_model_that_it_began_with(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    whole, begun = make_trainer(recipe), make_trainer(recipe, tmp_path)
+    whole.run(silent, None, [])
+    assert not begun.run(silent, 3, [])
+    resumed = make_trainer(recipe, tmp_path)
+    resumed.resume()
+    assert resumed.at == 3
+    assert resumed.run(silent, None, [])
+    torch.testing.assert_close(weights(whole), weights(resumed))
