@@ -136,8 +136,8 @@ class Packer:
         one of the same request into one row, under the command of the first; makes as many such
         pairs of each request as there are. The partner is the response that begins alike for
         longest, which shows where the worse one went wrong; where several do, another one every
-        epoch. soft_labels: they have all
-        records, each under its whole command, which is taught under a dropped one too."""
+        epoch. soft_labels: they have all records, each under its whole command, which is taught
+        under a dropped one too."""
         self._records, self._schema = records, schema
         self._rows, self._length, self._seed = rows, length, seed
         self._dropout, self._bare, self._judged = dropout, bare, judged
