@@ -137,7 +137,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         self.preference, self.preference_beta = preference, preference_beta
         self.distillation = distillation or DistillationRecipe()
         self.kl = self.entropy = 0.0
-        self._before: list[Any] = []  # in a list, so that it is no submodule
+        self._before: list[Any] = []  # model, body; in a list, so that they are no submodules
         if countdown:
             width = lm.config.hidden_size
             self.so_far = torch.nn.Linear(width, _BUCKETS)
@@ -170,7 +170,8 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         pairs = self.preference > 0 and bool(batch["preferred"].any())
         if self.kl or pairs:
             with torch.no_grad():
-                *_, before = predictions(*self._before, batch)
+                reference, body = self._before
+                *_, before = predictions(reference, body, batch)
                 before = before.log_softmax(-1)
         if ids.shape[-1]:
             weight, temperature = self.distillation.weight, self.distillation.temperature
