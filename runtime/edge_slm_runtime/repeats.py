@@ -1,4 +1,4 @@
-"""Words said twice in a row ("bold, bold", "calm and calm"), and items listed twice.
+"""Words said twice in a row ("bold, bold", "calm and calm"), and items or sentences said twice.
 
 Small models fall into these loops long before a run of several tokens comes again, which the
 n-gram block sees. A request that doubles a word itself may have it doubled.
@@ -18,6 +18,8 @@ _IDIOMS = frozenset("again and blah had less more never on over round so that up
 _SHORT = 3  # letters: "as a" is no plural
 _ITEM = re.compile(r"[^,.;:!?…\n]+")
 _MARKS = (",", ".", ";", ":", "!", "?")
+_SENTENCE_MARKS = (".", "!", "?")
+_SENTENCE_BREAK = re.compile(r"[.!?…]\s")
 
 
 class Repeats:
@@ -28,9 +30,11 @@ class Repeats:
 
     def refuses(self, text: str, piece: str) -> bool:
         """Whether `piece` says again what the text has just said: its last word, also in the
-        plural, or, by ending it, an item of a list."""
+        plural, or, by ending it, an item of a list or a sentence."""
         if piece.startswith(_MARKS):
-            return self.refuses_end(text) if piece[0] == "," else False
+            if piece.startswith(_SENTENCE_MARKS):
+                return self._is_said(text)
+            return piece[0] == "," and self.refuses_end(text)
         tail = text[-_TAIL:]
         if piece[:1] != " ":  # it goes on with a word
             begun = _LETTERS.search(tail)
@@ -49,6 +53,11 @@ class Repeats:
             return False
         items = list(_items(text))
         return items[-1:] != [] and items[-1] in items[:-1]
+
+    def _is_said(self, text: str) -> bool:
+        """Whether the last sentence is an earlier one, or an item of it."""
+        *before, last = _SENTENCE_BREAK.split(text)
+        return bool(before) and last.strip().lower() in _items(". ".join(before))
 
 
 def _singular(word: str) -> str:

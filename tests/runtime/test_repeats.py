@@ -31,6 +31,11 @@ from edge_slm_runtime.repeats import Repeats
         ("red, blue, Red", ",", True),
         ("red, blue, reddish", ",", False),
         ("red, blue, red", ".", False),
+        ("A hen. Natural lighting, calm. Natural lighting", ".", True),
+        ("A red sky. Blue water. a red sky", "!", True),
+        ("A red sky. Blue water. A red sky above", ".", False),
+        ("A red sky", ".", False),
+        ("", ".", False),
         ("bake, baker", " baker", True),
     ],
 )
