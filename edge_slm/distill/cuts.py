@@ -28,6 +28,11 @@ def whole_cuts(text: str) -> list[str]:
     return [", ".join(phrases[:n]) for n in range(2, len(phrases))] if _is_list(text) else []
 
 
+def sentence_ends(text: str) -> list[int]:
+    """How many characters each sentence and those before it have; the last one's: all."""
+    return [*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+
+
 def with_full_stop(text: str) -> str:
     """The text with a full stop, if it is a sentence that has no mark at its end."""
     if _is_list(text) or not (text[-1:].isalnum() or text[-1:] in "\"'”’)"):

@@ -30,12 +30,14 @@ from edge_slm_runtime.command import (
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A request, its response, and the command that the response obeys; kind: of the sample."""
+    """A request, its response, and the command that the response obeys; kind, fault: of the
+    sample."""
 
     request: str
     response: str
     command: Command
     kind: str = "pair"
+    fault: str = ""
 
 
 def relabel(
@@ -53,7 +55,7 @@ def relabel(
         return Command(sample.task, sample.words, edges[sample.task].of(reward, sample.words))
 
     return [
-        Record(sample.request, sample.response, achieved(sample, reward), sample.kind)
+        Record(sample.request, sample.response, achieved(sample, reward), sample.kind, sample.fault)
         for sample, reward in zip(samples, rewards.tolist(), strict=True)
     ]
 

@@ -7,11 +7,13 @@
 - the *confidence* that an answer has the highest level: behind `<|end|>`, the probability of that
   level's control token among those of all levels (binary cross-entropy). A model that judges its
   own answers can tell the best of several (cf. Cobbe et al., arXiv 2110.14168, and the P(True) of
-  Kadavath et al., arXiv 2207.05221). Of a pair, the better response is also trained to have the
-  higher confidence (Bradley-Terry);
+  Kadavath et al., arXiv 2207.05221). Where the sentence at fault is known, it is taught at the end
+  of every sentence up to that one, too (process supervision, Lightman et al., arXiv 2305.20050). Of
+  a pair, the better response is also trained to have the higher confidence (Bradley-Terry);
 - the *preference* for responses of the highest level over others to the same request (DPO,
   Rafailov et al., arXiv 2305.18290): what the cross-entropy, which sees good responses alone,
-  cannot teach is which of the model's own are bad;
+  cannot teach is which of the model's own are bad. Of these, the sentence at fault alone becomes
+  less likely, where it is known (Lai et al., Step-DPO, arXiv 2406.18629);
 - the *countdown*: two linear heads predict, from the hidden state, how many words have begun
   and how many remain. `<|end|>` teaches length once per record, the countdown at every
   token. The heads are not part of the checkpoint. (Our own.)
@@ -189,7 +191,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             parts["entropy"] = -(every.exp() * every).sum()
             loss = loss - self.entropy * parts["entropy"]
         if self.confidence:
-            parts["confidence"] = self._unsure(states, batch["achieved"], batch["preferred"])
+            parts["confidence"] = self._unsure(states, batch)
             loss = loss + self.confidence * parts["confidence"]
         if self.preference:
             margins = logits.new_zeros(0)
@@ -214,17 +216,18 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             loss = loss + self.countdown * parts["countdown"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
-    def _unsure(
-        self, states: torch.Tensor, achieved: torch.Tensor, preferred: torch.Tensor
-    ) -> torch.Tensor:
+    def _unsure(self, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The binary cross-entropy of the highest level, summed over where it is known, and of
         pairs that of the preferred response's being the likelier one to have it."""
+        achieved = batch["achieved"]
         known = achieved != IGNORED
         head = self.lm.get_output_embeddings().weight[self.levels]
         log_p = (states[known] @ head.T.to(states.dtype)).float().log_softmax(-1)
         best, others = log_p[:, -1], log_p[:, :-1].logsumexp(-1)
         unsure = -torch.where(achieved[known] == 1, best, others).sum()
-        return unsure - functional.logsigmoid(margins_of(best - others, preferred, known)).sum()
+        at_end = known & (batch["labels"] == IGNORED)
+        margins = margins_of((best - others)[at_end[known]], batch["preferred"], at_end)
+        return unsure - functional.logsigmoid(margins).sum()
 
 
 def tensors(batch: Batch, device: Any) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ records alone (tests/distill/test_packing.py).
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_slm.distill.cuts import sentence_ends
 from edge_slm.distill.hindsight import Record, drop
 from edge_slm.distill.soft_labels import SoftLabels
 from edge_slm_runtime.command import END, Command, CommandSchema
@@ -36,12 +38,34 @@ class Encoded:
     response: list[int]  # a record's with END
     record: Record | None
     begun: list[int]  # per response token: words begun before it; empty for general text
+    sentences: tuple[int, ...] = ()  # how many tokens each and those before it have
+    fault: int | None = None  # the first sentence that is not good, if that is known
 
     def prompt(self, schema: CommandSchema, command: Command | None = None) -> list[int]:
         """Token ids before the response, with another command than the record's own."""
         if self.record is None:
             return [0]  # END
         return schema.frame(self.request, command or self.record.command)
+
+    def judged(self, is_best: int) -> dict[int, int]:
+        """By how many tokens there are up to the end of a sentence that others follow: whether the
+        response is good so far, 0 or 1, as far as that is known."""
+        first_fault = len(self.sentences) if is_best else -1 if self.fault is None else self.fault
+        return {
+            end: int(k < first_fault)
+            for k, end in enumerate(self.sentences[:-1])
+            if k <= first_fault
+        }
+
+    def compared(self, alike: int) -> range:
+        """The tokens of the response that are compared with another one, which begins with as many
+        as `alike` of the same: those of the sentence at fault, if that is known, or all others."""
+        first, last = alike, len(self.response)
+        if self.fault is not None:
+            begin, end = (0, *self.sentences)[self.fault : self.fault + 2]
+            if alike < end:
+                first, last = max(alike, begin), end
+        return range(first, last)
 
 
 def encode_records(
@@ -54,7 +78,9 @@ def encode_records(
     requests = tokenizer.encode_batch(spelt, add_special_tokens=False)
     responses = tokenizer.encode_batch([r.response for r in records], add_special_tokens=False)
     encoded = [
-        Encoded(q.ids, [*a.ids, end], record, _words_begun(a.tokens))
+        Encoded(
+            q.ids, [*a.ids, end], record, _words_begun(a.tokens), *_sentences(record, a.offsets)
+        )
         for q, a, record in zip(requests, responses, records, strict=True)
     ]
     room = positions - schema.overhead
@@ -68,6 +94,18 @@ def _words_begun(tokens: Sequence[str]) -> list[int]:
     for i, token in enumerate(tokens):
         counts.append(counts[-1] + (i == 0 or token.startswith("Ġ")))
     return counts
+
+
+def _sentences(
+    record: Record, offsets: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, ...], int | None]:
+    """`Encoded.sentences` and `.fault` of a record; offsets: characters of each token."""
+    ends = sentence_ends(record.response)
+    stops = [stop for _, stop in offsets]
+    tokens = tuple(bisect_left(stops, end) + 1 for end in ends)
+    at = record.response.find(record.fault) if record.fault else -1
+    known = at >= 0 and record.kind != "mismatch"
+    return tokens, bisect_right(ends, at) if known else None
 
 
 def encode_text(text: str, tokenizer: Any, positions: int) -> list[Encoded]:
@@ -85,11 +123,12 @@ class Batch:
 
     so_far, remaining: words of the response begun before the labelled token, and from it on;
     IGNORED where unknown (`remaining`: where the command has no length). achieved: at `<|end|>`,
-    whether the response has the highest level (0, 1), where its command does not tell. preferred:
+    whether the response has the highest level (0, 1), where its command does not tell; and there at
+    the end of each sentence, whether it is good up to there, as far as that is known. preferred:
     of the n-th pair of a row, n at the labels and the end of the response that has the highest
-    level, and -n at those of the one that has not and is not to be imitated; 0 elsewhere. soft_ids,
-    soft_log_p [rows, length, k]: the teacher's likeliest tokens at each label and their log
-    probabilities; k is 0 without a teacher.
+    level, and -n at those of the one that has not and is not to be imitated: of its sentence at
+    fault alone, if that is known; 0 elsewhere. soft_ids, soft_log_p [rows, length, k]: the
+    teacher's likeliest tokens at each label and their log probabilities; k is 0 without a teacher.
     """
 
     ids: Ids
@@ -143,6 +182,7 @@ class Packer:
         self._dropout, self._bare, self._judged = dropout, bare, judged
         self._top, self._paired = schema.levels - 1, paired
         self._soft = soft_labels
+        self._located = any(record.fault is not None for record in records)
 
     def _size(self, indices: Sequence[int]) -> int:
         """Tokens of these records."""
@@ -275,14 +315,23 @@ class Packer:
                 tokens = prompt + encoded.response
                 stop = at + len(tokens)
                 achieved[r, stop - 1] = is_best
+                if self._located and is_best != IGNORED:
+                    for end, is_good in encoded.judged(is_best).items():
+                        achieved[r, at + len(prompt) + end - 1] = is_good
                 ids[r, at:stop] = tokens
                 positions[r, at:stop] = np.arange(len(tokens))
                 segment[r, at:stop] = s
                 # The last prompt token predicts the first response token.
                 labelled = slice(at + len(prompt) - 1, stop - 1)
-                if imitated:
-                    labels[r, labelled] = encoded.response
-                preferred[r, labelled.start : stop] = pair
+                taught = range(len(encoded.response)) if imitated else range(0)
+                if pair:
+                    other = row[s + 1 if pair > 0 else s - 1]
+                    compared = encoded.compared(self._alike(index, other))
+                    preferred[r, labelled][compared.start : compared.stop] = pair
+                    preferred[r, stop - 1] = pair
+                    taught = taught if pair > 0 else compared
+                learnt = slice(taught.start, taught.stop)
+                labels[r, labelled][learnt] = encoded.response[learnt]
                 if encoded.begun:
                     begun = np.asarray(encoded.begun)
                     so_far[r, labelled] = begun

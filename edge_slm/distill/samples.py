@@ -30,13 +30,15 @@ _OPENING = re.compile(
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A response to a request; kind: "pair", "cut", "fragment", "swap", "mismatch", or "own" for an
-    episode of the model itself. quality: a judgement from 0 to 1, which multiplies the reward."""
+    episode of the model itself. quality: a judgement from 0 to 1, which multiplies the reward.
+    fault: the first sentence of the response that is not good; "" if none is, or it is unknown."""
 
     request: str
     response: str
     task: str
     kind: str = "pair"
     quality: float = 1.0
+    fault: str = ""
 
     @property
     def words(self) -> int:
@@ -51,6 +53,7 @@ class Row(NamedTuple):
     response: str
     task: str
     quality: float = 1.0
+    fault: str = ""
 
 
 def read_jsonl(paths: Iterable[str | Path], leave_out: Sequence[str] = ()) -> Iterator[Row]:
@@ -94,7 +97,10 @@ def _parse(line: bytes, where: str) -> tuple[Row, str]:
     quality = row.get("quality", 1.0)
     if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 <= quality <= 1:
         raise DataError(f"{where}: quality is {quality!r}", "allowed: 0 … 1; left out it is 1")
-    return Row(request, response, task, float(quality)), str(row.get("source", ""))
+    fault = row.get("fault", "")
+    if not isinstance(fault, str) or fault not in response:
+        raise DataError(f"{where}: fault is {fault!r}", "give a sentence of the response")
+    return Row(request, response, task, float(quality), fault), str(row.get("source", ""))
 
 
 def read_samples(
@@ -107,7 +113,7 @@ def read_samples(
     Usable: a complete request, and a response that differs from it and has a length that a
     command can ask for. A response alone has request "". Raises DataError with file and line.
     """
-    for request, response, task, quality in read_jsonl(paths, reading.leave_out):
+    for request, response, task, quality, fault in read_jsonl(paths, reading.leave_out):
         if tasks is not None and task not in tasks:
             continue
         text = " ".join(response.split())
@@ -132,7 +138,7 @@ def read_samples(
         words = folded.split()
         dangling = len(words) > 1 and words[-1].lower().strip(",.") in UNFINISHED_REQUEST
         if not dangling and folded.strip(" .").lower() != text.strip(" .").lower():
-            yield Sample(folded, text, task, quality=quality)
+            yield Sample(folded, text, task, quality=quality, fault=" ".join(fault.split()))
 
 
 def _is_opening(request: str, response: str) -> bool:
@@ -145,7 +151,7 @@ def read_requests(
 ) -> dict[str, list[str]]:
     """Task → the distinct requests for a teacher: those of all rows that are not held out."""
     requests: dict[str, dict[str, None]] = {task: {} for task in tasks}
-    for request, _, task, _ in read_jsonl(paths, reading.leave_out):
+    for request, _, task, *_ in read_jsonl(paths, reading.leave_out):
         if not request or task not in requests:
             continue
         try:

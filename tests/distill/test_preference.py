@@ -28,11 +28,14 @@ SHAPE = ModelRecipe(vocab_size=512, layers=2, width=32, heads=2, positions=128, 
 
 
 def made(dropout: float = 0.2, paired: bool = True) -> tuple[Packer, list[Encoded], list[int]]:
-    """Three responses to each request, the first of them a good one; bad ones say "mud"."""
+    """Three responses to each request, the first of them a good one; bad ones say "mud". Of the
+    last, it is known which sentence is at fault."""
     samples, rewards = [], []
     for i, s in enumerate(made_samples(90)):
         for word in ("light", "mud", "mud and mud"):
-            samples.append(Sample(f"{s.request} {i}", f"{s.response} {word}", s.task))
+            fault = f"In {word}." * (word == "mud and mud")
+            text = f"{s.response}. In {word}. So it is."
+            samples.append(Sample(f"{s.request} {i}", text, s.task, fault=fault))
             rewards.append(0.9 if word == "light" else 0.1)
     scores = np.array(rewards, np.float32)
     records = relabel(samples, scores, level_edges(samples, scores, 5, top=0.5))
@@ -67,13 +70,14 @@ def test_pairs_are_of_one_request_under_one_command() -> None:
                 here = batch.segment[r] == s
                 record, preferred = encoded[index].record, batch.preferred[r][here]
                 assert record
-                labelled = batch.labels[r][here] != IGNORED
+                labels, response = batch.labels[r][here], encoded[index].response
+                labelled = labels != IGNORED
                 n = int(preferred[-1])
-                assert (preferred[labelled] == n).all()
+                assert set(preferred[labelled]) <= ({0, n} if n > 0 else {n})
                 assert (preferred[:-1][~labelled[:-1]] == 0).all()
                 imitated += labelled.sum() * (n >= 0)
                 if n:
-                    prompt = batch.ids[r][here][: int(labelled.argmax()) + 1].tolist()
+                    prompt = batch.ids[r][here][: -len(response)].tolist()
                     assert [i for i in prompt if i in levels] in ([levels[-1]], [levels[0]])
                     of[n] = record.request, prompt, record.command.relevance == 4
                     assert batch.achieved[r][here][-1] == (n > 0)
@@ -86,6 +90,42 @@ def test_pairs_are_of_one_request_under_one_command() -> None:
     assert pairs > 80  # a few of 90 do not fit into a row
     others = made(paired=False)[0]
     assert not others.batch(0, 0, others.epoch(0)[0]).preferred.any()
+
+
+def test_what_is_compared_is_where_they_part_or_the_sentence_at_fault() -> None:
+    packer, encoded, _ = made(dropout=0.0)
+    seen = set()
+    for number, rows in enumerate(packer.epoch(0)):
+        batch = packer.batch(0, number, rows)
+        for r, row in enumerate(rows):
+            for s, index in enumerate(row):
+                here = batch.segment[r] == s
+                preferred, labels = batch.preferred[r][here], batch.labels[r][here]
+                achieved = batch.achieved[r][here][-len(encoded[index].response) :]
+                response = encoded[index].response
+                if not preferred[-1]:
+                    continue
+                fault = encoded[index].fault
+                first, second, third = encoded[index].sentences
+                known = {n: a for n, a in enumerate(achieved.tolist()) if a != IGNORED}
+                compared = labels[(preferred != 0) & (labels != IGNORED)].tolist()
+                assert compared
+                if fault is None:
+                    assert compared == response[-len(compared) :]
+                    assert len(response) - second < len(compared) <= len(response) - first
+                else:
+                    assert fault == 1
+                    assert compared == response[second - len(compared) : second]
+                    assert len(compared) <= second - first
+                if preferred[-1] > 0:
+                    assert (labels != IGNORED).sum() == len(response)
+                    assert known == {first - 1: 1, second - 1: 1, third: 1}
+                elif fault is None:
+                    assert known == {third: 0}
+                else:
+                    assert known == {first - 1: 1, second - 1: 0, third: 0}
+                seen.add((preferred[-1] > 0, fault))
+    assert seen == {(True, None), (False, None), (False, 1)}
 
 
 def test_others_are_compared_in_another_epoch() -> None:
@@ -137,11 +177,13 @@ def test_the_loss_is_that_of_the_formula() -> None:
         for parameter in learner.lm.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(3)), alpha=0.02)
 
-    def log_p(lm: Any, row: int, segment: int) -> torch.Tensor:
+    def log_p(lm: Any, row: int, segment: int, compared: bool = True) -> torch.Tensor:
         here = batch["segment"][row] == segment
         labels = batch["labels"][row][here]
         log_q = lm(input_ids=batch["ids"][row][here][None]).logits[0].log_softmax(-1)
         learnt = labels != IGNORED
+        if compared:
+            learnt &= batch["preferred"][row][here] != 0
         return log_q[learnt].gather(-1, labels[learnt][:, None]).sum()
 
     before, gains, imitated = learner._before[0], [], torch.zeros(())
@@ -149,10 +191,9 @@ def test_the_loss_is_that_of_the_formula() -> None:
         ratios = {}
         for segment in range(int(batch["segment"][row].max()) + 1):
             here = batch["segment"][row] == segment
-            log_q = log_p(learner.lm, row, segment)
             n = int(preferred[here][-1])
-            ratios[n] = log_q - log_p(before, row, segment)
-            imitated -= log_q * (n >= 0)
+            ratios[n] = log_p(learner.lm, row, segment) - log_p(before, row, segment)
+            imitated -= log_p(learner.lm, row, segment, compared=False) * (n >= 0)
         gains += [ratios[n] - ratios[-n] for n in ratios if n > 0]
     assert pairs == len(gains) > 3
     parts = learner(batch)
@@ -173,10 +214,11 @@ def test_the_confidence_ranks_the_two_of_a_pair() -> None:
         odds = {}
         for segment in range(int(batch["segment"][row].max()) + 1):
             here = batch["segment"][row] == segment
-            logits = learner.lm(input_ids=batch["ids"][row][here][None]).logits[0, -1]
-            best = logits[levels[1:]].softmax(-1)[-1]
-            if (achieved := batch["achieved"][row][here][-1]) != IGNORED:
-                direct -= (best if achieved == 1 else 1 - best).log()
+            logits = learner.lm(input_ids=batch["ids"][row][here][None]).logits[0]
+            every = logits[:, levels[1:]].softmax(-1)[:, -1]
+            for best, achieved in zip(every, batch["achieved"][row][here], strict=True):
+                if achieved != IGNORED:
+                    direct -= (best if achieved == 1 else 1 - best).log()
             odds[int(preferred[here][-1])] = best.log() - (1 - best).log()
         for n in (n for n in odds if n > 0):
             direct -= functional.logsigmoid(odds[n] - odds[-n])

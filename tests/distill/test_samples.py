@@ -120,6 +120,8 @@ def test_only_whole_requests_and_responses_are_read(tmp_path: Path) -> None:
         (b'{"request": "a", "response": "b", "task": "image", "quality": NaN}', "quality is nan"),
         (b'{"request": "a", "response": "b", "task": "image", "quality": "1"}', "quality is '1'"),
         (b'{"request": "a", "response": "b", "task": "image", "quality": true}', "quality is True"),
+        (b'{"request": "a", "response": "b", "task": "image", "fault": "c"}', "fault is 'c'"),
+        (b'{"request": "a", "response": "b", "task": "image", "fault": 1}', "fault is 1"),
         (
             b'{"request": "a", "response": "\\ud800", "task": "image"}',
             "response holds half a character",
@@ -137,7 +139,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
     row = {"request": "a\u2028b", "response": "c\x85d", "task": "image"}
     file = tmp_path / "good.jsonl"
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8-sig")
-    assert list(read_jsonl([file])) == [("a\u2028b", "c\x85d", "image", 1.0)]
+    assert list(read_jsonl([file])) == [("a\u2028b", "c\x85d", "image", 1.0, "")]
     with pytest.raises(DataError, match="cannot read"):
         list(read_jsonl([tmp_path / "none.jsonl"]))
 

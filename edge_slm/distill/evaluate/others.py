@@ -55,7 +55,7 @@ def _written(source: str, samples: Sequence[Sample]) -> dict[str, str]:
     wanted = {(sample.task, sample.request) for sample in samples}
     texts = {
         folded: response
-        for request, response, task, _ in read_jsonl([source])
+        for request, response, task, *_ in read_jsonl([source])
         if request and (task, folded := " ".join(request.split())) in wanted
     }
     if not texts:
