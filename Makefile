@@ -12,7 +12,7 @@ MODELS = $(patsubst %/pyproject.toml,./%,$(wildcard models/*/pyproject.toml))
 # `make fuzz`, FUZZ=tests/runtime/test_text.py for a part of it, FUZZ_FILES=onnx=10000,manifest=20000
 # for so many damaged files; DATA=samples/ adds fidelity and adherence to `make speed`, SPEED='--rounds 3'
 # and the like change it.
-.PHONY: demo check test lint fuzz bench peers speed plain-install docs format clean
+.PHONY: demo check test lint fuzz soak bench peers speed plain-install docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/edge-slm demo
@@ -34,6 +34,11 @@ lint: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	FUZZ_MINUTES=$(FUZZ_MINUTES) FUZZ_SEED=$(FUZZ_SEED) FUZZ_FILES=$(FUZZ_FILES) \
 		$(VENV)/bin/python tests/fuzz.py $(FUZZ)
+
+# 20,000 mixed requests to each engine; SOAK='--requests 2000 --variants numba-int8' for less.
+soak: $(VENV)/.installed-dev
+	test -d runs/soak || $(VENV)/bin/edge-slm convert models/reference runs/soak --accept
+	$(VENV)/bin/python bench/soak.py runs/soak $(SOAK)
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest bench/benchmarks --benchmark-quiet $(BENCH)

@@ -193,6 +193,7 @@ class _Training:
         self.recipe, self.prepared, self.reward, self.teacher = recipe, prepared, reward, teacher
         self.out, self.accelerator, self.report = out, accelerator, report
         self.steps_left = max_steps
+        self.init = weights_digest(recipe.model.init) if recipe.model.init else None
         if recipe.model.init:
             texts = [text for s in prepared.pairs for text in (f" {s.request}", s.response)]
             model, self.tokenizer = grown_model(
@@ -213,7 +214,6 @@ class _Training:
             countdown=recipe.train.countdown,
             confidence=recipe.train.confidence,
             preference=recipe.train.preference,
-            preference_beta=recipe.train.preference_beta,
             levels=[self.tokenizer.token_to_id(token) for token in levels],
             distillation=recipe.distillation,
             compile=recipe.train.compile,
@@ -360,8 +360,8 @@ class _Training:
 
     def data_digest(self) -> str:
         """Of all that a run learns from."""
-        digest = str(self.prepared.facts["digest"])
-        return f"{digest} {self.teacher.digest}" if self.teacher else digest
+        digests = [self.prepared.facts["digest"], self.init, self.teacher and self.teacher.digest]
+        return " ".join(filter(None, digests))
 
     @staticmethod
     def of_tasks(labelled: Labelled, tasks: Sequence[str]) -> tuple[list[Any], list[Any]]:
@@ -385,7 +385,7 @@ class _Training:
         if recipe.model.init:
             before = Path(recipe.model.init) / "recipe.json"
             origin["init"] = {
-                "weights_sha256": weights_digest(recipe.model.init),
+                "weights_sha256": self.init,
                 "made_by": json.loads(before.read_text("utf-8")) if before.is_file() else None,
             }
         if self.teacher:

@@ -34,6 +34,7 @@ from edge_slm.distill.recipe import DistillationRecipe
 from edge_slm_runtime.command import WORD_EDGES
 
 _LEAST = 1e-6  # of a probability that is 1 - a sum
+_BETA = 0.1  # of the preference: how far it may move the model from the reference
 _BUCKETS = len(WORD_EDGES) + 1  # the buckets of WORD_EDGES, with one below and one above
 
 
@@ -116,9 +117,8 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A causal language model of transformers with its loss.
 
     countdown: weight of the countdown's loss. confidence: weight of the loss of `achieved`.
-    preference, preference_beta: weight of the loss of `preferred`, and its β. levels: token ids of
-    the levels, the highest last. distillation: of batches with soft labels. compile: of the layers,
-    by torch.compile.
+    preference: weight of the loss of `preferred`. levels: token ids of the levels, the highest
+    last. distillation: of batches with soft labels. compile: of the layers, by torch.compile.
     """
 
     def __init__(
@@ -128,7 +128,6 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         countdown: float = 0.0,
         confidence: float = 0.0,
         preference: float = 0.0,
-        preference_beta: float = 0.1,
         levels: Sequence[int] = (),
         distillation: DistillationRecipe | None = None,
         compile: bool = False,  # noqa: A002
@@ -136,7 +135,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         super().__init__()
         self.lm = lm
         self.countdown, self.confidence, self.levels = countdown, confidence, list(levels)
-        self.preference, self.preference_beta = preference, preference_beta
+        self.preference = preference
         self.distillation = distillation or DistillationRecipe()
         self.kl = self.entropy = 0.0
         self._before: list[Any] = []  # model, body; in a list, so that they are no submodules
@@ -198,7 +197,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
             if pairs:
                 ratio = log_q[:, 0] - before.gather(-1, wanted[:, :1])[:, 0]
                 margins = margins_of(ratio, batch["preferred"], labelled)
-            parts["preference"] = -functional.logsigmoid(self.preference_beta * margins).sum()
+            parts["preference"] = -functional.logsigmoid(_BETA * margins).sum()
             parts["pairs"] = margins.new_tensor(len(margins))
             parts["pairs_right"] = (margins > 0).sum().to(margins.dtype)
             loss = loss + self.preference * parts["preference"]

@@ -49,7 +49,7 @@ _NEWER = {
     "reward": ["gated"],
     "hindsight": "cut_share fragment_share swaps bare_share bands top".split(),
     "model": "architecture kv_heads inner trim keep_layers".split(),
-    "train": "evaluate_rows confidence preference preference_beta".split(),
+    "train": "evaluate_rows confidence preference".split(),
     "stages": ["rounded"],
     "explore": "engine keep own_share rounded".split(),
     "distillation": "weight top_k temperature".split(),
@@ -201,7 +201,6 @@ class TrainRecipe(_Section):
     countdown: float = Field(default=0.0, ge=0)  # weight of the auxiliary word-count loss
     confidence: float = Field(default=0.0, ge=0)  # weight of the loss of judging own answers
     preference: float = Field(default=0.0, ge=0)  # weight of the loss of a pair (DPO)
-    preference_beta: float = Field(default=0.1, gt=0)  # the β of DPO
     precision: Literal["bf16", "fp32", "auto"] = "bf16"  # auto: the faster one, measured
     compile: bool = True
     gradient_checkpointing: bool = False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from edge_slm.distill.checkpoint import load_state, save_state
@@ -110,6 +111,21 @@ def test_a_run_of_another_recipe_or_data_is_not_continued(
     more.write_text(json.dumps(row), "utf-8")
     with pytest.raises(DataError, match="another data"):
         distill(recipe, [data_file, more], tmp_path / "run", cache=cache)
+
+
+def test_a_run_from_other_weights_is_not_continued(
+    recipe: Recipe, data_file: Path, cache: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    init = Path(shutil.copytree(undisturbed, tmp_path / "init"))
+    (init / "checkpoint.sha256").unlink()
+    model = recipe.model.model_copy(update={"init": str(init)})
+    begun = recipe.model_copy(update={"model": model})
+    distill(begun, [data_file], tmp_path / "run", cache=cache, max_steps=1)
+    weights = load_file(init / "model.safetensors")
+    weights["transformer.wte.weight"][0, 0] += 1
+    save_file(weights, init / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="another data"):
+        distill(begun, [data_file], tmp_path / "run", cache=cache)
 
 
 def test_ctrl_c_saves_between_steps(

@@ -166,9 +166,7 @@ def test_those_that_begin_alike_are_compared() -> None:
 def test_the_loss_is_that_of_the_formula() -> None:
     packer, *_ = made()
     batch = tensors(packer.batch(0, 0, packer.epoch(0)[0]), "cpu")
-    learner = Learner(
-        fresh_model(SHAPE, seed=1), preference=3.0, preference_beta=0.4, levels=[1]
-    ).eval()
+    learner = Learner(fresh_model(SHAPE, seed=1), preference=3.0, levels=[1]).eval()
     learner.begin_stage(kl=0.0, entropy=0.0)
     at_first = learner(batch)
     pairs = at_first["pairs"].item()
@@ -197,7 +195,7 @@ def test_the_loss_is_that_of_the_formula() -> None:
         gains += [ratios[n] - ratios[-n] for n in ratios if n > 0]
     assert pairs == len(gains) > 3
     parts = learner(batch)
-    direct = -functional.logsigmoid(0.4 * torch.stack(gains)).sum()
+    direct = -functional.logsigmoid(0.1 * torch.stack(gains)).sum()
     assert parts["preference"].item() == pytest.approx(direct.item(), rel=1e-4)
     assert parts["cross_entropy"].item() == pytest.approx(imitated.item(), rel=1e-4)
     assert parts["pairs_right"].item() == sum(gain > 0 for gain in gains)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +57,60 @@ print(peak_rss_mb(), memory_estimate(slm.manifest, slm.variant, positions=tokens
     out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True)
     measured, estimate = map(float, out.stdout.split())
     assert abs(estimate - measured) <= max(10, 0.1 * measured)
+
+
+@pytest.fixture
+def control_group() -> Iterator[Path]:
+    """A new one, whose memory can be limited."""
+    top = Path("/sys/fs/cgroup")
+    group = (top / "memory" if (top / "memory").is_dir() else top) / f"edge-slm-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    if not limit_of(group).exists():
+        group.rmdir()
+        pytest.skip("control groups do not limit memory here")
+    yield group
+    group.rmdir()
+
+
+def limit_of(group: Path) -> Path:
+    old = group / "memory.limit_in_bytes"  # version 1
+    return old if old.exists() else group / "memory.max"
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("numba", "int8")]
+)
+def test_a_control_group_of_the_estimated_size_is_enough(
+    reference_bundle: Path, control_group: Path, engine: str, precision: str
+) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+limit, path, engine, precision = sys.argv[1:]
+Path(limit).parent.joinpath("cgroup.procs").write_text(str(os.getpid()))
+import edge_slm_runtime
+from edge_slm_runtime.errors import OutOfMemory
+from edge_slm_runtime.memory import memory_estimate
+how = dict(engine=engine, precision=precision, threads=2, prefix_cache_mb=0)
+manifest = edge_slm_runtime.read_manifest(Path(path))
+variant = next(v for v in manifest.variants if v.engine == engine and v.precision == precision)
+mib = memory_estimate(manifest, variant, 1)
+Path(limit).write_text(str(int(mib * 2**20)))
+try:  # a limit that is too small is said, and nobody is killed
+    edge_slm_runtime.load(path, max_memory_mb=mib / 2, **how)
+except OutOfMemory:
+    slm = edge_slm_runtime.load(path, max_memory_mb=mib, **how)
+    print(slm.generate("word " * 150, max_new_tokens=60, no_repeat_ngram_size=0).text)
+"""
+    arguments = (limit_of(control_group), reference_bundle, engine, precision)
+    out = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip()
 
 
 @pytest.mark.parametrize("precision", MEASURED)
