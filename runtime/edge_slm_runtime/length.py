@@ -19,9 +19,9 @@ from edge_slm_runtime.words import NEVER_LAST, UNFINISHED_ANSWER
 # `\S+` finds exactly the words of str.split: both follow str.isspace.
 _WORD = re.compile(r"\S+")
 _CLOSERS = "\"'”’»)]}"
-_SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
+SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
 _CLAUSE_ENDS = (",", ";", ":", "–", "—", "，", "、", "；", "：")
-_SENTENCE_BREAK = re.compile(rf"[.!?…][{re.escape(_CLOSERS)}]*\s|[。！？]")
+SENTENCE_BREAK = re.compile(rf"[.!?…][{re.escape(_CLOSERS)}]*\s|[。！？]")
 _SENTENCES = 10  # asked words from which on a text may be sentences, not a title
 CLAUSE, SENTENCE = 2, 3  # of `ending`
 _UNLIKELY = math.log(0.01)  # of an end that tells nothing
@@ -59,7 +59,7 @@ class LengthKeeper:
 
     def is_prose(self, text: str) -> bool:
         """Whether there is a sentence before the last one."""
-        return _SENTENCE_BREAK.search(text) is not None
+        return SENTENCE_BREAK.search(text) is not None
 
     def lacks_stop(self, text: str) -> bool:
         """Whether prose ends with a word that may end a sentence, without a full stop."""
@@ -68,7 +68,7 @@ class LengthKeeper:
 
     def breaks_off(self, text: str, piece: str) -> bool:
         """Whether `piece` would end a sentence right after a word such as "of" or "the"."""
-        return piece.startswith(_SENTENCE_ENDS) and _last_word(text) in NEVER_LAST
+        return piece.startswith(SENTENCE_ENDS) and _last_word(text) in NEVER_LAST
 
     def is_full(self, text: str) -> bool:
         """True when the next word would be, or already is, one too many."""
@@ -137,7 +137,7 @@ def ending(text: str) -> int:
 
 
 def ends_sentence(text: str) -> bool:
-    return text.rstrip(_CLOSERS).endswith(_SENTENCE_ENDS)
+    return text.rstrip(_CLOSERS).endswith(SENTENCE_ENDS)
 
 
 def _last_word(text: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from edge_slm_runtime.length import SENTENCE_BREAK, SENTENCE_ENDS
+
 _DOUBLED = re.compile(r"\b(\w+)(?:,? (?:and|or|&))?,? (?=\1\b)", re.IGNORECASE)
 _LAST_WORD = re.compile(r"(?<!\w)(\w+)(?:,? (?:and|or|&)|,)?$")
 _LETTERS = re.compile(r"(?<!\w)[^\W\d_]+$")
@@ -18,8 +20,6 @@ _IDIOMS = frozenset("again and blah had less more never on over round so that up
 _SHORT = 3  # letters: "as a" is no plural
 _ITEM = re.compile(r"[^,.;:!?…\n]+")
 _MARKS = (",", ".", ";", ":", "!", "?")
-_SENTENCE_MARKS = (".", "!", "?")
-_SENTENCE_BREAK = re.compile(r"[.!?…]\s")
 
 
 class Repeats:
@@ -32,7 +32,7 @@ class Repeats:
         """Whether `piece` says again what the text has just said: its last word, also in the
         plural, or, by ending it, an item of a list or a sentence."""
         if piece.startswith(_MARKS):
-            if piece.startswith(_SENTENCE_MARKS):
+            if piece.startswith(SENTENCE_ENDS):
                 return self._is_said(text)
             return piece[0] == "," and self.refuses_end(text)
         tail = text[-_TAIL:]
@@ -56,7 +56,7 @@ class Repeats:
 
     def _is_said(self, text: str) -> bool:
         """Whether the last sentence is an earlier one, or an item of it."""
-        *before, last = _SENTENCE_BREAK.split(text)
+        *before, last = SENTENCE_BREAK.split(text)
         return bool(before) and last.strip().lower() in _items(". ".join(before))
 
 
