@@ -15,13 +15,15 @@ _THREADS_CAP = 8  # decoding is bound by memory bandwidth; more threads only fig
 
 @cache
 def processor() -> str:
-    """Its name and its features."""
+    """Its architecture, name and features. An emulator has the architecture of its own, and may
+    show the /proc of its host."""
     try:
         first = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     facts = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(line for line in first.splitlines() if line.startswith(facts))
+    lines = [line for line in first.splitlines() if line.startswith(facts)]
+    return "\n".join([platform.machine(), *lines])
 
 
 def default_threads(root: Path = Path("/")) -> int:

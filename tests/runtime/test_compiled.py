@@ -223,8 +223,11 @@ compiled.kernels(Traits("layer", "learned", "plain"))
 
 
 FAULTS = {
+    "architecture": """
+compiled.processor = lambda: "aarch64\\nFeatures: fp asimd asimddp"
+""",
     "processor": """
-compiled.processor = lambda: "model name: old\\nflags: sse2 sse4_2"
+compiled.processor = lambda: "x86_64\\nmodel name: old\\nflags: sse2 sse4_2"
 """,
     "package": "",
     "setting": "",

@@ -30,6 +30,7 @@ from edge_slm_runtime.files import cache_folder, write_aside
 from edge_slm_runtime.kernels.elf import flat_image
 
 _NAME = "entry"
+_ARCHITECTURES = ("x86_64", "AMD64")  # x86-64, as Linux and Windows name it
 _DIGEST = 32  # bytes
 _LONGEST_WAIT = 300.0  # seconds
 _COMPILING = 512  # MiB of address space; 390 were measured, numba's import among them
@@ -59,6 +60,8 @@ def kernels(traits: Traits) -> Entry:
 
 @cache
 def _kernels(traits: Traits) -> Entry:
+    if (architecture := processor().split()[0]) not in _ARCHITECTURES:
+        raise ImportError(f"the kernels are for x86-64 and were never tried on {architecture}")
     if not has_halves():
         raise ImportError("this processor has no instructions for half precision (F16C)")
     with suppress(OSError, ValueError):  # none yet, altered, or where no code may run
@@ -119,7 +122,7 @@ def has_vnni() -> bool:
 def has_halves() -> bool:
     """Whether this processor converts half precision, on which the kernels rely."""
     flags = [line.split() for line in processor().splitlines() if line.startswith("flags")]
-    return "f16c" in flags[0] if flags else True  # only x86 has a line of that name
+    return "f16c" in flags[0] if flags else True  # not on Linux
 
 
 def _mapped(file: Path) -> Entry:
