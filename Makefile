@@ -37,7 +37,8 @@ fuzz: $(VENV)/.installed-dev
 
 # 20,000 mixed requests to each engine; SOAK='--requests 2000 --variants numba-int8' for less.
 soak: $(VENV)/.installed-dev
-	test -d runs/soak || $(VENV)/bin/edge-slm convert models/reference runs/soak --accept
+	rm -rf runs/soak && mkdir -p runs
+	$(VENV)/bin/edge-slm convert models/reference runs/soak --accept
 	$(VENV)/bin/python bench/soak.py runs/soak $(SOAK)
 
 bench: $(VENV)/.installed-dev

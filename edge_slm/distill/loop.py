@@ -193,7 +193,7 @@ class _Training:
         self.recipe, self.prepared, self.reward, self.teacher = recipe, prepared, reward, teacher
         self.out, self.accelerator, self.report = out, accelerator, report
         self.steps_left = max_steps
-        self.init = weights_digest(recipe.model.init) if recipe.model.init else None
+        self.init_digest = weights_digest(recipe.model.init) if recipe.model.init else None
         if recipe.model.init:
             texts = [text for s in prepared.pairs for text in (f" {s.request}", s.response)]
             model, self.tokenizer = grown_model(
@@ -318,6 +318,7 @@ class _Training:
                 stage.tokens,
                 stage.learning_rate,
                 self.data_digest(),
+                self.init_digest,
                 rounded=stage.rounded,
                 **extra,
             ),
@@ -360,8 +361,8 @@ class _Training:
 
     def data_digest(self) -> str:
         """Of all that a run learns from."""
-        digests = [self.prepared.facts["digest"], self.init, self.teacher and self.teacher.digest]
-        return " ".join(filter(None, digests))
+        digest = str(self.prepared.facts["digest"])
+        return f"{digest} {self.teacher.digest}" if self.teacher else digest
 
     @staticmethod
     def of_tasks(labelled: Labelled, tasks: Sequence[str]) -> tuple[list[Any], list[Any]]:
@@ -385,7 +386,7 @@ class _Training:
         if recipe.model.init:
             before = Path(recipe.model.init) / "recipe.json"
             origin["init"] = {
-                "weights_sha256": self.init,
+                "weights_sha256": self.init_digest,
                 "made_by": json.loads(before.read_text("utf-8")) if before.is_file() else None,
             }
         if self.teacher:

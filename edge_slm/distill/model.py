@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from edge_slm_converters.architectures import architecture_of
 from edge_slm_converters.architectures.base import as_stored
 from edge_slm_converters.checkpoint import HEAD
 from edge_slm_converters.sums import check_sums
+from edge_slm_runtime.bundle import file_entry
 from edge_slm_runtime.command import END, REQUEST, CommandSchema
 from edge_slm_runtime.decoder import Decoder
 from edge_slm_runtime.errors import CheckpointError
@@ -89,7 +89,7 @@ def weights_digest(init: str) -> str | None:
     """sha256 of the local weights `init`; None for a hub name or weights in several files."""
     path = Path(init)
     file = path if path.is_file() else path / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return file_entry(file).sha256 if file.is_file() else None
 
 
 def _of_decoder(decoder: Decoder, recipe: ModelRecipe) -> Any:

@@ -7,13 +7,15 @@
 - the *confidence* that an answer has the highest level: behind `<|end|>`, the probability of that
   level's control token among those of all levels (binary cross-entropy). A model that judges its
   own answers can tell the best of several (cf. Cobbe et al., arXiv 2110.14168, and the P(True) of
-  Kadavath et al., arXiv 2207.05221). Where the sentence at fault is known, it is taught at the end
-  of every sentence up to that one, too (process supervision, Lightman et al., arXiv 2305.20050). Of
-  a pair, the better response is also trained to have the higher confidence (Bradley-Terry);
+  Kadavath et al., arXiv 2207.05221). Where sentences at fault are known, it is also taught at the
+  ends of the sentences before the last one, up to the one at fault (process supervision, Lightman
+  et al., arXiv 2305.20050). Of a pair, the better response is also trained to have the higher
+  confidence (Bradley-Terry);
 - the *preference* for responses of the highest level over others to the same request (DPO,
   Rafailov et al., arXiv 2305.18290): what the cross-entropy, which sees good responses alone,
   cannot teach is which of the model's own are bad. Of these, the sentence at fault alone becomes
-  less likely, where it is known (Lai et al., Step-DPO, arXiv 2406.18629);
+  less likely, where it is known (cf. Step-DPO, Lai et al., arXiv 2406.18629, which has such pairs
+  part at that very sentence);
 - the *countdown*: two linear heads predict, from the hidden state, how many words have begun
   and how many remain. `<|end|>` teaches length once per record, the countdown at every
   token. The heads are not part of the checkpoint. (Our own.)
@@ -224,7 +226,7 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         log_p = (states[known] @ head.T.to(states.dtype)).float().log_softmax(-1)
         best, others = log_p[:, -1], log_p[:, :-1].logsumexp(-1)
         unsure = -torch.where(achieved[known] == 1, best, others).sum()
-        at_end = known & (batch["labels"] == IGNORED)
+        at_end = known & (batch["preferred"] != 0) & (batch["labels"] == IGNORED)
         margins = margins_of((best - others)[at_end[known]], batch["preferred"], at_end)
         return unsure - functional.logsigmoid(margins).sum()
 

@@ -38,8 +38,8 @@ class Encoded:
     response: list[int]  # a record's with END
     record: Record | None
     begun: list[int]  # per response token: words begun before it; empty for general text
-    sentences: tuple[int, ...] = ()  # how many tokens each and those before it have
-    fault: int | None = None  # the first sentence that is not good, if that is known
+    sentences: tuple[int, ...] = ()  # tokens up to the end of each sentence, without END
+    fault: int | None = None  # index of the first sentence that is not good; None: unknown
 
     def prompt(self, schema: CommandSchema, command: Command | None = None) -> list[int]:
         """Token ids before the response, with another command than the record's own."""
@@ -48,8 +48,8 @@ class Encoded:
         return schema.frame(self.request, command or self.record.command)
 
     def judged(self, is_best: int) -> dict[int, int]:
-        """By how many tokens there are up to the end of a sentence that others follow: whether the
-        response is good so far, 0 or 1, as far as that is known."""
+        """Tokens up to the end of a sentence (but the last) → 1 if the response is good up to
+        there, 0 if this sentence is at fault. Sentences of which neither is known are left out."""
         first_fault = len(self.sentences) if is_best else -1 if self.fault is None else self.fault
         return {
             end: int(k < first_fault)
@@ -57,15 +57,16 @@ class Encoded:
             if k <= first_fault
         }
 
-    def compared(self, alike: int) -> range:
-        """The tokens of the response that are compared with another one, which begins with as many
-        as `alike` of the same: those of the sentence at fault, if that is known, or all others."""
+    def compared(self, alike: int) -> slice:
+        """Indices of the response's tokens that are compared with those of another response, the
+        first `alike` of which are the same: the sentence at fault where that is known and not
+        among them, else all the others."""
         first, last = alike, len(self.response)
         if self.fault is not None:
             begin, end = (0, *self.sentences)[self.fault : self.fault + 2]
             if alike < end:
                 first, last = max(alike, begin), end
-        return range(first, last)
+        return slice(first, last)
 
 
 def encode_records(
@@ -101,11 +102,10 @@ def _sentences(
 ) -> tuple[tuple[int, ...], int | None]:
     """`Encoded.sentences` and `.fault` of a record; offsets: characters of each token."""
     ends = sentence_ends(record.response)
-    stops = [stop for _, stop in offsets]
-    tokens = tuple(bisect_left(stops, end) + 1 for end in ends)
+    starts = [start for start, _ in offsets]
     at = record.response.find(record.fault) if record.fault else -1
-    known = at >= 0 and record.kind != "mismatch"
-    return tokens, bisect_right(ends, at) if known else None
+    tokens = tuple(bisect_left(starts, end) for end in ends)
+    return tokens, bisect_right(ends, at) if at >= 0 else None
 
 
 def encode_text(text: str, tokenizer: Any, positions: int) -> list[Encoded]:
@@ -125,10 +125,11 @@ class Batch:
     IGNORED where unknown (`remaining`: where the command has no length). achieved: at `<|end|>`,
     whether the response has the highest level (0, 1), where its command does not tell; and there at
     the end of each sentence, whether it is good up to there, as far as that is known. preferred:
-    of the n-th pair of a row, n at the labels and the end of the response that has the highest
-    level, and -n at those of the one that has not and is not to be imitated: of its sentence at
-    fault alone, if that is known; 0 elsewhere. soft_ids, soft_log_p [rows, length, k]: the
-    teacher's likeliest tokens at each label and their log probabilities; k is 0 without a teacher.
+    of the n-th pair of a row, n at the labels of the response that has the highest level, from
+    where the two part, and at its end; -n at the end of the one that has not, and at its labels,
+    which are not to be imitated: those of its sentence at fault, if that is known, or all from
+    where they part; 0 elsewhere. soft_ids, soft_log_p [rows, length, k]: the teacher's likeliest
+    tokens at each label and their log probabilities; k is 0 without a teacher.
     """
 
     ids: Ids
@@ -182,6 +183,7 @@ class Packer:
         self._dropout, self._bare, self._judged = dropout, bare, judged
         self._top, self._paired = schema.levels - 1, paired
         self._soft = soft_labels
+        # Whether sentences are judged: were those of good responses alone, all would seem good.
         self._located = any(record.fault is not None for record in records)
 
     def _size(self, indices: Sequence[int]) -> int:
@@ -232,7 +234,7 @@ class Packer:
             rng.shuffle(others)
             rng.shuffle(best)
             for first in best:
-                fitting = [i for i in others if self._size((first, i)) <= self._length]
+                fitting = [i for i in others if self._is_pair(first, i)]
                 if fitting:
                     second = max(fitting, key=partial(self._alike, first))
                     others.remove(second)
@@ -242,8 +244,13 @@ class Packer:
             units += [(index,) for index in others]
         return units
 
+    def _is_pair(self, first: int, second: int) -> bool:
+        """Whether they differ, as two judgements of one answer do not, and fit into a row."""
+        one, other = (self._records[index].response for index in (first, second))
+        return one != other and self._size((first, second)) <= self._length
+
     def _alike(self, first: int, second: int) -> int:
-        """Number of tokens that two responses begin with alike; 0 if they are the same."""
+        """Number of tokens that two responses, which differ, begin with alike."""
         one, other = (self._records[index].response for index in (first, second))
         return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
 
@@ -323,14 +330,14 @@ class Packer:
                 segment[r, at:stop] = s
                 # The last prompt token predicts the first response token.
                 labelled = slice(at + len(prompt) - 1, stop - 1)
-                taught = range(len(encoded.response)) if imitated else range(0)
+                learnt = slice(None if imitated else 0)
                 if pair:
                     other = row[s + 1 if pair > 0 else s - 1]
                     compared = encoded.compared(self._alike(index, other))
-                    preferred[r, labelled][compared.start : compared.stop] = pair
+                    preferred[r, labelled][compared] = pair
                     preferred[r, stop - 1] = pair
-                    taught = taught if pair > 0 else compared
-                learnt = slice(taught.start, taught.stop)
+                    if pair < 0:
+                        learnt = compared
                 labels[r, labelled][learnt] = encoded.response[learnt]
                 if encoded.begun:
                     begun = np.asarray(encoded.begun)

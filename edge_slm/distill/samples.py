@@ -31,7 +31,8 @@ _OPENING = re.compile(
 class Sample:
     """A response to a request; kind: "pair", "cut", "fragment", "swap", "mismatch", or "own" for an
     episode of the model itself. quality: a judgement from 0 to 1, which multiplies the reward.
-    fault: the first sentence of the response that is not good; "" if none is, or it is unknown."""
+    fault: the first sentence of the response that is not good; "" where no single one is, or it is
+    unknown."""
 
     request: str
     response: str
@@ -98,8 +99,9 @@ def _parse(line: bytes, where: str) -> tuple[Row, str]:
     if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 <= quality <= 1:
         raise DataError(f"{where}: quality is {quality!r}", "allowed: 0 … 1; left out it is 1")
     fault = row.get("fault", "")
-    if not isinstance(fault, str) or fault not in response:
-        raise DataError(f"{where}: fault is {fault!r}", "give a sentence of the response")
+    if not isinstance(fault, str) or (fault and (quality == 1 or fault not in response)):
+        hint = "give a sentence of the response, and a quality below 1"
+        raise DataError(f"{where}: fault is {fault!r}", hint)
     return Row(request, response, task, float(quality), fault), str(row.get("source", ""))
 
 
@@ -116,13 +118,13 @@ def read_samples(
     for request, response, task, quality, fault in read_jsonl(paths, reading.leave_out):
         if tasks is not None and task not in tasks:
             continue
-        text = " ".join(response.split())
+        text, bad = " ".join(response.split()), " ".join(fault.split())
         if text.count('"') % 2:  # cut just before or after a closing quotation mark
-            text = text.rstrip('" ')
+            text, bad = text.rstrip('" '), bad.rstrip('" ')
         if count_words(text) > reading.longest:
             whole = [cut for cut in whole_cuts(text) if count_words(cut) <= reading.longest]
             text = whole[-1] if whole else ""
-        if not text:
+        if not text or bad not in text:  # what was cut off was its fault
             continue
         if task in reading.sentences:
             text = with_full_stop(text)
@@ -138,7 +140,7 @@ def read_samples(
         words = folded.split()
         dangling = len(words) > 1 and words[-1].lower().strip(",.") in UNFINISHED_REQUEST
         if not dangling and folded.strip(" .").lower() != text.strip(" .").lower():
-            yield Sample(folded, text, task, quality=quality, fault=" ".join(fault.split()))
+            yield Sample(folded, text, task, quality=quality, fault=bad)
 
 
 def _is_opening(request: str, response: str) -> bool:

@@ -47,6 +47,7 @@ class Stage:
     tokens: int
     learning_rate: float
     data_digest: str
+    init_digest: str | None = None  # of the weights that the run began from
     kl: float = 0.0
     entropy: float = 0.0
     rounded: bool = False  # whether passes are computed with int4 weights
@@ -350,13 +351,17 @@ class Trainer:
         }
         save_state(state, self.out / "state.pt")
 
-    def _digests(self) -> dict[str, str]:
-        return {"recipe": self.recipe.digest(), "data": self.stage.data_digest}
+    def _digests(self) -> dict[str, str | None]:
+        return {
+            "recipe": self.recipe.digest(),
+            "data": self.stage.data_digest,
+            "init": self.stage.init_digest,
+        }
 
     def resume(self) -> None:
         """Continues from `out`/state.pt if it is of this stage.
 
-        Raises DataError when it is of another recipe or other data.
+        Raises DataError when it is of another recipe, other data or from other weights.
         """
         assert self.out is not None
         path = self.out / "state.pt"

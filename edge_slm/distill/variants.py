@@ -95,8 +95,8 @@ def vary(
             pool.append(replace(sample, request=request, kind="fragment"))
     for sample in pairs:
         for _ in range(recipe.fragments.get(sample.task, 0)):
-            if request := fragment_request(sample.response, rng):
-                pool.append(replace(sample, request=request, kind="fragment"))
+            if request := fragment_request(sample.response, rng):  # to which it may be no fault
+                pool.append(replace(sample, request=request, kind="fragment", fault=""))
     pool = _at_most(pool, "fragment", recipe.fragment_share, lambda sample: 1, rng)
     for task, count in recipe.swaps.items():
         own = [sample for sample in pairs if sample.task == task]
@@ -105,6 +105,7 @@ def vary(
     pool = [sample for sample in pool if not held_out(sample.request, holdout_percent)]
     for sample in list(pool):
         cuts = [cut for cut in whole_cuts(sample.response) if count_words(cut) >= 3]
+        cuts = [cut for cut in cuts if sample.fault in cut]  # one before it would be good
         for cut in rng.sample(cuts, min(len(cuts), recipe.cuts.get(sample.task, 0))):
             if cut.lower().strip(" .") != sample.request.lower().strip(" ."):
                 pool.append(replace(sample, response=cut, kind="cut"))
@@ -124,7 +125,7 @@ def _mismatches(pool: Sequence[Sample], share: float, rng: random.Random) -> lis
         for _ in range(int(len(rows) * share / (1 - share))):
             one, other = rng.choice(rows), rng.choice(rows)
             if (one.request, other.response) not in matched:
-                mismatches.append(replace(other, request=one.request, kind="mismatch"))
+                mismatches.append(replace(other, request=one.request, kind="mismatch", fault=""))
     return mismatches
 
 

@@ -15,8 +15,8 @@ _THREADS_CAP = 8  # decoding is bound by memory bandwidth; more threads only fig
 
 @cache
 def processor() -> str:
-    """Its architecture, name and features. An emulator has the architecture of its own, and may
-    show the /proc of its host."""
+    """Its architecture, and from the second line on its name and features. A process that is
+    emulated has the emulator's architecture here, but its /proc may be the host's."""
     try:
         first = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
     except OSError:

@@ -18,8 +18,8 @@ _TAIL = 48  # characters that may hold the last word and what joins it to the ne
 # English doubles these.
 _IDIOMS = frozenset("again and blah had less more never on over round so that up very".split())
 _SHORT = 3  # letters: "as a" is no plural
-_ITEM = re.compile(r"[^,.;:!?…\n]+")
-_MARKS = (",", ".", ";", ":", "!", "?")
+_ITEM = re.compile(r"[^,.;:!?…。！？\n]+")
+_MARKS = (",", ";", ":", *SENTENCE_ENDS)
 
 
 class Repeats:

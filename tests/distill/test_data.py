@@ -74,6 +74,22 @@ def test_rows_are_read_as_the_recipe_says(tmp_path: Path) -> None:
     assert Reading.of(old) == Reading(4)
 
 
+def test_a_fault_goes_with_its_text(tmp_path: Path) -> None:
+    def read(response: str, fault: str) -> list[tuple[str, str]]:
+        row = {"request": "a", "response": response, "task": "image", "quality": 0, "fault": fault}
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(row), "utf-8")
+        reading = Reading(longest=6)
+        return [(s.response, s.fault) for s in read_samples([file], reading=reading)]
+
+    assert read("One  two. It\nran.", "It\nran.") == [("One two. It ran.", "It ran.")]
+    assert read('One two. It is "x', 'It is "x') == [('One two. It is "x', 'It is "x')]
+    assert read('One two. It ran."', 'It ran."') == [("One two. It ran.", "It ran.")]
+    long = "One two three four five. Six seven."
+    assert read(long, "One two three four five.")[0][0] == "One two three four five."
+    assert read(long, "Six seven.") == []  # what is left is good
+
+
 def test_dev_and_test_are_apart_and_the_mix_is_kept(data_file: Path, recipe: Recipe) -> None:
     data = recipe.data.model_copy(
         update={

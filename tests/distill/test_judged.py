@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from edge_slm.distill.cuts import sentence_ends
 from edge_slm.distill.recipe import Recipe
 from edge_slm.distill.samples import read_jsonl
 from edge_slm.distill.split import held_out
@@ -14,7 +16,7 @@ from edge_slm.distill.split import held_out
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("part", [".", "second", "third", "fourth"])
+@pytest.mark.parametrize("part", [".", "second", "third", "fourth", "fifth", "sixth"])
 def test_answers_are_judged_one_way_or_the_other(part: str) -> None:
     rows = list(read_jsonl([RECIPES / "judged" / part]))
     tasks = Recipe.read(RECIPES / "m-judged.toml").data.tasks
@@ -28,7 +30,7 @@ def test_answers_are_judged_one_way_or_the_other(part: str) -> None:
 
 def test_the_highest_level_is_what_a_reader_would_paste() -> None:
     names = [path.stem for pattern in ("m-judged*", "m-pref*") for path in RECIPES.glob(pattern)]
-    assert len(names) == 6
+    assert len(names) == 8
     for name in names:
         recipe = Recipe.read(RECIPES / f"{name}.toml")
         assert 0.25 < recipe.hindsight.top < 0.5
@@ -37,7 +39,18 @@ def test_the_highest_level_is_what_a_reader_would_paste() -> None:
         assert (recipe.train.preference > 0) == name.startswith("m-pref")
 
 
-@pytest.mark.parametrize("part", ["third", "fourth"])
+@pytest.mark.parametrize("part", ["fifth", "sixth"])
+def test_a_fault_is_a_sentence(part: str) -> None:
+    faults = 0
+    for row in read_jsonl([RECIPES / "judged" / part]):
+        starts = [0, *sentence_ends(row.response)]
+        sentences = [row.response[a:b].strip() for a, b in pairwise(starts)]
+        assert row.fault in ("", *sentences)
+        faults += row.fault != ""
+    assert faults > 3000
+
+
+@pytest.mark.parametrize("part", ["third", "fourth", "fifth", "sixth"])
 def test_most_requests_have_answers_to_compare(part: str) -> None:
     judged: dict[tuple[str, str], set[float]] = {}
     for row in read_jsonl([RECIPES / "judged" / part]):

@@ -124,7 +124,7 @@ def test_a_run_from_other_weights_is_not_continued(
     weights = load_file(init / "model.safetensors")
     weights["transformer.wte.weight"][0, 0] += 1
     save_file(weights, init / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match="another data"):
+    with pytest.raises(DataError, match="another init"):
         distill(begun, [data_file], tmp_path / "run", cache=cache)
 
 

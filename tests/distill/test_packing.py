@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
-from edge_slm.distill.hindsight import build_schema, relabel
+from edge_slm.distill.cuts import sentence_ends
+from edge_slm.distill.hindsight import Record, build_schema, relabel
 from edge_slm.distill.levels import level_edges
 from edge_slm.distill.model import fresh_model
 from edge_slm.distill.objective import attention_mask, tensors
-from edge_slm.distill.packing import IGNORED, Packer, encode_records, encode_text
+from edge_slm.distill.packing import IGNORED, Encoded, Packer, encode_records, encode_text
 from edge_slm.distill.recipe import ModelRecipe
 from edge_slm.distill.tokenizer import train_tokenizer
-from edge_slm_runtime.command import CommandSchema, default_axes
+from edge_slm_runtime.command import Command, CommandSchema, default_axes
 
 from .conftest import made_samples
 
@@ -80,6 +83,63 @@ def test_records_over_the_context_are_counted_out() -> None:
     _, encoded, _, too_long = make_packer(positions=24)
     assert too_long > 0
     assert all(len(e.request) + len(e.response) + 5 <= 24 for e in encoded)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "fault", "index"),
+    [
+        (["A fox."], 0, 0),
+        (["A fox ran."], None, None),
+        (
+            [
+                "A fox.",
+                "It ran",
+            ],
+            1,
+            1,
+        ),
+        (["A sign reads “Home.”", "Rain fell.", "“Go!” he said."], 2, 2),
+        (["A 🦊.", "Zwei Füchse…", "東京 の。", "It ran."], 0, 0),
+    ],
+)
+def test_sentences_in_tokens(sentences: list[str], fault: int | None, index: int | None) -> None:
+    text = " ".join(sentences)
+    schema = CommandSchema(default_axes(["image"]))
+    tokenizer = train_tokenizer([text], schema, 300)
+    bad = sentences[fault] if fault is not None else ""
+    record = Record("a request", text, Command("image", 9), fault=bad)
+    (encoded,), _ = encode_records([record], tokenizer, schema, 128)
+    starts = [0, *encoded.sentences]
+    found = [tokenizer.decode(encoded.response[a:b]).strip() for a, b in pairwise(starts)]
+    assert found == [text[a:b].strip() for a, b in pairwise([0, *sentence_ends(text)])]
+    assert encoded.sentences[-1] == len(encoded.response) - 1
+    assert encoded.fault == index
+    assert tokenizer.decode(encoded.response[encoded.compared(0)]).strip() == (
+        bad or tokenizer.decode(encoded.response)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "alike", "compared"),
+    [
+        *((None, 0, (0, 10)), (None, 4, (4, 10))),
+        *((0, 0, (0, 3)), (0, 2, (2, 3)), (0, 3, (3, 10))),  # 3: the fault is in both
+        *((1, 0, (3, 7)), (1, 5, (5, 7)), (2, 1, (7, 9)), (2, 8, (8, 9))),
+    ],
+)
+def test_what_is_compared(fault: int | None, alike: int, compared: tuple[int, int]) -> None:
+    encoded = Encoded([1], [*range(10)], None, [], (3, 7, 9), fault)
+    assert encoded.compared(alike) == slice(*compared)
+
+
+def test_sentences_that_are_judged() -> None:
+    def judged(fault: int | None, is_best: int) -> dict[int, int]:
+        return Encoded([1], [*range(10)], None, [], (3, 7, 9), fault).judged(is_best)
+
+    assert judged(None, 1) == {3: 1, 7: 1}
+    assert judged(None, 0) == {}
+    assert [judged(fault, 0) for fault in (0, 1, 2)] == [{3: 0}, {3: 1, 7: 0}, {3: 1, 7: 1}]
+    assert Encoded([1], [1, 2, 0], None, [], (2,), 0).judged(0) == {}
 
 
 def test_the_countdown_is_true_at_every_label() -> None:

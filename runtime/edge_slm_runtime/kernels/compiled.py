@@ -60,8 +60,11 @@ def kernels(traits: Traits) -> Entry:
 
 @cache
 def _kernels(traits: Traits) -> Entry:
-    if (architecture := processor().split()[0]) not in _ARCHITECTURES:
-        raise ImportError(f"the kernels are for x86-64 and were never tried on {architecture}")
+    if (architecture := processor().partition("\n")[0].split(" ")[0]) not in _ARCHITECTURES:
+        raise EngineNotInstalled(
+            f"numba's kernels are for x86-64 and were never tried on {architecture}",
+            "engine='onnxruntime', or 'auto'",
+        )
     if not has_halves():
         raise ImportError("this processor has no instructions for half precision (F16C)")
     with suppress(OSError, ValueError):  # none yet, altered, or where no code may run
@@ -115,14 +118,15 @@ def has_vnni() -> bool:
 
     Without it the kernels multiply in smaller steps, slower than onnxruntime does.
     """
-    return "avx512_vnni" in processor().split()
+    architecture, _, facts = processor().partition("\n")
+    return architecture in _ARCHITECTURES and "avx512_vnni" in facts.split()
 
 
 @cache
 def has_halves() -> bool:
     """Whether this processor converts half precision, on which the kernels rely."""
     flags = [line.split() for line in processor().splitlines() if line.startswith("flags")]
-    return "f16c" in flags[0] if flags else True  # not on Linux
+    return "f16c" in flags[0] if flags else True  # it cannot be known
 
 
 def _mapped(file: Path) -> Entry:

@@ -92,13 +92,8 @@ def _word(b: Any, address: Any) -> Any:
 
 def _spin_pause(b: Any, spins: Any) -> Any:
     """Tells the processor that this is a waiting loop; returns one spin more."""
-    machine = b.module.triple.split("-")[0]
-    if machine == "x86_64":
-        kind = ir.FunctionType(ir.VoidType(), [])
-        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
-    elif machine in ("aarch64", "arm64"):
-        kind = ir.FunctionType(ir.VoidType(), [I32])
-        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.aarch64.hint"), [I32(1)])
+    kind = ir.FunctionType(ir.VoidType(), [])
+    b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
     return b.add(spins, I64(1))
 
 
