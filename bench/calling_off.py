@@ -19,6 +19,7 @@ import numpy as np
 
 import edge_slm
 from edge_slm_bench.prompts import request_of
+from edge_slm_bench.quick import chosen_variants
 from edge_slm_runtime import SLM, Request, Session, read_manifest
 from edge_slm_runtime.errors import EdgeSlmError
 
@@ -100,10 +101,11 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--cancels", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", help="names; default: all")
     asked = parser.parse_args()
     print(f"{'ms':18}{'prompt':>17}{'answer':>17}{'deadline over':>17}   others wrong")
     print(f"{'':18}" + f"{'p50':>8}{'p99':>9}" * 3)
-    for variant in read_manifest(asked.bundle).variants:
+    for variant in chosen_variants(read_manifest(asked.bundle), asked.variants):
         chance = random.Random(1)
         try:
             slm = edge_slm.load(

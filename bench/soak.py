@@ -30,6 +30,7 @@ from rich.table import Table
 
 import edge_slm
 from edge_slm_bench.process import rss_mb
+from edge_slm_bench.quick import chosen_variants
 from edge_slm_runtime import SLM, Generation, Request, read_manifest
 from edge_slm_runtime.errors import EdgeSlmError, UsedAfterFork
 
@@ -171,18 +172,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--variants", help="names, with commas between; default: all")
+    parser.add_argument("--variants", nargs="+", help="names; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
-    variants = read_manifest(asked.bundle).variants
-    names = asked.variants.split(",") if asked.variants else [one.name for one in variants]
-    if unknown := set(names) - {one.name for one in variants}:
-        parser.error(f"the bundle has no {', '.join(sorted(unknown))}")
     table = Table("variant", "requests", "minutes", "alone / together", "different", "forks")
     table.add_column("MiB after 10 … 100%")
     failed = False
-    for variant in (one for one in variants if one.name in names):
+    for variant in chosen_variants(read_manifest(asked.bundle), asked.variants):
         try:
             slm = edge_slm.load(
                 asked.bundle,
