@@ -209,7 +209,8 @@ def main() -> int:
             f"{seen['forks']}, wrong {seen['wrong forks']}",
             " ".join(f"{mib:.0f}" for mib in soak.memory),
         )
-        print(f"{variant.name}: {dict(seen)}", file=sys.stderr)
+        found = {**seen, "MiB": [round(mib, 1) for mib in soak.memory]}
+        print(f"{variant.name}: {found}", file=sys.stderr, flush=True)
     Console().print(table)
     return int(failed)
 
