@@ -32,7 +32,7 @@ import edge_slm
 from edge_slm_bench.process import rss_mb
 from edge_slm_bench.quick import chosen_variants
 from edge_slm_runtime import SLM, Generation, Request, read_manifest
-from edge_slm_runtime.errors import EdgeSlmError, UsedAfterFork
+from edge_slm_runtime.errors import UsedAfterFork
 
 HANGS_AFTER = 60  # seconds in which nothing begins
 FLAT = 4.0  # MiB that memory may grow by after the first tenth: allocators keep some
@@ -180,18 +180,8 @@ def main() -> int:
     table.add_column("MiB after 10 … 100%")
     failed = False
     for variant in chosen_variants(read_manifest(asked.bundle), asked.variants):
-        try:
-            slm = edge_slm.load(
-                asked.bundle,
-                engine=variant.engine,
-                precision=variant.precision,
-                threads=asked.threads,
-            )
-        except EdgeSlmError as error:
-            print(f"{variant.name}: {error}", file=sys.stderr)
-            failed = True
-            continue
-        with slm:
+        how = {"engine": variant.engine, "precision": variant.precision}
+        with edge_slm.load(asked.bundle, threads=asked.threads, isolate=False, **how) as slm:
             started = time.perf_counter()
             soak = Soak(slm, asked.seed)
             soak.run(asked.requests)

@@ -102,7 +102,7 @@ manifest = edge_slm_runtime.read_manifest(Path(path))
 variant = next(v for v in manifest.variants if v.engine == engine and v.precision == precision)
 mib = memory_estimate(manifest, variant, 1)
 Path(limit).write_text(str(int(mib * 2**20)))
-try:  # a limit that is too small is said, and nobody is killed
+try:  # refused before anything is loaded, so that the kernel does not kill the process
     edge_slm_runtime.load(path, max_memory_mb=mib / 2, **how)
 except OutOfMemory:
     slm = edge_slm_runtime.load(path, max_memory_mb=mib, **how)
